@@ -1,0 +1,99 @@
+"""save_pretrained / from_pretrained of constrained models: the retrofit re-applies itself.
+
+Transformers calls a registered quantizer on the empty skeleton of a model before its weights are
+loaded. We register one whose only act is `retrofit`, and un-mark the model afterwards, so it trains
+and saves like any other. If the plugin is not imported, Transformers merely warns about an unknown
+quantizer and would load a wrong model; so the activation's name in the config is one that only the
+plugin registers, and building the model raises KeyError: it fails closed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.errors import ConfigError
+from lip_plugin.modules import ScaledActivation, activation_kind
+from lip_plugin.surgery import retrofit
+
+METHOD = "lip_plugin"
+SENTINEL = "lip_plugin:"
+_SCALABLE = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "silu", "swish", "relu", "tanh")
+_ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation")
+
+
+class LipschitzPersistenceConfig(QuantizationConfigMixin):
+    """What config.json carries under `quantization_config`: the LipschitzConfig, as a dict."""
+
+    def __init__(self, lipschitz: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.lipschitz = LipschitzConfig.from_dict(lipschitz or {}).to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "lipschitz": dict(self.lipschitz)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class LipschitzLoader(HfQuantizer):
+    """Retrofits the skeleton before the weights come, and leaves no trace of a quantizer behind."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        retrofit(model, LipschitzConfig.from_dict(self.quantization_config.lipschitz), _loading=True)
+        return model
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        self.remove_quantization_config(model)
+        model.config.quantization_config = self.quantization_config
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Register the loader and the scaled activations with transformers; safe to call again."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(METHOD)(LipschitzPersistenceConfig)
+    register_quantizer(METHOD)(LipschitzLoader)
+    for name in _SCALABLE:
+        if name in ACT2FN:
+            ACT2FN[SENTINEL + name] = (_scaled, {"name": name})
+
+
+def _scaled(name: str) -> ScaledActivation:
+    act = ACT2FN[name]
+    kind = activation_kind(act)
+    if kind is None:
+        raise ConfigError(f"activation {name!r} of this transformers version has no proven slope.")
+    return ScaledActivation(act, kind)
+
+
+def mark_(model: Any, config: LipschitzConfig) -> None:
+    """Write the retrofit into `model.config`, so that it is saved and re-applied at load."""
+    register()
+    model.config.quantization_config = LipschitzPersistenceConfig(config.to_dict())
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+        if hasattr(model, "all_tied_weights_keys"):
+            model.all_tied_weights_keys = {}
+    if config.norms == "keep":
+        return
+    for key in _ACTIVATION_KEYS:
+        name = getattr(model.config, key, None)
+        if isinstance(name, str) and not name.startswith(SENTINEL):
+            setattr(model.config, key, SENTINEL + name)

@@ -1,0 +1,67 @@
+"""lip_plugin: train existing PyTorch models under enforced Lipschitz constants, with a sound certificate.
+
+    retrofit(model, LipschitzConfig(w_max=1.0))            # constrain any known model, in place
+    optimizer = LipschitzMuon(model, lr=0.05)              # Muon, and a projection after every step
+    certify(model).lipschitz                               # proven upper bound, embeddings -> logits
+
+With the Hugging Face Trainer one callback does all of it: `callbacks=[LipschitzCallback()]`.
+Importing this package imports torch; names that need transformers are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lip_plugin.integrations import register_all as _register_all
+
+if TYPE_CHECKING:
+    from lip_plugin.certificate.certify import Certificate, certify
+    from lip_plugin.certificate.falsify import falsify
+    from lip_plugin.config import LipschitzConfig
+    from lip_plugin.integrations.hf_trainer import LipschitzCallback
+    from lip_plugin.optim.muon import LipschitzMuon
+    from lip_plugin.optim.projection import attach_projection, project_
+    from lip_plugin.surgery import release, retrofit
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LipschitzConfig": "lip_plugin.config",
+    "retrofit": "lip_plugin.surgery",
+    "release": "lip_plugin.surgery",
+    "project_": "lip_plugin.optim.projection",
+    "attach_projection": "lip_plugin.optim.projection",
+    "LipschitzMuon": "lip_plugin.optim.muon",
+    "certify": "lip_plugin.certificate.certify",
+    "Certificate": "lip_plugin.certificate.certify",
+    "falsify": "lip_plugin.certificate.falsify",
+    "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
+}
+__all__ = [
+    "Certificate",
+    "LipschitzCallback",
+    "LipschitzConfig",
+    "LipschitzMuon",
+    "attach_projection",
+    "certify",
+    "falsify",
+    "project_",
+    "release",
+    "retrofit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_register_all()

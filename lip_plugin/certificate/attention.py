@@ -1,0 +1,178 @@
+"""Multi-head softmax attention, before its output map: run and bound.
+
+In 2-norms, for one head with key and value deviations (biases that softmax cannot see left out):
+
+    value path   sigma_v: a convex mixture of sigma_v-Lipschitz maps
+    score path   tau (D_q K + Q D_k) V, because moving the weights changes the output by a covariance
+                 of logits and values, at most the logits' deviation times the values'
+
+with D the Lipschitz constants of q and k, and Q, K, V bounds on their size. Heads are joined two
+ways and the smaller is taken, term by term: each head with its own norms, or the query's movement
+spread over the heads (its 2-norm over all heads is at most that of the whole q). Proofs: docs/maths.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lip_plugin.certificate.graph import Bound, Linear, Norm, Norms, Scale, Watch, rms
+from lip_plugin.certificate.upper import ONE, ZERO, add, div, mul, norm2, root, up
+
+
+@dataclass
+class Projection:
+    """One of q, k, v: the rows [start, stop) of a linear map, cut into heads of equal size."""
+
+    role: str
+    linear: Linear
+    start: int
+    stop: int
+    heads: int
+
+    def bias(self) -> Tensor | None:
+        bias = self.linear.bias()
+        return None if bias is None else bias[self.start : self.stop]
+
+    def head_biases(self) -> list[Decimal]:
+        """2-norms of each head's bias."""
+        bias = self.bias()
+        if bias is None:
+            return [Decimal(0)] * self.heads
+        size = root(up((self.stop - self.start) // self.heads))
+        return [mul(rms(part), size) for part in bias.chunk(self.heads)]
+
+
+@dataclass
+class Attention:
+    """softmax(tau q k^T + mask) v for all heads, concatenated; q and k may be normed and rotated."""
+
+    name: str
+    q: Projection
+    k: Projection
+    v: Projection
+    tau: float
+    d_head: int
+    d_in: int
+    q_norm: Norm | Scale | None = None
+    k_norm: Norm | Scale | None = None
+    rotary: Any = None
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        outputs = {id(p.linear): p.linear for p in (self.q, self.k, self.v)}
+        computed = {key: linear.run(x, watch) for key, linear in outputs.items()}
+        q, k, v = (
+            computed[id(p.linear)][..., p.start : p.stop].unflatten(-1, (p.heads, self.d_head))
+            for p in (self.q, self.k, self.v)
+        )
+        q = q if self.q_norm is None else self.q_norm.run(q)
+        k = k if self.k_norm is None else self.k_norm.run(k)
+        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+        if self.rotary is not None:
+            positions = torch.arange(x.shape[-2], device=x.device)[None]
+            cos, sin = self.rotary(x, positions)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        group = self.q.heads // self.k.heads
+        k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
+        logits = self.tau * q @ k.transpose(-1, -2)
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        if watch is not None:
+            watch.attention(weights)
+        return (weights @ v).transpose(-3, -2).flatten(-2)
+
+    def _sizes(self, p: Projection, r: Decimal, norms: Norms, post: Norm | Scale | None) -> _Sizes:
+        """2-norm bounds on one of q, k, v at input token norm r, each kv head repeated for its group."""
+        table, width = norms[p.linear.name], root(up(self.d_head))
+        radius = mul(root(up(self.d_in)), r)
+        turned = self.rotary is not None and p.role != "v"
+        # A key's bias adds the same to every logit of a row, unless a norm or a rotation comes
+        # after it, and a value's bias passes any mixture unchanged: neither moves what is bounded.
+        seen = p.role == "q" or post is not None or turned
+        biases = p.head_biases() if seen else [ZERO] * p.heads
+        constants = list(table.heads[p.role])
+        sizes = [add(mul(s, radius), b) for s, b in zip(constants, biases)]
+        whole = table.whole[p.role]
+        whole_size = min(add(mul(whole, radius), norm2(biases)), norm2(sizes))
+        if post is not None:
+            bounds = [post.bound(div(s, _from_below(width)), norms) for s in sizes]
+            sizes = [mul(b.radius, width) for b in bounds]
+            constants = [mul(c, b.lipschitz) for c, b in zip(constants, bounds)]
+            whole, whole_size = mul(whole, max(b.lipschitz for b in bounds)), norm2(sizes)
+        if turned:
+            factor = up(abs(float(getattr(self.rotary, "attention_scaling", 1.0))))
+            sizes, constants = [mul(s, factor) for s in sizes], [mul(c, factor) for c in constants]
+            whole, whole_size = mul(whole, factor), mul(whole_size, factor)
+        group = self.q.heads // p.heads
+        return _Sizes([c for c in constants for _ in range(group)], [s for s in sizes for _ in range(group)], whole, whole_size)
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        q = self._sizes(self.q, r, norms, self.q_norm)
+        k = self._sizes(self.k, r, norms, self.k_norm)
+        v = self._sizes(self.v, r, norms, None)
+        tau, heads = up(abs(self.tau)), range(self.q.heads)
+        query_moves = [mul(tau, q.constants[h], k.sizes[h], v.sizes[h]) for h in heads]
+        key_moves = [mul(tau, q.sizes[h], k.constants[h], v.sizes[h]) for h in heads]
+        joint_query = mul(tau, q.whole, max(mul(k.sizes[h], v.sizes[h]) for h in heads))
+        joint_key = mul(tau, q.whole_size, max(mul(k.constants[h], v.sizes[h]) for h in heads))
+        together = norm2([add(v.constants[h], query_moves[h], key_moves[h]) for h in heads])
+        apart = add(
+            norm2(v.constants), min(norm2(query_moves), joint_query), min(norm2(key_moves), joint_key)
+        )
+        # 2-norm to 2-norm so far; as RMS norms, times sqrt(d_in / (heads d_head))
+        factor = root(div(up(self.d_in), up(self.q.heads * self.d_head)))
+        group = self.q.heads // self.v.heads
+        biases = [b for b in self.v.head_biases() for _ in range(group)]
+        out = norm2([add(v.sizes[h], biases[h]) for h in heads])
+        radius = mul(out, root(div(ONE, up(self.q.heads * self.d_head))))
+        return Bound(radius, mul(min(apart, together), factor))
+
+    def logit_bound(self, r: Decimal, norms: Norms) -> Decimal:
+        """B such that all logits of every row lie, up to a common shift, in [-B, B]."""
+        q = self._sizes(self.q, r, norms, self.q_norm)
+        k = self._sizes(self.k, r, norms, self.k_norm)
+        return mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes)))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """2-norm bounds of q, k or v: per query head, and over all heads of one token together."""
+
+    constants: list[Decimal]
+    sizes: list[Decimal]
+    whole: Decimal
+    whole_size: Decimal
+
+
+def _from_below(value: Decimal) -> Decimal:
+    """A divisor that is not above the number that `value` was rounded up from."""
+    return value.next_minus().next_minus()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, halves convention: pairs (x_i, x_(i + d/2)) turned by their angle."""
+    cos, sin = cos.to(x.dtype).unsqueeze(-3), sin.to(x.dtype).unsqueeze(-3)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def smallest_entropy_lower(logit_bound: float, visible: int) -> float:
+    """Proven lower bound, in nats, on the entropy of softmax over `visible` logits in [-B, B].
+
+    Along one logit the entropy rises to the mean of the others and then falls, so the minimum lies
+    at a vertex of the cube: some m logits at B, the others at -B. All m are tried; m = 1 is not
+    always the worst (for small B, half of them is).
+    """
+    if visible <= 1:
+        return 0.0
+    m = torch.arange(1, visible, dtype=torch.float64)
+    gap = min(2.0 * logit_bound, 1e6)
+    log_z = torch.log(m) + torch.log1p((visible - m) / m * torch.exp(torch.tensor(-gap, dtype=torch.float64)))
+    low = torch.exp(-gap - log_z) * (visible - m)  # weight of all the low logits together
+    entropy = log_z + low * gap
+    # rounding of a handful of float64 operations on numbers below log(visible) + 1
+    return max(0.0, float(entropy.amin()) - 1e-12 * (1.0 + float(entropy.amin())))

@@ -1,0 +1,192 @@
+"""certify(model) -> Certificate: a proven upper bound on Lip(embeddings -> logits)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
+from lip_plugin.certificate.build import Graph, build, cap_norms, check_graph, radius_of, weight_norms
+from lip_plugin.certificate.graph import Norms, Residual
+from lip_plugin.certificate.upper import ONE, log10, mul, to_float
+from lip_plugin.errors import CertificateError, ConfigError
+
+FORMAT = "lip_plugin.certificate/1"
+NORM = "token norm (largest RMS norm of a token) -> token norm"
+SOURCES = ("weights", "caps")
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """One line of a certificate.
+
+    Attributes:
+        name: module of the sub-block (or norm slot, or head).
+        radius: bound on the token norm of what enters it.
+        lipschitz: bound on its own constant there (residual included).
+        log10_total: log10 of the bound from the embeddings up to and including it.
+    """
+
+    name: str
+    radius: float
+    lipschitz: float
+    log10_total: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A proven bound on how fast the logits of a model can move with its embeddings.
+
+    For any two inputs of the first block whose token norms are at most `radius`, the token norm of
+    the logits' difference is at most `lipschitz` times that of the inputs' difference: any mask,
+    any length, with or without KV cache, in eval mode, in real arithmetic on the stored weights.
+
+    Attributes:
+        lipschitz: the bound; inf where it exceeds 1.8e308 (see `log10_lipschitz`).
+        log10_lipschitz: its base-10 logarithm, rounded up.
+        radius: the ball it holds on, in token norm; every input made of tokens lies in it.
+        norm: which norms it is between.
+        source: `"weights"` (as they are) or `"caps"` (holds for every step of a run).
+        layers: one LayerBound per sub-block.
+        attention_logit: all attention logits lie, up to a shift per row, within +- this.
+        assumptions: what the number takes for granted.
+        model: class and family it was computed for.
+    """
+
+    lipschitz: float
+    log10_lipschitz: float
+    radius: float
+    norm: str
+    source: str
+    layers: tuple[LayerBound, ...]
+    attention_logit: float
+    assumptions: tuple[str, ...]
+    model: str
+
+    def smallest_entropy_lower(self, visible: int) -> float:
+        """Proven lower bound, in nats, on every attention row's entropy over `visible` tokens."""
+        return smallest_entropy_lower(self.attention_logit, visible)
+
+    def to_json(self) -> str:
+        """JSON text with a digest, which `from_json` checks. Infinities are written as strings."""
+        body = _encode(asdict(self))
+        return json.dumps({"format": FORMAT, "digest": _digest(body), "certificate": body}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Certificate:
+        """Inverse of `to_json`. Raises CertificateError for any other text, or one changed since."""
+        try:
+            outer = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CertificateError(f"not a certificate (not JSON: {error}); write a new one with certify(model).") from error
+        if not isinstance(outer, Mapping) or outer.get("format") != FORMAT:
+            raise CertificateError(f"not a certificate of this version: its format is not {FORMAT!r}.")
+        body = outer.get("certificate")
+        if not isinstance(body, Mapping) or outer.get("digest") != _digest(body):
+            raise CertificateError("the certificate was truncated or edited: its digest does not match its content.")
+        try:
+            values = {k: _decode(v) for k, v in body.items()}
+            values["layers"] = tuple(LayerBound(**{k: _decode(v) for k, v in row.items()}) for row in body["layers"])
+            values["assumptions"] = tuple(body["assumptions"])
+            return cls(**values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CertificateError(f"the certificate lacks or adds a field: {error}") from error
+
+    def __str__(self) -> str:
+        width = min(max([len(line.name) for line in self.layers] + [5]), 44)
+        head = f"{'layer':<{width}}  {'radius in':>10}  {'constant':>10}  {'log10 total':>11}"
+        rows = [
+            f"{line.name[-width:]:<{width}}  {line.radius:>10.4g}  {line.lipschitz:>10.4g}  {line.log10_total:>11.3f}"
+            for line in self.layers
+        ]
+        value = f"{self.lipschitz:.6g}" if math.isfinite(self.lipschitz) else f"10^{self.log10_lipschitz:.2f}"
+        last = f"Lipschitz <= {value} from {self.source}, on token norm <= {self.radius:.4g} ({self.model})"
+        return "\n".join([head, "-" * len(head), *rows, "-" * len(head), last])
+
+
+def certify(model: nn.Module, source: str = "weights", *, check: bool = True) -> Certificate:
+    """Prove an upper bound on Lip(embeddings -> logits), token norm to token norm.
+
+    Args:
+        model: a model of a known family, retrofitted or not, wrapped or not.
+        source: `"weights"` measures every norm (upwards, in float64); `"caps"` uses the caps alone.
+        check: compare the graph with the model's own forward first. The comparison is remembered, so
+            a second call costs nothing while the structure is unchanged.
+
+    Raises:
+        CertificateError: the graph does not reproduce the model, or a layer has no cap.
+        UnsupportedModelError: a module without a proven rule.
+        NonFiniteError: a weight holds nan or inf.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"certify(source={source!r}): choose 'weights' or 'caps'.")
+    with torch.no_grad():
+        graph = build(model)
+        if check:
+            check_graph(graph)
+        norms = weight_norms(graph) if source == "weights" else cap_norms(graph)
+        return _bound(graph, norms, source)
+
+
+def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
+    start = radius = radius_of(graph, source)
+    total, logit, rows = ONE, Decimal(0), []
+    for node in graph.body.nodes:
+        b = node.bound(radius, norms)
+        if isinstance(node, Residual) and isinstance(node.branch.nodes[1], Attention):
+            inner = node.branch.nodes[0].bound(radius, norms).radius
+            logit = max(logit, node.branch.nodes[1].logit_bound(inner, norms))
+        total = mul(total, b.lipschitz)
+        rows.append(LayerBound(node.name, to_float(radius), to_float(b.lipschitz), log10(total)))
+        radius = b.radius
+    return Certificate(
+        lipschitz=to_float(total),
+        log10_lipschitz=log10(total),
+        radius=to_float(start),
+        norm=NORM,
+        source=source,
+        layers=tuple(rows),
+        attention_logit=to_float(logit),
+        assumptions=_assumptions(graph, source),
+        model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
+    )
+
+
+def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
+    lines = [
+        "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up",
+        "inputs of the first block have token norm at most the radius, as all token embeddings do",
+        "the graph's forward was compared with the model's own on random weights",
+    ]
+    has_bias = any(getattr(m, "bias", None) is not None for *_, m, _ in graph.linears())
+    if source == "caps":
+        lines.append("every block is within its cap")
+        if has_bias:
+            lines.append("biases as they are now: they have no cap, so a later step may need a new certificate")
+    return tuple(lines)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {k: _encode(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,241 @@
+"""The executable graph: nodes that run AND bound.
+
+`run(x)` computes what the model computes, on x [batch, tokens, d] in x's own dtype; `bound(r)` gives,
+for inputs of token norm (largest RMS norm of a token) at most r, a bound on the output's token norm
+and on the Lipschitz constant between token norms on that ball. Each rule's proof is in
+docs/maths.md; all of them hold for any mask, any length, and with or without a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.upper import INF, ONE, add, div, mul, root, up
+from lip_plugin.modules import SLOPE_UPPER, ScaledActivation
+
+
+@dataclass(frozen=True)
+class Bound:
+    """On the ball of the input: token norm of the output, and Lipschitz constant, both from above."""
+
+    radius: Decimal
+    lipschitz: Decimal
+
+
+@dataclass(frozen=True)
+class LinearNorms:
+    """Proven upper bounds on one matrix: sigma_max, largest row 2-norm, sigma_max of each part by role.
+
+    `whole[role]` is sigma_max of the rows of q, k or v together, `heads[role]` of each head's rows.
+    """
+
+    sigma: Decimal
+    row: Decimal
+    whole: dict[str, Decimal] = field(default_factory=dict)
+    heads: dict[str, list[Decimal]] = field(default_factory=dict)
+
+
+Norms = dict[str, LinearNorms]
+
+
+class Watch:
+    """Collects, while a graph runs, the largest absolute activation and the attention's entropies."""
+
+    def __init__(self) -> None:
+        self.largest_activation = 0.0
+        self.smallest_entropy = float("inf")  # nats, over the last row of every head
+
+    def activation(self, x: Tensor) -> None:
+        self.largest_activation = max(self.largest_activation, float(x.detach().abs().amax()))
+
+    def attention(self, weights: Tensor) -> None:
+        last = weights[..., -1, :].detach().double()
+        entropy = -torch.special.xlogy(last, last).sum(-1)
+        self.smallest_entropy = min(self.smallest_entropy, float(entropy.amin()))
+
+
+class Node(Protocol):
+    name: str
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor: ...
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound: ...
+
+
+def rms(bias: Tensor | None) -> Decimal:
+    """RMS norm of a bias, rounded up; 0 without one."""
+    if bias is None or bias.numel() == 0:
+        return Decimal(0)
+    b = bias.detach().double()
+    return up(float(torch.linalg.vector_norm(b) / b.numel() ** 0.5) * (1 + 1e-12))
+
+
+def largest(values: Tensor | None) -> Decimal:
+    """Largest absolute entry, exact; 0 for none."""
+    return Decimal(0) if values is None or values.numel() == 0 else up(float(values.detach().double().abs().amax()))
+
+
+@dataclass
+class Linear:
+    """W x + b. Radius N r + RMS(b), constant N = sigma_max sqrt(d_in / d_out)."""
+
+    name: str
+    weight: Callable[[], Tensor]  # [d_out, d_in], read when needed: training goes on
+    bias: Callable[[], Tensor | None]
+    d_out: int
+    d_in: int
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        bias = self.bias()
+        y = nn.functional.linear(x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if watch is not None:
+            watch.activation(y)
+        return y
+
+    def norm(self, norms: Norms) -> Decimal:
+        return mul(norms[self.name].sigma, root(div(up(self.d_in), up(self.d_out))))
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        n = self.norm(norms)
+        return Bound(add(mul(n, r), rms(self.bias())), n)
+
+    def entrywise(self, norms: Norms) -> Decimal:
+        """Largest entry of W x over x of RMS norm 1: largest row norm times sqrt(d_in)."""
+        return mul(norms[self.name].row, root(up(self.d_in)))
+
+
+@dataclass
+class Scale:
+    """x -> scale * x: radius and constant abs(scale)."""
+
+    name: str
+    scale: float
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        return x * self.scale
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        s = up(abs(self.scale))
+        return Bound(mul(s, r), s)
+
+
+@dataclass
+class Norm:
+    """LayerNorm or RMSNorm that was kept: radius largest gain + RMS(bias), constant gain / sqrt(eps).
+
+    The centering of a LayerNorm is an orthogonal projection, so it changes neither number.
+    """
+
+    name: str
+    module: nn.Module
+    eps: float
+    center: bool
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        y = x - x.mean(-1, keepdim=True) if self.center else x
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = y if self.weight is None else y * self.weight.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        gain = ONE if self.weight is None else largest(self.weight)
+        # eps as the library computes with it: a float; sqrt from below by one unit of 1e-15
+        constant = div(gain, up(self.eps**0.5 * (1 - 1e-15))) if self.eps > 0 else INF
+        return Bound(add(min(gain, mul(constant, r)), rms(self.bias)), constant)
+
+
+@dataclass
+class Activation:
+    """Entrywise f with f(0) = 0 and abs(f(z)) <= abs(z): radius r, constant the largest slope."""
+
+    name: str
+    act: nn.Module
+    kind: str
+
+    @property
+    def factor(self) -> Decimal:
+        """What the module multiplies the activation with: 1/slope if it was scaled."""
+        return up(1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else ONE
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        return self.act(x)
+
+    def slope(self) -> Decimal:
+        # decimal string of the constant: its float may lie below the value that was rounded up
+        return mul(Decimal(repr(SLOPE_UPPER[self.kind])), self.factor)
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        return Bound(mul(self.factor, r), self.slope())
+
+
+@dataclass
+class Gate:
+    """act(gate x) * up x, entrywise: each term bounded with whichever factor is better entrywise."""
+
+    name: str
+    gate: Linear
+    up: Linear
+    act: Activation
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        y = self.act.run(self.gate.run(x, watch)) * self.up.run(x, watch)
+        if watch is not None:
+            watch.activation(y)
+        return y
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        g, u, factor = self.gate.bound(r, norms), self.up.bound(r, norms), self.act.factor
+        e_g, e_u = self.gate.entrywise(norms), self.up.entrywise(norms)
+        p_g = mul(factor, add(mul(e_g, r), largest(self.gate.bias())))
+        p_u = add(mul(e_u, r), largest(self.up.bias()))
+        a_g = mul(factor, g.radius)
+        moving_gate = mul(self.act.slope(), min(mul(g.lipschitz, p_u), mul(e_g, u.radius)))
+        moving_up = min(mul(p_g, u.lipschitz), mul(a_g, e_u))
+        return Bound(min(mul(p_g, u.radius), mul(a_g, p_u)), add(moving_gate, moving_up))
+
+
+@dataclass
+class Chain:
+    """Nodes one after another: constants multiply, radii are handed on."""
+
+    name: str
+    nodes: Sequence[Node]
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        for node in self.nodes:
+            x = node.run(x, watch)
+        return x
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        constant = ONE
+        for node in self.nodes:
+            b = node.bound(r, norms)
+            r, constant = b.radius, mul(constant, b.lipschitz)
+        return Bound(r, constant)
+
+
+@dataclass
+class Residual:
+    """x + f(x): radius r + r_f, constant 1 + L_f."""
+
+    name: str
+    branch: Chain
+
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        y = x + self.branch.run(x, watch)
+        if watch is not None:
+            watch.activation(y)
+        return y
+
+    def bound(self, r: Decimal, norms: Norms) -> Bound:
+        b = self.branch.bound(r, norms)
+        return Bound(add(r, b.radius), add(ONE, b.lipschitz))
+

@@ -1,0 +1,85 @@
+"""Arithmetic for upper bounds: non-negative decimals, every operation rounded up, no overflow.
+
+A bound is a sum and product of non-negative numbers, so rounding each operation upwards keeps it an
+upper bound. Decimal does that by a context setting, and its exponents do not end at 1e308, which
+the certificates of unconstrained models exceed. A few thousand operations per certificate cost
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, Context, Decimal
+
+_UP = Context(prec=28, rounding=ROUND_CEILING, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+ZERO, ONE, INF = Decimal(0), Decimal(1), Decimal("Infinity")
+
+
+def up(value: float | int | Decimal) -> Decimal:
+    """The number itself or the next decimal above it; nan becomes infinity, negative raises."""
+    d = _UP.plus(Decimal(value))
+    if d.is_nan():
+        return INF
+    if d < 0:
+        raise ValueError(f"an upper bound is never negative, got {value}")
+    return d
+
+
+def add(*terms: Decimal) -> Decimal:
+    """Sum, rounded up."""
+    total = ZERO
+    for t in terms:
+        total = _UP.add(total, t)
+    return total
+
+
+def mul(*factors: Decimal) -> Decimal:
+    """Product, rounded up; anything times infinity is infinity (0 too: the rules never cancel)."""
+    if any(f.is_infinite() for f in factors):
+        return INF
+    product = ONE
+    for f in factors:
+        product = _UP.multiply(product, f)
+    return product
+
+
+def div(a: Decimal, b: Decimal) -> Decimal:
+    """a / b, rounded up; b must be a value known exactly or from below."""
+    return INF if b == 0 or a.is_infinite() else _UP.divide(a, b)
+
+
+def root(value: Decimal) -> Decimal:
+    """Square root, rounded up (Decimal's sqrt ignores the rounding mode, so one step is added)."""
+    if value.is_infinite() or value == 0:
+        return value
+    return _UP.next_plus(_UP.sqrt(value))
+
+
+def norm2(values: Iterable[Decimal]) -> Decimal:
+    """Euclidean norm of a list of upper bounds, rounded up."""
+    return root(add(*(mul(v, v) for v in values)))
+
+
+def to_float(value: Decimal) -> float:
+    """Nearest float not below; inf beyond 1.8e308."""
+    if value.is_infinite():
+        return math.inf
+    f = float(value)
+    return f if Decimal(f) >= value else math.nextafter(f, math.inf)
+
+
+def log10(value: Decimal) -> float:
+    """log10, rounded up; -inf for zero."""
+    if value == 0:
+        return -math.inf
+    if value.is_infinite():
+        return math.inf
+    digits = value.log10(_UP)
+    return to_float_signed(_UP.next_plus(digits))
+
+
+def to_float_signed(value: Decimal) -> float:
+    """Float not below a decimal of either sign."""
+    f = float(value)
+    return f if Decimal(f) >= value else math.nextafter(f, math.inf)

@@ -1,0 +1,123 @@
+"""Everything that can be wrong with a model, asked before the first change is made to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lip_plugin.architecture import Parts
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.errors import ConfigError, NonFiniteError, TiedWeightsError, UnsupportedModelError
+from lip_plugin.modules import ConstantScale, activation_kind, is_linear
+
+
+def check_model(
+    model: nn.Module, names: Parts, config: LipschitzConfig, *, pretrained: bool, loading: bool = False
+) -> None:
+    """Refuse, by name and with the cure, whatever a retrofit could not do soundly.
+
+    Args:
+        pretrained: the weights were loaded from somewhere.
+        loading: the model is a skeleton whose weights come next (from_pretrained): values and
+            devices are not looked at, and the choice of norms was made when it was saved.
+    """
+    if not loading:
+        _check_values(model)
+        _check_norms_choice(model, names, config, pretrained)
+    _check_leaves(model, names)
+    _check_ties(model, names, config)
+    _check_nothing_left_over(model, names)
+    _check_overrides(names, config)
+    if config.norms != "keep":
+        for layer in names.layers:
+            if activation_kind(model.get_submodule(layer.act)) is None:
+                act = model.get_submodule(layer.act)
+                raise UnsupportedModelError(
+                    f"{layer.act} is {act}: no proven slope is known for it. Use gelu, gelu_new, silu, relu "
+                    "or tanh, or keep the norms (norms='keep') if you need no certificate."
+                )
+
+
+def _check_values(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device and has no values. Load the model first (without "
+                "device_map or init_empty_weights), then retrofit it."
+            )
+        if not p.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name} has dtype {p.dtype}: a quantized weight has no norm that training could keep. "
+                "Load the model unquantized."
+            )
+        if not torch.isfinite(p.detach()).all():
+            raise NonFiniteError(f"{name} holds nan or inf. Load a sound checkpoint before retrofitting.")
+
+
+def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig, pretrained: bool) -> None:
+    removed = isinstance(model.get_submodule(names.final_norm), ConstantScale)
+    if pretrained and config.norms is None and not removed:
+        raise ConfigError(
+            f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a function of its "
+            "norms: removing them destroys what it learned. Say which you want: "
+            "LipschitzConfig(norms='keep') caps the weights only, LipschitzConfig(norms='remove') removes the "
+            "norms all the same. To train from scratch, build the model from its config."
+        )
+
+
+def _check_leaves(model: nn.Module, names: Parts) -> None:
+    for _, name in names.linears():
+        module = model.get_submodule(name)
+        if hasattr(module, "base_layer"):
+            raise UnsupportedModelError(
+                f"{name} is wrapped by an adapter already. Order: retrofit(model), then get_peft_model(model, ...)."
+            )
+        if not is_linear(module):
+            raise UnsupportedModelError(
+                f"{name} is {type(module).__module__}.{type(module).__name__}, not a plain Linear or Conv1D: "
+                "load the model unquantized and without mixture-of-experts layers."
+            )
+    for name in filter(None, (names.tokens, names.positions)):
+        if not isinstance(model.get_submodule(name), nn.Embedding):
+            raise UnsupportedModelError(f"{name} is not an nn.Embedding; its rows cannot be bounded.")
+        if getattr(model.get_submodule(name), "max_norm", None) is not None:
+            raise UnsupportedModelError(f"{name} renormalizes itself at lookup (max_norm); set max_norm=None.")
+
+
+def _check_ties(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(name)
+    for tied in owners.values():
+        if len(tied) == 1:
+            continue
+        if sorted(tied) != sorted([f"{names.tokens}.weight", f"{names.head}.weight"]):
+            raise TiedWeightsError(
+                f"{' and '.join(tied)} are one Parameter: its blocks would need several caps at once. Untie them first."
+            )
+        if not config.untie_head:
+            raise TiedWeightsError(
+                f"{' and '.join(tied)} are tied, but a table of rows and a matrix have different constraints. "
+                "Use LipschitzConfig(untie_head=True)."
+            )
+
+
+def _check_nothing_left_over(model: nn.Module, names: Parts) -> None:
+    described = {name for _, name in names.linears()} | {names.tokens, *names.norms()}
+    described |= {names.positions} if names.positions else set()
+    for name, _ in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner not in described:
+            raise UnsupportedModelError(
+                f"{owner or type(model).__name__} ({type(model.get_submodule(owner)).__name__}) has weights that the "
+                "architecture does not describe, so nothing could be proven about the model. Mixture-of-experts, "
+                "state-space and cross-attention layers have no rule here."
+            )
+
+
+def _check_overrides(names: Parts, config: LipschitzConfig) -> None:
+    known = [name for _, name in names.linears()] + [n for n in (names.tokens, names.positions) if n]
+    for key in config.overrides:
+        if not any(name == key or name.endswith("." + key) for name in known):
+            sample = ", ".join(known[:4])
+            raise ConfigError(f"overrides[{key!r}] matches no layer. Layers are named like: {sample}.")

@@ -1,0 +1,131 @@
+"""LipschitzConfig: every choice of a retrofit, frozen, validated, and JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lip_plugin.errors import ConfigError
+
+METHOD_NAMES = (
+    "soft_cap",
+    "hard_cap",
+    "spectral_normalize",
+    "spectral_hammer",
+    "stiefel",
+    "spectral_weight_decay",
+    "weight_decay",
+)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": METHOD_NAMES,
+    "granularity": ("head", "matrix"),
+    "norms": (None, "remove", "keep"),
+    "biases": ("keep", "drop"),
+    "init": ("auto", "orthogonal", "keep"),
+}
+
+
+@dataclass(frozen=True)
+class LipschitzConfig:
+    """What a retrofit does; caps are stated in the RMS->RMS norm.
+
+    Args:
+        method: projection applied after every optimizer step (`lip_plugin.linalg.projections`).
+        w_max: the cap: largest RMS->RMS norm that a block may have.
+        overrides: caps of single layers, `{name: cap}`. A name is a module's full name or a dotted
+            suffix of it (`"mlp.c_fc"` means that layer in every block), as in peft's
+            `target_modules`. A name that matches nothing is an error.
+        granularity: `"head"` caps each head of q, k and v on its own, which the certificate
+            rewards; `"matrix"` caps each of q, k, v as a whole.
+        norms: `"remove"` (the recipe of arXiv 2507.13338: convex residual, no norm, no QK-norm) or
+            `"keep"` (caps only; the certificate stays honest and is usually astronomically large).
+            None means remove, but refuses a model whose weights were loaded from somewhere,
+            because a pretrained model is a function of its norms.
+        residual: a in x <- (1-a) x + a f(x); None is the paper's 1/(2L) for L layers.
+        attention_scale: attention logits are attention_scale * q.k / d_head.
+        value_scale: factor on the attention branch's output (the paper's 1/3).
+        embedding_max: bound on the token norm of what enters the first block; token and learned
+            position tables share it equally.
+        biases: `"keep"` (measured, and part of the certificate) or `"drop"` (fixed at zero).
+        untie_head: give a head that is tied to the embedding its own copy; the two have
+            different constraints, so False refuses such a model.
+        init: `"orthogonal"` (output projections zero, as in the paper), `"keep"`, or `"auto"`:
+            orthogonal when norms are removed from a model that was never loaded from anywhere.
+
+    Raises:
+        ConfigError: a value outside its range; the message names it.
+    """
+
+    method: str = "soft_cap"
+    w_max: float = 1.0
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    granularity: str = "head"
+    norms: str | None = None
+    residual: float | None = None
+    attention_scale: float = 1.0
+    value_scale: float = 1.0 / 3.0
+    embedding_max: float = 1.0
+    biases: str = "keep"
+    untie_head: bool = True
+    init: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(
+                    f"LipschitzConfig({name}={value!r}): choose one of {', '.join(map(repr, choices))}."
+                )
+        for name in ("w_max", "attention_scale", "value_scale", "embedding_max"):
+            _check_positive(name, getattr(self, name))
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
+        for layer, cap in self.overrides.items():
+            _check_positive(f"overrides[{layer!r}]", cap)
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        if self.residual is not None:
+            _check_positive("residual", self.residual)
+            if self.residual >= 1:
+                raise ConfigError(
+                    f"LipschitzConfig(residual={self.residual}): a in (1-a) x + a f(x) must lie in (0, 1)."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary of JSON types."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal config."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LipschitzConfig:
+        """Inverse of `to_dict`; unknown keys raise ConfigError, so no setting is lost in silence."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"LipschitzConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}. "
+                "Was this written by a newer lip_plugin?"
+            )
+        return cls(**dict(values))
+
+    @classmethod
+    def from_json(cls, text: str) -> LipschitzConfig:
+        """Inverse of `to_json`; raises ConfigError on text that is not a JSON object."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a LipschitzConfig: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"not a LipschitzConfig: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"LipschitzConfig({name}={value!r}): must be a finite number above 0.")

@@ -1,0 +1,236 @@
+"""Orthogonalize: W = U S V^T to about U V^T by polynomials, batched, sigma_max never above 1.
+
+Each step maps X to X p(X^T X) for an odd quintic x -> a x + b x^3 + c x^5 on the singular values.
+The image of an interval under such a quintic follows in closed form from its critical points, so
+the range of a whole sequence of steps on [0, 1] is exact: `output_range`. Its upper end, by which
+the result is divided, allows for a relative rounding error of 1 % before every step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lip_plugin.errors import ConfigError, NonFiniteError
+
+Quintic = tuple[float, float, float]
+
+_STEP_SLACK = (
+    1e-2  # how far rounding may lift a singular value before each step; see `output_range`
+)
+_MIN_INPUT = 1e-3  # the lower ends of the ranges below hold for singular values from here to 1
+_GRAM_ASPECT = 1.5  # from here on three steps on the Gram matrix cost less than on X itself
+_GRAM_STEPS = 3  # float32 Gram noise (1e-7) grows by 2e4 in the three steepest steps: restart then
+
+
+@dataclass(frozen=True)
+class CoefficientTable:
+    """A sequence of odd quintics (a, b, c); the last is repeated if more steps are asked for."""
+
+    quintics: tuple[Quintic, ...]
+    default_steps: int
+    source: str
+
+    def first(self, steps: int) -> tuple[Quintic, ...]:
+        """The first `steps` quintics."""
+        return (self.quintics + (self.quintics[-1],) * steps)[:steps]
+
+
+# As published, for singular values in [1e-3, 1]; without the safety factor.
+_POLAR_EXPRESS_RAW: tuple[Quintic, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+_SAFETY = 1.01  # p(x / 1.01): without it a value 1e-5 above 1 diverges within eight steps
+
+
+def _with_safety(quintics: tuple[Quintic, ...]) -> tuple[Quintic, ...]:
+    """p(x / safety) for all but the last, which is convergent by itself (the paper's own rule)."""
+    safe = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in quintics[:-1])
+    return (*safe, quintics[-1])
+
+
+TABLES: dict[str, CoefficientTable] = {
+    # after division by its range, outputs lie in [0.753, 1] with 5 steps, [0.993, 1] with 6,
+    # [0.9999, 1] with 8, for inputs in [1e-3, 1]
+    "polar_express": CoefficientTable(
+        _with_safety(_POLAR_EXPRESS_RAW),
+        6,
+        "Amsel, Persson, Musco, Gower: The Polar Express, arXiv 2505.16932, algorithm 1",
+    ),
+    # never converges: settles in [0.68, 1.21]
+    "muon": CoefficientTable(
+        ((3.4445, -4.7750, 2.0315),), 5, "Keller Jordan, https://kellerjordan.github.io/posts/muon/"
+    ),
+    # maps [0, 1] into itself, slow at first: 1.875 times each step for small values
+    "newton_schulz": CoefficientTable(
+        ((15 / 8, -10 / 8, 3 / 8),),
+        12,
+        "Higham, Functions of Matrices (2008), section 8.3: Pade family, quintic polynomial",
+    ),
+}
+
+# What is taken off the result for the rounding of the last product and of storing it: 8 u for the
+# half precisions (a stored orthogonal 1024 x 1024 is 0.24 % above 1 in bf16), generous above. These
+# are measured margins, not proofs: the sum of 10^6 roundings has no useful worst case.
+_STORE_SLACK = {
+    torch.bfloat16: 2.0**-6,
+    torch.float16: 2.0**-8,
+    torch.float32: 1e-5,
+    torch.float64: 1e-13,
+}
+
+
+def quintic_range(quintic: Quintic, lo: float, hi: float) -> tuple[float, float]:
+    """Exact image (up to float64) of [lo, hi], 0 <= lo, under a x + b x^3 + c x^5."""
+    a, b, c = quintic
+    points = [lo, hi]
+    discriminant = 9 * b * b - 20 * a * c
+    if discriminant >= 0 and c != 0:
+        for sign in (-1.0, 1.0):
+            t = (-3 * b + sign * math.sqrt(discriminant)) / (10 * c)
+            if t > 0 and lo < math.sqrt(t) < hi:
+                points.append(math.sqrt(t))
+    values = [x * (a + x * x * (b + c * x * x)) for x in points]
+    return min(values), max(values)
+
+
+@lru_cache(maxsize=256)
+def output_range(name: str, steps: int, lo: float = _MIN_INPUT) -> tuple[float, float]:
+    """(least output on [lo, 1], largest on [0, 1.01]) of the first `steps` quintics, before
+    dividing.
+
+    The image of an interval under a continuous map is an interval, so mapping intervals step by
+    step loses nothing. The upper end is inflated by 1 % before every step: rounding that lifts
+    a singular value by less cannot lift the output above it, except in the last product. Rounded
+    outwards by 1e-12.
+    """
+    least, most = lo, 1.0
+    for quintic in TABLES[name].first(steps):
+        most *= 1.0 + _STEP_SLACK
+        least = quintic_range(quintic, least * (1.0 - 1e-15), most)[0]
+        bottom, most = quintic_range(quintic, 0.0, most)
+        if bottom < 0.0:
+            raise ConfigError(f"table {name!r}: a step maps singular values below 0 ({bottom})")
+    return least * (1.0 - 1e-12), most * (1.0 + 1e-12)
+
+
+def _validated(name: str, steps: int | None) -> tuple[CoefficientTable, int]:
+    if name not in TABLES:
+        raise ConfigError(f"unknown coefficients {name!r}: choose one of {', '.join(TABLES)}")
+    table = TABLES[name]
+    steps = table.default_steps if steps is None else steps
+    if steps < 1:
+        raise ConfigError(f"orthogonalize needs at least one step, got {steps}")
+    return table, steps
+
+
+def _unit_max(x: Tensor, compute: torch.dtype, check_finite: bool) -> Tensor:
+    """`x` [batch, d_out, d_in] in the compute dtype, each block's largest entry 1: squares are
+    safe."""
+    largest = torch.linalg.vector_norm(x, ord=math.inf, dim=(-2, -1), keepdim=True)
+    if check_finite:
+        bad = int((~largest.isfinite()).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{bad} of {len(x)} blocks to orthogonalize hold nan or inf: look at the gradients "
+                "of this step (mixed precision: unscale first, skip steps that overflowed)"
+            )
+    wide = torch.promote_types(x.dtype, compute)
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    return (x.to(wide) / largest.to(wide)).to(compute)
+
+
+def _iterate(x: Tensor, quintics: tuple[Quintic, ...], segment: int, divide_by: float) -> Tensor:
+    """The quintics applied to x [batch, n, k], n <= k, restarting from x x^T every `segment` steps.
+
+    With q(G) = a I + b G + c G^2 each step is X <- q(G) X, G <- q(G)^2 G. Within a segment only
+    n x n matrices are multiplied and the polynomials accumulate in `p`; a segment of 1 is the
+    standard iteration. The first step divides by norm_F(G^2)^(1/4) >= sigma_max, a proven bound
+    that comes with the G^2 that is needed anyway.
+    """
+    for start in range(0, len(quintics), segment):
+        g = x @ x.mT
+        p: Tensor | None = None
+        scale: Tensor | None = None
+        part = quintics[start : start + segment]
+        for i, (a, b, c) in enumerate(part):
+            g2 = g @ g
+            if start == 0 and i == 0:
+                norm = torch.linalg.vector_norm(g2, dim=(-2, -1), keepdim=True, dtype=_wide(g2))
+                scale = norm.clamp_min(1e-30) ** 0.25
+                g = g / (scale**2).to(g.dtype)
+                g2 = g2 / (scale**4).to(g.dtype)
+            q = g2.mul_(c).add_(g, alpha=b)
+            q.diagonal(dim1=-2, dim2=-1).add_(a)
+            p = q if p is None else q @ p
+            if i + 1 < len(part):
+                g = q @ (q @ g)
+        assert p is not None  # a segment has at least one step
+        if scale is not None:
+            p = p / scale.to(p.dtype)
+        if start + segment >= len(quintics):
+            p = p / divide_by
+        x = p @ x
+    return x
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def orthogonalize(
+    blocks: Tensor,
+    coefficients: str = "polar_express",
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = True,
+) -> Tensor:
+    """Approximate polar factor U V^T of each block [..., d_out, d_in], with sigma_max (l2) <= 1.
+
+    The singular values come out in the table's `output_range` divided by its upper end: with the
+    default table and steps in [0.993, 1] for those above 1e-3 of norm_F((W W^T)^2)^(1/4) (which is
+    between sigma_max and n^(1/4) sigma_max), smaller ones smoothly lower, zero ones zero. In real
+    arithmetic never above 1; computed, up to 1 + 1e-6 (float32 and wider) or 1 + 2e-3 (bf16, fp16:
+    of blocks up to 1024 wide), as tested.
+
+    `dtype` computes in that precision: by default bf16 on CUDA, else float32, and float64 for
+    float64 blocks. The result has the dtype and shape of `blocks`, without gradient. Any scale
+    from the smallest to the largest number of the dtype; zero and empty blocks give themselves.
+    Raises NonFiniteError (`check_finite=False` saves its host synchronization; nan then stays nan)
+    and ConfigError. On wide or tall blocks (aspect ratio from 1.5 on) in float32 the iteration
+    runs on the smaller Gram matrix, restarted every three steps.
+    """
+    table, steps = _validated(coefficients, steps)
+    if not blocks.is_floating_point() or blocks.dim() < 2:
+        raise ConfigError(f"expected floats [..., d_out, d_in], got {blocks.dtype} {blocks.shape}")
+    if blocks.numel() == 0:
+        return blocks.detach().clone()
+    if dtype is None:
+        dtype = torch.bfloat16 if blocks.is_cuda else torch.float32
+        if blocks.dtype == torch.float64:
+            dtype = torch.float64
+    if dtype not in _STORE_SLACK:
+        raise ConfigError(f"cannot orthogonalize in {dtype}: choose one of {list(_STORE_SLACK)}")
+    d_out, d_in = blocks.shape[-2:]
+    x = _unit_max(blocks.detach().reshape(-1, d_out, d_in), dtype, check_finite)
+    if d_out > d_in:
+        x = x.mT
+    gram = dtype.itemsize >= 4 and max(d_out, d_in) >= _GRAM_ASPECT * min(d_out, d_in)
+    shrink = 1.0 + max(_STORE_SLACK[dtype], _STORE_SLACK.get(blocks.dtype, 0.0))
+    divide_by = output_range(coefficients, steps)[1] * shrink
+    x = _iterate(x, table.first(steps), _GRAM_STEPS if gram else 1, divide_by)
+    if d_out > d_in:
+        x = x.mT
+    return x.to(blocks.dtype).reshape(blocks.shape)

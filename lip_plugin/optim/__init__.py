@@ -1,0 +1,1 @@
+"""Optimizers that keep the caps: LipschitzMuon, and a projection for any other optimizer."""

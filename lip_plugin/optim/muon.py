@@ -1,0 +1,210 @@
+"""LipschitzMuon: steps of known norm, and a projection that keeps every block within its cap.
+
+A matrix block moves by lr * sqrt(d_out/d_in) * (its momentum, orthogonalized): at most lr in the
+RMS->RMS norm. So a block that was within its cap is within cap + lr after the move, and the
+projection knows that without measuring. This is what makes the constraint cheap.
+Source: arXiv 2507.13338, sections 3 and 4; Muon is Keller Jordan's, kellerjordan.github.io/posts/muon.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from lip_plugin.blocks import Layout, clamp_rows_
+from lip_plugin.errors import ConfigError
+from lip_plugin.linalg.polar import orthogonalize
+from lip_plugin.linalg.projections import project
+from lip_plugin.optim.batches import Batch, batches
+from lip_plugin.optim.groups import KINDS, param_groups
+from lip_plugin.optim.projection import attach_projection, check_finite, normalize_above_
+
+
+class LipschitzMuon(torch.optim.Optimizer):
+    """Muon with a projection for constrained matrices, row steps for embeddings, AdamW for the rest.
+
+    Args:
+        params: a retrofitted model, or parameter groups as `lip_plugin.optim.groups.param_groups`
+            makes them.
+        lr: rate of the matrices, in RMS->RMS norm per step; carries over between widths.
+        embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
+        adamw_lr: rate of everything else (biases, kept norms, adapters).
+        momentum: of matrices and rows; nesterov is always on.
+        weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
+        betas, eps, adamw_weight_decay: of the AdamW inside.
+
+    Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio.
+
+    Raises:
+        ConfigError: rates that are not positive, or groups without `kind`.
+        NotRetrofittedError: a model that `retrofit` was not applied to.
+        NonFiniteError: at a step, a gradient with nan or inf: named, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | list[dict[str, Any]],
+        lr: float = 0.05,
+        *,
+        embedding_lr: float | None = None,
+        adamw_lr: float = 3e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+    ) -> None:
+        for name, rate in (("lr", lr), ("embedding_lr", embedding_lr), ("adamw_lr", adamw_lr)):
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ConfigError(f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0.")
+        if not 0 <= momentum < 1 or weight_decay < 0:
+            raise ConfigError("LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative.")
+        model = params if isinstance(params, nn.Module) else None
+        groups = param_groups(model, lr, embedding_lr or lr, adamw_lr) if model is not None else params
+        for group in groups:  # type: ignore[union-attr]
+            if not isinstance(group, dict) or group.get("kind") not in KINDS:
+                raise ConfigError(
+                    "LipschitzMuon takes a retrofitted model, or the groups that lip_plugin.optim.groups."
+                    f"param_groups(model, ...) makes: dictionaries with a kind in {KINDS} and layouts."
+                )
+        defaults = {
+            "lr": lr,
+            "lr_ratio": 1.0,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "adamw_weight_decay": adamw_weight_decay,
+            "method": "soft_cap",
+        }
+        super().__init__(groups, defaults)  # type: ignore[arg-type]
+        # Versions of the weights as our last projection left them: a weight that something else
+        # wrote to since (a loaded checkpoint, a user) is measured again instead of trusted.
+        self._known: dict[int, tuple[int, int]] = {}
+        self.seconds_projecting = 0.0
+        if model is not None and any(hasattr(m, "lora_A") for m in model.modules()):
+            attach_projection(self, model)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known = {}
+        self.seconds_projecting = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; returns the closure's loss if a closure was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        for group in self.param_groups:
+            {"matrix": self._step_matrices, "row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](group)
+        return loss
+
+    def _check_gradients(self) -> None:
+        named = []
+        for group in self.param_groups:
+            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"]):
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise ConfigError(f"{name} has a sparse gradient; build its embedding with sparse=False.")
+                    named.append((f"gradient of {name}", p.grad))
+        check_finite(named)
+
+    def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov momentum of the gradient, in the gradient's float32 (or wider) form."""
+        grad = p.grad if p.grad.dtype == torch.float64 else p.grad.float()  # type: ignore[union-attr]
+        state = self.state[p]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(grad)
+        buffer = state["momentum"]
+        buffer.lerp_(grad, 1 - group["momentum"])
+        return torch.lerp(grad, buffer, group["momentum"])
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        rate = group["lr"] * group["lr_ratio"]
+        moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        weights = [group["params"][i] for i in moved]
+        layouts = [Layout.from_plain(group["layouts"][i]) for i in moved]
+        unknown = [i for i, w in enumerate(weights) if self._known.get(id(w)) != (w._version, w.data_ptr())]
+        if unknown:
+            normalize_above_([weights[i] for i in unknown], [layouts[i] for i in unknown])
+        updates = [self._momentum(w, group) for w in weights]
+        for batch in batches(weights, layouts):
+            self._step_batch(batch, batch.like(updates, layouts), rate, group)
+        for w in weights:
+            self._known[id(w)] = (w._version, w.data_ptr())
+
+    def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
+        """Move and project the blocks of one shape; all of them were within their cap before."""
+        d_out, d_in = update.shape[-2:]
+        decay = group["weight_decay"]
+        step = orthogonalize(update, check_finite=False)
+        stored = batch.gather()
+        blocks = stored.to(step.dtype).mul_(1 - rate * decay)
+        blocks.add_(step, alpha=-rate * (d_out / d_in) ** 0.5)
+        began = time.perf_counter()
+        if batch.cap is not None:
+            # For weight_decay the fixed point of Muon is 1/decay: the cap, if decay = 1/cap.
+            wanted = 1.0 / batch.cap if "weight_decay" in group["method"] else decay
+            # The slack covers rounding: of this step, and of the one before.
+            upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + 1e-5)
+            narrow = blocks.dtype != stored.dtype
+            blocks = project(
+                blocks.to(stored.dtype),
+                batch.cap,
+                group["method"],
+                lr=rate,
+                weight_decay=wanted,
+                norm_upper=None if narrow else upper,
+            )
+        batch.scatter_(blocks)
+        self.seconds_projecting += time.perf_counter() - began
+
+    def _step_rows(self, group: dict[str, Any]) -> None:
+        """Each row with a gradient moves by at most rate in RMS norm; rows unseen this step stay."""
+        rate = group["lr"] * group["lr_ratio"]
+        for p, plain in zip(group["params"], group["layouts"]):
+            if p.grad is None:
+                continue
+            update = self._momentum(p, group)
+            size = update.square().mean(-1, keepdim=True).sqrt()
+            seen = (p.grad != 0).any(-1, keepdim=True)
+            update = torch.where(seen, update / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
+            p.mul_(1 - rate * group["weight_decay"]).add_(update.to(p.dtype), alpha=-rate)
+            for segment, rows in Layout.from_plain(plain).views(p):
+                if segment.cap is not None:
+                    clamp_rows_(rows, segment.cap)
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if "exp_avg" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * group["lr_ratio"],
+            weight_decay=group["adamw_weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
