@@ -108,8 +108,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--w-max", type=float, default=2.0, help="cap on every block, RMS->RMS norm")
-    parser.add_argument("--attention-scale", type=float, default=1.0)
+    parser.add_argument("--w-max", type=float, default=1.0, help="cap on every block, RMS->RMS norm")
+    parser.add_argument("--head-max", type=float, default=8.0, help="cap on the output head")
+    parser.add_argument("--attention-scale", type=float, default=16.0, help="logits are this times q.k / d_head")
     parser.add_argument("--residual", type=float, default=None)
     parser.add_argument("--lr", type=float, default=0.05, help="RMS->RMS norm per step")
     parser.add_argument("--seed", type=int, default=0)
@@ -157,7 +158,10 @@ def main() -> None:
         dataloader_drop_last=True,
     )
     config = LipschitzConfig(
-        w_max=options.w_max, attention_scale=options.attention_scale, residual=options.residual
+        w_max=options.w_max,
+        overrides={"lm_head": options.head_max},
+        attention_scale=options.attention_scale,
+        residual=options.residual,
     )
     trainer = Trainer(
         model=model,

@@ -19,7 +19,8 @@ _HOOKED = "transformers.quantizers.auto"
 def register_all() -> None:
     """Register families and saved-model loading; cheap, and safe to call again."""
     import lip_plugin.integrations.hf_families
-    import lip_plugin.integrations.nanogpt_family  # noqa: F401
+    import lip_plugin.integrations.nanogpt_family
+    import lip_plugin.integrations.peft_lora  # noqa: F401
 
     if _HOOKED in sys.modules:
         _register_persistence()

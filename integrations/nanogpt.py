@@ -3,7 +3,7 @@
     python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR config/train_shakespeare_char.py --lip_w_max=2
     python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR sample.py --out_dir=out-shakespeare-char
 
-Nothing in DIR is written to: the class `model.GPT` is patched in memory, so that every model it
+No file of the checkout is changed: the class `model.GPT` is patched in memory, so that every model it
 builds is retrofitted and trained by LipschitzMuon. Beside each ckpt.pt lie then `lipschitz.json` (the
 choices, read again by init_from=resume and sample.py) and `certificate.json`. A fork that has its
 own start script calls `patch(GPT, LipschitzConfig(...))` instead, right after importing GPT.
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lip_plugin.integrations.nanogpt_patch import OPTION_PREFIX, Options, install, patch
 from torch import nn
 
+from lip_plugin.certificate.certify import certify
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError, UnsupportedModelError
+from lip_plugin.integrations.nanogpt_patch import OPTION_PREFIX, Options, install, patch
 
 logger = logging.getLogger("lip_plugin.integrations.nanogpt")  # __name__ is "__main__" under python -m
 
@@ -80,8 +81,6 @@ class _Run:
             torch.save, torch.load = save, load
 
     def _certify(self, model: nn.Module, folder: Path) -> None:
-        from lip_plugin.certificate.certify import certify
-
         try:
             weights, caps = certify(model, source="weights"), certify(model, source="caps")
         except CertificateError as error:  # hours of training are worth more than one certificate

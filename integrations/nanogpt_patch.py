@@ -19,6 +19,9 @@ from lip_plugin.surgery import retrofit
 
 SENTINEL = "lipschitz_retrofit"  # state_dict key of a model that kept its norms, see _retrofit
 OPTION_PREFIX = "--lip_"
+# Under a cap of 1 the logits of 65 characters have token norm 1 at most, and the loss stops at 3.1. The
+# head's own cap is the cheap way out: it multiplies the certificate once, not once per layer.
+HEAD_CAP = {"lm_head": 8.0}
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Options:
     """Every choice of a run: the constraint, and the rates that nanoGPT has no names for.
 
     Args:
-        config: see LipschitzConfig.
+        config: see LipschitzConfig; by default its defaults, and a cap of 8 for the head.
         lr: rate of the matrices at nanoGPT's full learning_rate, in RMS->RMS norm per step.
         embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
         adamw_lr: rate of biases and kept norms; None takes nanoGPT's learning_rate.
@@ -36,7 +39,7 @@ class Options:
         ConfigError: a value outside its range.
     """
 
-    config: LipschitzConfig = field(default_factory=LipschitzConfig)
+    config: LipschitzConfig = field(default_factory=lambda: LipschitzConfig(overrides=HEAD_CAP))
     lr: float = 0.05
     embedding_lr: float | None = None
     adamw_lr: float | None = None
@@ -62,7 +65,8 @@ class Options:
     def from_dict(cls, values: Mapping[str, Any]) -> Options:
         """Inverse of `to_dict`; keys that are absent take their defaults, unknown ones raise ConfigError."""
         rates = {k: v for k, v in values.items() if k in _RATES}
-        return cls(LipschitzConfig.from_dict({k: v for k, v in values.items() if k not in _RATES}), **rates)
+        config = {k: v for k, v in values.items() if k not in _RATES}
+        return cls(LipschitzConfig.from_dict({**cls().config.to_dict(), **config}), **rates)
 
 
 _RATES = tuple(f.name for f in dataclasses.fields(Options) if f.name != "config")
@@ -75,7 +79,7 @@ def patch(
 
     Args:
         gpt_class: the class; changed in memory only.
-        config: see LipschitzConfig; None takes its defaults.
+        config: see LipschitzConfig; None takes its defaults, and a cap of 8 for the head.
         rates: `lr`, `embedding_lr`, `adamw_lr`, `momentum`, see Options.
 
     Returns:
@@ -84,7 +88,7 @@ def patch(
     Raises:
         ConfigError: a class that is patched already, or a rate outside its range.
     """
-    options = Options(config or LipschitzConfig(), **rates)
+    options = Options(config or Options().config, **rates)
     return install(gpt_class, lambda: options, lambda model: None)
 
 

@@ -89,6 +89,9 @@ class Family:
     on_retrofit: Callable[[nn.Module, Any], None] = field(default=lambda model, config: None)
 
 
+# Words in the class names of layers that no rule covers, whatever surrounds them.
+_NO_RULE = ("sparsemoe", "moeblock", "experts", "mamba")
+
 _FAMILIES: dict[str, Family] = {}
 
 
@@ -108,15 +111,36 @@ def find_family(model: nn.Module) -> Family:
     Raises UnsupportedModelError, with the way to describe a new one, if there is none.
     """
     for family in _FAMILIES.values():
-        if family.matches(model):
+        if family.matches(model) and not _is_wrapper(model):
             return family
     kind = getattr(getattr(model, "config", None), "model_type", None)
     what = f"{type(model).__name__}" + (f" (model_type {kind!r})" if kind else "")
+    _refuse_by_name(model, what)
     raise UnsupportedModelError(
         f"No architecture is described for {what}. Known: {', '.join(_FAMILIES) or 'none'}. "
         "If it is a pre-norm decoder with plain Linear layers, describe it as in "
         "lip_plugin/integrations/hf_families.py and call lip_plugin.architecture.register_family."
     )
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    return type(model).__module__.partition(".")[0] in ("torch", "peft", "accelerate")
+
+
+def _refuse_by_name(model: nn.Module, what: str) -> None:
+    """Raise if one of the modules inside tells why there is no architecture for this model."""
+    for name, module in list(model.named_modules())[1:]:
+        cls = type(module).__name__
+        if _is_wrapper(model) and any(family.matches(module) for family in _FAMILIES.values()):
+            raise UnsupportedModelError(
+                f"{what} wraps a {cls}. Order: retrofit the model itself, before DDP, torch.compile or "
+                "get_peft_model wraps it."
+            )
+        if any(word in cls.lower() for word in _NO_RULE):
+            raise UnsupportedModelError(
+                f"{what}: {name} is {cls}. Mixture-of-experts and state-space layers have no rule here; "
+                f"known are {', '.join(_FAMILIES) or 'none'}."
+            )
 
 
 @dataclass(frozen=True)

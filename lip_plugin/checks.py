@@ -8,7 +8,7 @@ from torch import nn
 from lip_plugin.architecture import Parts
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, NonFiniteError, TiedWeightsError, UnsupportedModelError
-from lip_plugin.modules import ConstantScale, activation_kind, is_linear
+from lip_plugin.modules import ConstantScale, ConstrainedEmbedding, activation_kind, is_linear
 
 
 def check_model(
@@ -56,6 +56,11 @@ def _check_values(model: nn.Module) -> None:
 
 def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig, pretrained: bool) -> None:
     removed = isinstance(model.get_submodule(names.final_norm), ConstantScale)
+    if removed and config.norms == "keep":
+        raise ConfigError(
+            f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, and its weights were "
+            "trained without. Use norms='remove', or build the model anew."
+        )
     if pretrained and config.norms is None and not removed:
         raise ConfigError(
             f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a function of its "
@@ -78,8 +83,11 @@ def _check_leaves(model: nn.Module, names: Parts) -> None:
                 "load the model unquantized and without mixture-of-experts layers."
             )
     for name in filter(None, (names.tokens, names.positions)):
-        if not isinstance(model.get_submodule(name), nn.Embedding):
-            raise UnsupportedModelError(f"{name} is not an nn.Embedding; its rows cannot be bounded.")
+        cls = type(model.get_submodule(name))
+        if cls not in (nn.Embedding, ConstrainedEmbedding):  # a subclass may scale what it looks up
+            raise UnsupportedModelError(
+                f"{name} is {cls.__module__}.{cls.__name__}, not a plain nn.Embedding; its rows cannot be bounded."
+            )
         if getattr(model.get_submodule(name), "max_norm", None) is not None:
             raise UnsupportedModelError(f"{name} renormalizes itself at lookup (max_norm); set max_norm=None.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +84,11 @@ class LipschitzConfig:
             _check_positive(name, getattr(self, name))
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
+        if not isinstance(self.untie_head, bool):
+            raise ConfigError(f"LipschitzConfig(untie_head={self.untie_head!r}): must be True or False.")
         for layer, cap in self.overrides.items():
+            if not isinstance(layer, str) or not layer:
+                raise ConfigError(f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer.")
             _check_positive(f"overrides[{layer!r}]", cap)
         object.__setattr__(self, "overrides", dict(self.overrides))
         if self.residual is not None:
@@ -127,5 +131,6 @@ class LipschitzConfig:
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"LipschitzConfig({name}={value!r}): must be a finite number above 0.")

@@ -50,6 +50,8 @@ def _is_conv1d(cls: type) -> bool:
 
 def __getattr__(name: str) -> Any:
     if name == "ConstrainedConv1D":  # built when first asked for: its parent lives in transformers
+        if name in globals():  # one class for ever, or earlier models could not be pickled
+            return globals()[name]
         from importlib import import_module
 
         parent = import_module("transformers.pytorch_utils").Conv1D
@@ -173,7 +175,8 @@ def set_branch_scale_(module: nn.Module, scale: float | None) -> None:
         module.register_forward_hook(BranchScale(scale))
 
 
-_REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
+# What each kind computes: the function that its slope is proven for.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "gelu": nn.functional.gelu,
@@ -204,7 +207,7 @@ def activation_kind(act: Any) -> str | None:
     probe = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)
     with torch.no_grad():
         values = act(probe)
-    for kind, reference in _REFERENCE.items():
+    for kind, reference in ACTIVATIONS.items():
         if torch.allclose(values, reference(probe), rtol=0.0, atol=1e-9):
             return kind
     return None

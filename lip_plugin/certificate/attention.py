@@ -1,14 +1,17 @@
 """Multi-head softmax attention, before its output map: run and bound.
 
-In 2-norms, for one head with key and value deviations (biases that softmax cannot see left out):
+In 2-norms, for one head, with Q, K, V bounds on the size of q, k, v (biases that softmax cannot see
+left out of K and V) and D_q, D_k, D_v their Lipschitz constants:
 
-    value path   sigma_v: a convex mixture of sigma_v-Lipschitz maps
-    score path   tau (D_q K + Q D_k) V, because moving the weights changes the output by a covariance
-                 of logits and values, at most the logits' deviation times the values'
+    values move    D_v           a convex mixture of D_v-Lipschitz maps
+    keys move      tau Q D_k V   moving the weights changes the output by a covariance of logits and
+    queries move   tau D_q K V   values, at most the logits' deviation times the values'
 
-with D the Lipschitz constants of q and k, and Q, K, V bounds on their size. Heads are joined two
-ways and the smaller is taken, term by term: each head with its own norms, or the query's movement
-spread over the heads (its 2-norm over all heads is at most that of the whole q). Proofs: docs/maths.md.
+Values and keys move with the same tokens, and their effects are uncorrelated over the mixture, so
+they add as squares, unless a rotation or a norm treats each token's key differently. Heads are
+joined two ways and the smaller is taken, term by term: each head with its own norms, or the query's
+movement (or size) spread over the heads: its 2-norm over all heads is at most that of the whole q.
+Proofs: docs/maths.md.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.graph import Bound, Linear, Norm, Norms, Scale, Watch, rms
-from lip_plugin.certificate.upper import ONE, ZERO, add, div, mul, norm2, root, up
+from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, mul, norm2, root, up
 
 
 @dataclass
@@ -95,20 +98,25 @@ class Attention:
         seen = p.role == "q" or post is not None or turned
         biases = p.head_biases() if seen else [ZERO] * p.heads
         constants = list(table.heads[p.role])
-        sizes = [add(mul(s, radius), b) for s, b in zip(constants, biases)]
+        sizes = [add(mul(s, radius), b) for s, b in zip(constants, biases, strict=True)]
         whole = table.whole[p.role]
         whole_size = min(add(mul(whole, radius), norm2(biases)), norm2(sizes))
         if post is not None:
-            bounds = [post.bound(div(s, _from_below(width)), norms) for s in sizes]
+            bounds = [post.bound(div(s, below(width)), norms) for s in sizes]
             sizes = [mul(b.radius, width) for b in bounds]
-            constants = [mul(c, b.lipschitz) for c, b in zip(constants, bounds)]
+            constants = [mul(c, b.lipschitz) for c, b in zip(constants, bounds, strict=True)]
             whole, whole_size = mul(whole, max(b.lipschitz for b in bounds)), norm2(sizes)
         if turned:
             factor = up(abs(float(getattr(self.rotary, "attention_scaling", 1.0))))
             sizes, constants = [mul(s, factor) for s in sizes], [mul(c, factor) for c in constants]
             whole, whole_size = mul(whole, factor), mul(whole_size, factor)
         group = self.q.heads // p.heads
-        return _Sizes([c for c in constants for _ in range(group)], [s for s in sizes for _ in range(group)], whole, whole_size)
+        return _Sizes(
+            [c for c in constants for _ in range(group)],
+            [s for s in sizes for _ in range(group)],
+            whole,
+            whole_size,
+        )
 
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         q = self._sizes(self.q, r, norms, self.q_norm)
@@ -119,9 +127,14 @@ class Attention:
         key_moves = [mul(tau, q.sizes[h], k.constants[h], v.sizes[h]) for h in heads]
         joint_query = mul(tau, q.whole, max(mul(k.sizes[h], v.sizes[h]) for h in heads))
         joint_key = mul(tau, q.whole_size, max(mul(k.constants[h], v.sizes[h]) for h in heads))
-        together = norm2([add(v.constants[h], query_moves[h], key_moves[h]) for h in heads])
+        # uncorrelated only if every token's key comes from its input by the same linear map
+        join = norm2 if self.rotary is None and not isinstance(self.k_norm, Norm) else _sum
+        together = norm2(
+            [add(join([v.constants[h], key_moves[h]]), query_moves[h]) for h in heads],
+        )
         apart = add(
-            norm2(v.constants), min(norm2(query_moves), joint_query), min(norm2(key_moves), joint_key)
+            join([norm2(v.constants), min(norm2(key_moves), joint_key)]),
+            min(norm2(query_moves), joint_query),
         )
         # 2-norm to 2-norm so far; as RMS norms, times sqrt(d_in / (heads d_head))
         factor = root(div(up(self.d_in), up(self.q.heads * self.d_head)))
@@ -135,7 +148,7 @@ class Attention:
         """B such that all logits of every row lie, up to a common shift, in [-B, B]."""
         q = self._sizes(self.q, r, norms, self.q_norm)
         k = self._sizes(self.k, r, norms, self.k_norm)
-        return mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes)))
+        return mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -148,9 +161,8 @@ class _Sizes:
     whole_size: Decimal
 
 
-def _from_below(value: Decimal) -> Decimal:
-    """A divisor that is not above the number that `value` was rounded up from."""
-    return value.next_minus().next_minus()
+def _sum(values: list[Decimal]) -> Decimal:
+    return add(*values)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

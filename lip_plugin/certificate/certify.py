@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
-from lip_plugin.certificate.build import Graph, build, cap_norms, check_graph, radius_of, weight_norms
+from lip_plugin.certificate.build import Graph, build
+from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.graph import Norms, Residual
-from lip_plugin.certificate.upper import ONE, log10, mul, to_float
+from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, radius_of, refuse_non_finite, weight_norms
+from lip_plugin.certificate.upper import ONE, log10, mul, to_float, up
 from lip_plugin.errors import CertificateError, ConfigError
 
 FORMAT = "lip_plugin.certificate/1"
@@ -85,16 +87,22 @@ class Certificate:
         """Inverse of `to_json`. Raises CertificateError for any other text, or one changed since."""
         try:
             outer = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CertificateError(f"not a certificate (not JSON: {error}); write a new one with certify(model).") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CertificateError(
+                f"not a certificate (not JSON: {error}); write a new one with certify(model)."
+            ) from error
         if not isinstance(outer, Mapping) or outer.get("format") != FORMAT:
             raise CertificateError(f"not a certificate of this version: its format is not {FORMAT!r}.")
         body = outer.get("certificate")
         if not isinstance(body, Mapping) or outer.get("digest") != _digest(body):
-            raise CertificateError("the certificate was truncated or edited: its digest does not match its content.")
+            raise CertificateError(
+                "the certificate was truncated or edited: its digest does not match its content."
+            )
         try:
             values = {k: _decode(v) for k, v in body.items()}
-            values["layers"] = tuple(LayerBound(**{k: _decode(v) for k, v in row.items()}) for row in body["layers"])
+            values["layers"] = tuple(
+                LayerBound(**{k: _decode(v) for k, v in row.items()}) for row in body["layers"]
+            )
             values["assumptions"] = tuple(body["assumptions"])
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
@@ -104,7 +112,8 @@ class Certificate:
         width = min(max([len(line.name) for line in self.layers] + [5]), 44)
         head = f"{'layer':<{width}}  {'radius in':>10}  {'constant':>10}  {'log10 total':>11}"
         rows = [
-            f"{line.name[-width:]:<{width}}  {line.radius:>10.4g}  {line.lipschitz:>10.4g}  {line.log10_total:>11.3f}"
+            f"{line.name[-width:]:<{width}}  {line.radius:>10.4g}  {line.lipschitz:>10.4g}  "
+            f"{line.log10_total:>11.3f}"
             for line in self.layers
         ]
         value = f"{self.lipschitz:.6g}" if math.isfinite(self.lipschitz) else f"10^{self.log10_lipschitz:.2f}"
@@ -123,6 +132,7 @@ def certify(model: nn.Module, source: str = "weights", *, check: bool = True) ->
 
     Raises:
         CertificateError: the graph does not reproduce the model, or a layer has no cap.
+        ConfigError: an unknown source.
         UnsupportedModelError: a module without a proven rule.
         NonFiniteError: a weight holds nan or inf.
     """
@@ -130,6 +140,7 @@ def certify(model: nn.Module, source: str = "weights", *, check: bool = True) ->
         raise ConfigError(f"certify(source={source!r}): choose 'weights' or 'caps'.")
     with torch.no_grad():
         graph = build(model)
+        refuse_non_finite(graph.root)
         if check:
             check_graph(graph)
         norms = weight_norms(graph) if source == "weights" else cap_norms(graph)
@@ -137,7 +148,9 @@ def certify(model: nn.Module, source: str = "weights", *, check: bool = True) ->
 
 
 def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
-    start = radius = radius_of(graph, source)
+    # the bound is for the very ball that is stated, so the radius is rounded up to a float first
+    start = to_float(radius_of(graph, source))
+    radius = up(start)
     total, logit, rows = ONE, Decimal(0), []
     for node in graph.body.nodes:
         b = node.bound(radius, norms)
@@ -150,7 +163,7 @@ def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
     return Certificate(
         lipschitz=to_float(total),
         log10_lipschitz=log10(total),
-        radius=to_float(start),
+        radius=start,
         norm=NORM,
         source=source,
         layers=tuple(rows),
@@ -163,14 +176,21 @@ def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
 def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
     lines = [
         "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up",
-        "inputs of the first block have token norm at most the radius, as all token embeddings do",
-        "the graph's forward was compared with the model's own on random weights",
+        "inputs of the first block have token norm at most the radius, as every sum of one row from each "
+        "embedding table has (token types, or embeddings of another origin, may not)",
+        "the graph's forward was compared with the model's own on random weights; attention functions and "
+        "activations of the libraries are what they were then",
     ]
-    has_bias = any(getattr(m, "bias", None) is not None for *_, m, _ in graph.linears())
     if source == "caps":
-        lines.append("every block is within its cap")
-        if has_bias:
-            lines.append("biases as they are now: they have no cap, so a later step may need a new certificate")
+        lines.append(f"every block is within its cap times {CAP_SLACK}")
+        capped = {f"{name}.weight" for _, name in graph.parts.linears()}
+        capped |= {f"{name}.weight" for name in graph.tables()}
+        free = [n for n, p in graph.root.named_parameters() if n not in capped and p.requires_grad]
+        if free:
+            lines.append(
+                f"biases, gains of kept norms and what else has no cap ({len(free)} tensors) as they are "
+                "now: after a later step it needs a new certificate"
+            )
     return tuple(lines)
 
 
@@ -185,7 +205,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    return float(value) if value in ("inf", "-inf", "nan") else value
+    return float(value) if isinstance(value, str) and value in ("inf", "-inf") else value
 
 
 def _digest(body: Mapping[str, Any]) -> str:

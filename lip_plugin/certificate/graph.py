@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.certificate.upper import INF, ONE, add, div, mul, root, up
-from lip_plugin.modules import SLOPE_UPPER, ScaledActivation
+from lip_plugin.linalg.norms import row_rms_max_upper
+from lip_plugin.modules import ACTIVATIONS, SLOPE_UPPER, ScaledActivation
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ def rms(bias: Tensor | None) -> Decimal:
     """RMS norm of a bias, rounded up; 0 without one."""
     if bias is None or bias.numel() == 0:
         return Decimal(0)
-    b = bias.detach().double()
-    return up(float(torch.linalg.vector_norm(b) / b.numel() ** 0.5) * (1 + 1e-12))
+    return up(float(row_rms_max_upper(bias.detach().reshape(1, -1))))
 
 
 def largest(values: Tensor | None) -> Decimal:
     """Largest absolute entry, exact; 0 for none."""
-    return Decimal(0) if values is None or values.numel() == 0 else up(float(values.detach().double().abs().amax()))
+    if values is None or values.numel() == 0:
+        return Decimal(0)
+    return up(float(values.detach().double().abs().amax()))
 
 
 @dataclass
@@ -166,7 +168,9 @@ class Activation:
         return up(1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else ONE
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
-        return self.act(x)
+        # the function that the slope was proven for, not the module: a hook on that would hide here
+        y = ACTIVATIONS[self.kind](x)
+        return y * (1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else y
 
     def slope(self) -> Decimal:
         # decimal string of the constant: its float may lie below the value that was rounded up
@@ -238,4 +242,3 @@ class Residual:
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         b = self.branch.bound(r, norms)
         return Bound(add(r, b.radius), add(ONE, b.lipschitz))
-

@@ -56,6 +56,11 @@ def root(value: Decimal) -> Decimal:
     return _UP.next_plus(_UP.sqrt(value))
 
 
+def below(value: Decimal) -> Decimal:
+    """A divisor: at or below the exact root that `root` rounded `value` up from (at most 1.5 units)."""
+    return _UP.next_minus(_UP.next_minus(value))
+
+
 def norm2(values: Iterable[Decimal]) -> Decimal:
     """Euclidean norm of a list of upper bounds, rounded up."""
     return root(add(*(mul(v, v) for v in values)))

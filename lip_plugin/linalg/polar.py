@@ -19,9 +19,7 @@ from lip_plugin.errors import ConfigError, NonFiniteError
 
 Quintic = tuple[float, float, float]
 
-_STEP_SLACK = (
-    1e-2  # how far rounding may lift a singular value before each step; see `output_range`
-)
+_STEP_SLACK = 1e-2  # how far rounding may lift a singular value before each step; see `output_range`
 _MIN_INPUT = 1e-3  # the lower ends of the ranges below hold for singular values from here to 1
 _GRAM_ASPECT = 1.5  # from here on three steps on the Gram matrix cost less than on X itself
 _GRAM_STEPS = 3  # float32 Gram noise (1e-7) grows by 2e4 in the three steepest steps: restart then

@@ -16,8 +16,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lip_plugin.errors import ConfigError, NonFiniteError
-from lip_plugin.linalg.norms import sigma_max_upper, sigma_max_within
+from lip_plugin.errors import ConfigError
+from lip_plugin.linalg.norms import refuse_non_finite, sigma_max_upper, sigma_max_within
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.spectrum import top_singular_triple
 
@@ -30,7 +30,6 @@ TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
 # bracket is 62/81. So an interval [0, x_max] can be mapped onto [0, 1] monotonically up to x_max =
 # 81/62, with alpha = (1/3) / x_max^2 = 0.19530 there.
 SOFT_CAP_MAX_INPUT = 81.0 / 62.0
-_ALPHA_MAX = (1.0 / 3.0) / SOFT_CAP_MAX_INPUT**2
 _SLACK = 1e-5  # on bounds the caller knows: so one step's rounding cannot add to the next one's
 
 
@@ -65,8 +64,7 @@ class Method:
 
 
 def soft_cap_alpha(x_max: float | Tensor) -> float | Tensor:
-    """Least alpha for which p2(p1(.)) maps [0, x_max] into [0, 1], rounded up; x_max in units of
-    the cap.
+    """Least alpha for which p2(p1(.)) maps [0, x_max] (units of the cap) into [0, 1], rounded up.
 
     p1(x) = x - alpha x^3, p2(x) = x + alpha x^3. With y = alpha x_max^2 the condition p(x_max) = 1
     reads y^2 (3 - 3 y + y^2) = 1 - 1 / x_max; the left side is convex and increasing on [0, 1/3],
@@ -91,27 +89,16 @@ def _gram_and_side(x: Tensor) -> tuple[Tensor, bool]:
     return (x @ x.mT if left else x.mT @ x), left
 
 
-def _in_units(w: Tensor, call: _Call, factor: Tensor | None = None) -> Tensor:
-    inverse = 1.0 / call.scale if factor is None else factor / call.scale
-    return w * inverse.to(w.dtype)
-
-
-def _measured(w: Tensor, call: _Call) -> Tensor:
-    """Proven bound on the norms in units of the cap: the caller's, or a computed one."""
-    if call.x_max is not None:
-        return call.x_max
-    return sigma_max_upper(w)[:, None, None] / call.scale * (1.0 + 1e-14)
-
-
 def _soft_cap(w: Tensor, call: _Call) -> Result:
-    """p2(p1(s)) - s = -s y^2 (3 - 3 y + y^2) with y = alpha s^2: two products of the smaller
-    side."""
-    known = call.x_max is not None
-    x_max = _measured(w, call) + (_SLACK if known else 0.0)
+    """p2(p1(s)) - s = -s y^2 (3 - 3 y + y^2), y = alpha s^2: two products on the smaller side."""
+    if call.x_max is None:
+        x_max = sigma_max_upper(w)[:, None, None] / call.scale * (1.0 + 1e-14)
+    else:
+        x_max = call.x_max + _SLACK
     factor: Tensor | None = None
     if call.x_max_host + _SLACK > SOFT_CAP_MAX_INPUT:
         factor = (SOFT_CAP_MAX_INPUT / x_max).clamp(max=1.0)
-    x = _in_units(w, call, factor)
+    x = w * ((1.0 if factor is None else factor) / call.scale).to(w.dtype)
     y, left = _gram_and_side(x)
     alpha = soft_cap_alpha(x_max)
     assert isinstance(alpha, Tensor)
@@ -195,18 +182,17 @@ def _weight_decay(w: Tensor, call: _Call) -> Result:
     return torch.full_like(call.scale, call.decay), None, inside
 
 
-_INF = math.inf
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "weight_decay": Method(_weight_decay, 1.0, 0.0, "(1 - lr wd) s"),
+        "weight_decay": Method(_weight_decay, 1.0, 1e-6, "(1 - lr wd) s"),
         "spectral_weight_decay": Method(
             _spectral_weight_decay, 1.0, 1e-5, "the largest becomes s_1 (1 - lr wd)"
         ),
-        "spectral_normalize": Method(_spectral_normalize, _INF, 1e-6, "s / max(1, s_1)"),
-        "stiefel": Method(_stiefel, _INF, 1e-6, "1, for s above 1e-3 of the largest"),
+        "spectral_normalize": Method(_spectral_normalize, math.inf, 1e-6, "s / max(1, s_1)"),
+        "stiefel": Method(_stiefel, math.inf, 1e-6, "1, for s above 1e-3 of the largest"),
         "spectral_hammer": Method(_spectral_hammer, 1.0, 1e-2, "the largest becomes 1"),
-        "hard_cap": Method(_hard_cap, _INF, 1e-5, "min(1, s), exactly"),
-        "soft_cap": Method(_soft_cap, _INF, 1e-5, "p2(p1(s)), least alpha for the input's norm"),
+        "hard_cap": Method(_hard_cap, math.inf, 1e-5, "min(1, s), exactly"),
+        "soft_cap": Method(_soft_cap, math.inf, 1e-5, "p2(p1(s)), least alpha for the input's norm"),
     }
 )
 
@@ -226,8 +212,7 @@ def _per_block(value: float | Tensor, blocks: Tensor, name: str, least: float) -
 
 
 def _caught(w: Tensor, scale: Tensor, tolerance: float) -> Tensor:
-    """`w`, with the blocks that are not proven to be within scale * (1 + tolerance) divided by a
-    bound."""
+    """`w`, where not proven to be within scale * (1 + tolerance) divided by a proven bound."""
     inside = sigma_max_within(w, scale[:, 0, 0] * (1.0 + tolerance))
     if bool(inside.all()):
         return w
@@ -238,8 +223,7 @@ def _caught(w: Tensor, scale: Tensor, tolerance: float) -> Tensor:
 
 
 def _stored(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`w` rounded to a half precision, shrunk until the rounded block is proven to be within the
-    cap."""
+    """`w` rounded to a half precision, shrunk until that is proven to be within the cap."""
     limit = scale[:, 0, 0] * (1.0 + TOLERANCE[dtype])
     for attempt in range(1, 20):
         narrow = w.to(dtype)
@@ -286,7 +270,8 @@ def project(
     d_out, d_in = blocks.shape[-2:]
     master = torch.promote_types(blocks.dtype, torch.float32)
     w = blocks.reshape(-1, d_out, d_in).to(master)
-    _refuse_non_finite(w, known is not None)
+    if known is None or w.device.type == "cpu":
+        refuse_non_finite(torch.linalg.vector_norm(w, ord=math.inf, dim=(-2, -1)))
     x_max_host = math.inf
     if isinstance(norm_upper, (int, float)) and isinstance(cap, (int, float)):
         x_max_host = norm_upper / cap
@@ -303,15 +288,3 @@ def project(
     elif new is w:
         new = w.clone()
     return new.reshape(blocks.shape)
-
-
-def _refuse_non_finite(w: Tensor, vouched: bool) -> None:
-    if vouched and w.device.type != "cpu":
-        return
-    largest = torch.linalg.vector_norm(w, ord=math.inf, dim=(-2, -1))
-    bad = int((~largest.isfinite()).sum())
-    if bad:
-        raise NonFiniteError(
-            f"{bad} of {len(w)} blocks to project hold nan or inf: look at the step before (learning "
-            "rate, gradients); the projection has changed nothing"
-        )

@@ -1,7 +1,6 @@
-"""Largest eigenvalues of symmetric positive semidefinite matrices: estimated, and proven from
-above.
+"""Largest eigenvalues of positive semidefinite matrices [batch, n, n]: estimated, and bounded.
 
-The engine room of `norms`. All take [batch, n, n]. Rounding: u = 2^-53 is float64's unit roundoff,
+The engine room of `norms`. Rounding: u = 2^-53 is float64's unit roundoff,
 gamma_n = n u / (1 - n u). A computed dot product of length k, in any order of summation, with or
 without FMA, is off by at most gamma_k |x|.|y| (Higham, "Accuracy and Stability of Numerical
 Algorithms", 2nd ed., sections 3.1 and 3.5). Matrix products are assumed to be conventional ones (no
@@ -15,6 +14,7 @@ from torch import Tensor
 
 U = 2.0**-53  # unit roundoff of float64, round to nearest (IEEE 754)
 SLACK = 1.0 + 2.0**-49  # covers 16 roundings of scalar float64 arithmetic, upwards
+_EIGENVALUES_UP_TO = 128  # below this size all eigenvalues cost less than forty Lanczos steps
 _LANCZOS_STEPS = 40  # flat tops are then known to 5e-4 of lambda_max, isolated ones to float32
 _POWER_ROUNDS = 30
 _POWER_WIDTH = 8
@@ -25,9 +25,21 @@ def gamma(n: int) -> float:
     return n * U / (1.0 - n * U) * SLACK
 
 
-def lanczos_top(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(estimate, doubt): of lambda_max of float32 matrices [batch, n, n], and how far it still
-    moves.
+def lambda_max_guess(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(guess, margin): guess * (1 + margin) is probably just above lambda_max; neither is a bound.
+
+    `g` float64 of trace at most 1. The margin stays under 2e-3, which is 0.1 % of sigma_max.
+    """
+    if g.shape[-1] <= _EIGENVALUES_UP_TO:
+        guess = torch.linalg.eigvalsh(g.nan_to_num())[:, -1]  # nan is refused later, by name
+        return guess, torch.full_like(guess, 1e-6)
+    guess, doubt = _lanczos_top(g.float())
+    # measured: the error is at most 5.3 times the doubt on dense flat tops, far less elsewhere
+    return guess, (6.0 * doubt / guess.clamp_min(1e-30)).clamp(1e-4, 1.9e-3)
+
+
+def _lanczos_top(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(estimate, doubt) of lambda_max of float32 matrices: the doubt is how far it still moves.
 
     Neither is a bound. The start is a fixed pseudo-random vector, so that equal weights give equal
     bounds on every rank. No reorthogonalization: ghosts repeat the top Ritz value, harmlessly.
@@ -49,7 +61,7 @@ def lanczos_top(g: Tensor) -> tuple[Tensor, Tensor]:
             t[:, i, i + 1] = t[:, i + 1, i] = beta[:, 0, 0]
         before, v = v, r / beta.clamp_min(1e-30)
     early = max(1, steps - 6)
-    t = t.double()
+    t = t.double().nan_to_num()
     top = torch.linalg.eigvalsh(t)[:, -1]
     return top, top - torch.linalg.eigvalsh(t[:, :early, :early])[:, -1]
 
@@ -75,8 +87,11 @@ def proven_lambda_max(g: Tensor, c: Tensor, slack: Tensor) -> tuple[Tensor, Tens
     return bound, info == 0
 
 
-def lambda_max_upper_slow(g: Tensor, slack: Tensor) -> Tensor:
-    """Bounds of lambda_max for the few Gram matrices whose Lanczos estimate was too low."""
+def lambda_max_upper_slow(g: Tensor, slack: Tensor, wide: Tensor) -> Tensor:
+    """Bounds of lambda_max for the few whose guess was too low; `wide` is tried first."""
+    bound, ok = proven_lambda_max(g, wide, slack)
+    if bool(ok.all()):
+        return bound
     top = torch.linalg.eigvalsh(g)[:, -1]
     bound, ok = proven_lambda_max(g, top * (1.0 + 1e-6), slack)
     return torch.where(ok, bound, (gram_iteration(g, 12) + slack) * SLACK)
@@ -91,7 +106,7 @@ def gram_iteration(g: Tensor, rounds: int) -> Tensor:
     product and of the division. f stays above 1 / sqrt(n), so nothing underflows.
     """
     n = g.shape[-1]
-    gamma = gamma(2 * n + 8)
+    product = gamma(2 * n + 8)
     scales = []
     x = g
     for i in range(rounds + 1):
@@ -105,13 +120,12 @@ def gram_iteration(g: Tensor, rounds: int) -> Tensor:
     # norm_F of the computed X_K: n^2 roundings of the sum, and of each entry
     top = torch.linalg.vector_norm(x, dim=(-2, -1)) * (1.0 + gamma(n * n + 8))
     for f in reversed(scales[1:]):
-        top = (f * top + gamma).sqrt() * SLACK
-    return scales[0] * (top + gamma) * SLACK
+        top = (f * top + product).sqrt() * SLACK
+    return scales[0] * (top + product) * SLACK
 
 
 def top_singular_triple(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, s, v): attained s = norm2(x v), u = x v / s, v the top Ritz vector of a block power
-    iteration."""
+    """(u, s, v): v the top Ritz vector of a block power iteration, s = norm2(x v), u = x v / s."""
     if x.shape[-2] < x.shape[-1]:
         v, s, u = top_singular_triple(x.mT)
         return u, s, v

@@ -9,6 +9,7 @@ from torch import nn
 from lip_plugin.blocks import ROW
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
+from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import require_retrofit
 
 KINDS = ("matrix", "row", "adamw")
@@ -24,6 +25,7 @@ def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: flo
     root, state = require_retrofit(model)
     layouts = {id(m.weight): m.layout for _, m in constrained_modules(root)}
     for name, module in constrained_modules(root):
+        refuse_sharded(module.weight)
         if module.layout.norm != ROW and not module.layout.covers(module.weight):
             raise UnsupportedModelError(
                 f"{name}.weight has shape {tuple(module.weight.shape)}, which its blocks do not tile: it was flattened or "

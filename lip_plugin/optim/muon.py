@@ -37,6 +37,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         momentum: of matrices and rows; nesterov is always on.
         weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
         betas, eps, adamw_weight_decay: of the AdamW inside.
+        steps: of the orthogonalization; with 5, singular values of the update lie in [0.75, 1].
 
     Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio.
 
@@ -58,11 +59,12 @@ class LipschitzMuon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
+        steps: int = 5,
     ) -> None:
         for name, rate in (("lr", lr), ("embedding_lr", embedding_lr), ("adamw_lr", adamw_lr)):
             if rate is not None and not 0 < rate < float("inf"):
                 raise ConfigError(f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0.")
-        if not 0 <= momentum < 1 or weight_decay < 0:
+        if not 0 <= momentum < 1 or not 0 <= weight_decay < float("inf"):
             raise ConfigError("LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative.")
         model = params if isinstance(params, nn.Module) else None
         groups = param_groups(model, lr, embedding_lr or lr, adamw_lr) if model is not None else params
@@ -71,6 +73,11 @@ class LipschitzMuon(torch.optim.Optimizer):
                 raise ConfigError(
                     "LipschitzMuon takes a retrofitted model, or the groups that lip_plugin.optim.groups."
                     f"param_groups(model, ...) makes: dictionaries with a kind in {KINDS} and layouts."
+                )
+            if group["kind"] != "adamw" and len(group.get("layouts", ())) != len(list(group["params"])):
+                raise ConfigError(
+                    f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each of its params, "
+                    "as lip_plugin.optim.groups.param_groups(model, ...) makes them."
                 )
         defaults = {
             "lr": lr,
@@ -81,11 +88,13 @@ class LipschitzMuon(torch.optim.Optimizer):
             "eps": eps,
             "adamw_weight_decay": adamw_weight_decay,
             "method": "soft_cap",
+            "steps": steps,
         }
         super().__init__(groups, defaults)  # type: ignore[arg-type]
-        # Versions of the weights as our last projection left them: a weight that something else
-        # wrote to since (a loaded checkpoint, a user) is measured again instead of trusted.
-        self._known: dict[int, tuple[int, int]] = {}
+        # The weights as our last projection left them, by address and Frobenius norm: a weight that
+        # something else wrote to since (a loaded checkpoint, a user, even through `.data`, which
+        # no version counter sees) is measured again instead of trusted.
+        self._known: dict[int, tuple[int, Tensor]] = {}
         self.seconds_projecting = 0.0
         if model is not None and any(hasattr(m, "lora_A") for m in model.modules()):
             attach_projection(self, model)
@@ -102,10 +111,20 @@ class LipschitzMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_rates()
         self._check_gradients()
         for group in self.param_groups:
             {"matrix": self._step_matrices, "row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](group)
         return loss
+
+    def _check_rates(self) -> None:
+        for group in self.param_groups:
+            rate, decay = group["lr"] * group["lr_ratio"], group["weight_decay"]
+            if not 0 <= rate < float("inf") or rate * decay > 1:
+                raise ConfigError(
+                    f"LipschitzMuon: rate {rate:g} with weight_decay {decay:g}: a rate must be finite and not negative, "
+                    "and rate * weight_decay at most 1, or the decay turns the weights around."
+                )
 
     def _check_gradients(self) -> None:
         named = []
@@ -133,27 +152,38 @@ class LipschitzMuon(torch.optim.Optimizer):
         moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         weights = [group["params"][i] for i in moved]
         layouts = [Layout.from_plain(group["layouts"][i]) for i in moved]
-        unknown = [i for i, w in enumerate(weights) if self._known.get(id(w)) != (w._version, w.data_ptr())]
+        unknown = self._written_since(weights)
         if unknown:
             normalize_above_([weights[i] for i in unknown], [layouts[i] for i in unknown])
         updates = [self._momentum(w, group) for w in weights]
+        if rate == 0:  # as a warmup's first step: nothing moves, so nothing needs a projection
+            return
         for batch in batches(weights, layouts):
             self._step_batch(batch, batch.like(updates, layouts), rate, group)
-        for w in weights:
-            self._known[id(w)] = (w._version, w.data_ptr())
+        for w, norm in zip(weights, _norms(weights), strict=True):
+            self._known[id(w)] = (w.data_ptr(), norm)
+
+    def _written_since(self, weights: list[Tensor]) -> list[int]:
+        """Indices of the weights that are not as our last step left them; one synchronization."""
+        if not weights:
+            return []
+        none = (-1, weights[0].new_full((), -1.0, dtype=torch.float32))
+        known = [self._known.get(id(w), none) for w in weights]
+        same = (torch.stack(_norms(weights)) == torch.stack([norm for _, norm in known])).tolist()
+        return [i for i, w in enumerate(weights) if not (same[i] and known[i][0] == w.data_ptr())]
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
         """Move and project the blocks of one shape; all of them were within their cap before."""
         d_out, d_in = update.shape[-2:]
         decay = group["weight_decay"]
-        step = orthogonalize(update, check_finite=False)
+        step = orthogonalize(update, steps=group["steps"], check_finite=False)
         stored = batch.gather()
         blocks = stored.to(step.dtype).mul_(1 - rate * decay)
         blocks.add_(step, alpha=-rate * (d_out / d_in) ** 0.5)
         began = time.perf_counter()
         if batch.cap is not None:
-            # For weight_decay the fixed point of Muon is 1/decay: the cap, if decay = 1/cap.
-            wanted = 1.0 / batch.cap if "weight_decay" in group["method"] else decay
+            # s <- (1 - rate wanted)(s + rate) has its fixed point at 1 / wanted - rate: the cap.
+            wanted = 1.0 / (batch.cap + rate) if "weight_decay" in group["method"] else decay
             # The slack covers rounding: of this step, and of the one before.
             upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + 1e-5)
             narrow = blocks.dtype != stored.dtype
@@ -175,9 +205,11 @@ class LipschitzMuon(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             update = self._momentum(p, group)
-            size = update.square().mean(-1, keepdim=True).sqrt()
             seen = (p.grad != 0).any(-1, keepdim=True)
-            update = torch.where(seen, update / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
+            largest = update.abs().amax(-1, keepdim=True)  # first, so that no square over- or underflows
+            update = torch.where(seen & (largest > 0), update / largest, 0.0)
+            size = update.square().mean(-1, keepdim=True).sqrt()
+            update = torch.where(size > 0, update / size, 0.0)
             p.mul_(1 - rate * group["weight_decay"]).add_(update.to(p.dtype), alpha=-rate)
             for segment, rows in Layout.from_plain(plain).views(p):
                 if segment.cap is not None:
@@ -208,3 +240,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _norms(weights: list[Tensor]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(w.detach(), dtype=torch.float32) for w in weights]

@@ -76,7 +76,9 @@ def normalize_above_(weights: list[Tensor], layouts: list[Layout]) -> None:
 @torch.no_grad()
 def keep_within_caps_(model: nn.Module) -> None:
     """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
-    root, _ = require_retrofit(model)
+    root, state = require_retrofit(model)
+    for projector in _PROJECTORS:  # first: they refuse by name what they cannot keep, before a change
+        projector(root, state.config.method, 0.0)
     found = [m for _, m in constrained_modules(root)]
     matrices = [m for m in found if m.layout.norm != ROW]
     normalize_above_([m.weight for m in matrices], [m.layout for m in matrices])
@@ -112,8 +114,8 @@ def step_projection_(model: nn.Module, method: str | None, *, lr: float, frozen:
     method = method or state.config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
     check_finite([(f"{n}.weight", m.weight) for n, m in found])
-    # 1/cap is the decay under which Muon's fixed point is the cap (design, section 7)
-    decay = 1.0 / state.config.w_max
+    # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
+    decay = 1.0 / (state.config.w_max + lr)
     project_weights_([m.weight for _, m in found], [m.layout for _, m in found], method, lr=lr, weight_decay=decay)
     for projector in _PROJECTORS:
         projector(root, method, lr)

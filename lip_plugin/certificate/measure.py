@@ -1,0 +1,107 @@
+"""The numbers that a bound starts from: proven norms of the weights, or of everything within the caps."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.blocks import RMS_TO_RMS, Layout, Segment
+from lip_plugin.certificate.build import Graph
+from lip_plugin.certificate.graph import LinearNorms, Norms
+from lip_plugin.certificate.upper import add, div, mul, norm2, root, up
+from lip_plugin.errors import CertificateError, NonFiniteError
+from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
+from lip_plugin.modules import Constrained, is_transposed
+from lip_plugin.optim.batches import batches
+from lip_plugin.surgery import linear_layout
+
+# How far above its cap rounding may leave a block, in any dtype: what every projection promises
+# (float32 leaves 1e-5, a weight that somebody else wrote 5e-4, bf16 1e-3). Rows are re-checked as stored.
+CAP_SLACK, ROW_SLACK = Decimal("1.001"), Decimal("1.000000001")
+
+
+def refuse_non_finite(root: nn.Module) -> None:
+    """Raise NonFiniteError naming the first parameter that holds nan or inf: no norm would see a bias's."""
+    named = [(name, p.detach()) for name, p in root.named_parameters() if p.numel()]
+    extremes = [torch.stack(torch.aminmax(p)).abs().amax().double().cpu() for _, p in named]
+    for (name, _), extreme in zip(named, extremes, strict=True):
+        if not bool(torch.isfinite(extreme)):
+            raise NonFiniteError(f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint.")
+
+
+def weight_norms(graph: Graph) -> Norms:
+    """Proven norms of the weights as they are: whole, per head, and per q, k, v; batched by shape."""
+    linears = graph.linears()
+    weights: list[Tensor] = []
+    layouts: list[Layout] = []
+    keys: list[tuple[str, str]] = []  # (name of the linear map, what is measured of it)
+    for role, name, module, weight in linears:
+        wanted = {"all": _one_block(module, weight)}
+        if role in ("q", "k", "v", "qkv"):
+            wanted["heads"] = linear_layout(module, role, 0.0, graph.parts, "head")
+        if role == "qkv":
+            wanted["whole"] = linear_layout(module, role, 0.0, graph.parts, "matrix")
+        for what, layout in wanted.items():
+            weights.append(weight)
+            layouts.append(layout)
+            keys.append((name, what))
+    sigma: dict[tuple[str, str], dict[str, list[Decimal]]] = {key: {} for key in keys}
+    for batch in batches(weights, layouts):
+        values = sigma_max_upper(batch.gather()).tolist()
+        start = 0
+        for view, owner, position in zip(batch.views, batch.owners, batch.positions, strict=True):
+            found = [up(v) for v in values[start : start + view.shape[0]]]
+            sigma[keys[owner]][layouts[owner].segments[position].role] = found
+            start += view.shape[0]
+    norms: Norms = {}
+    for role, name, module, weight in linears:
+        matrix = weight.detach().t() if is_transposed(module) else weight.detach()
+        row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
+        whole = sigma[name, "all"]["all"][0]
+        parts = {r: v[0] for r, v in sigma.get((name, "whole"), {role: [whole]}).items()}
+        norms[name] = LinearNorms(whole, row, parts, sigma.get((name, "heads"), {role: [whole]}))
+    return norms
+
+
+def _one_block(module: nn.Module, weight: Tensor) -> Layout:
+    transposed = is_transposed(module)
+    rows = weight.shape[1 if transposed else 0]
+    return Layout(RMS_TO_RMS, transposed, (Segment("all", 0, 1, rows, 0.0),))
+
+
+def cap_norms(graph: Graph) -> Norms:
+    """The same bounds from the caps alone, so true after every step of a run.
+
+    Raises CertificateError for a layer without a cap.
+    """
+    norms: Norms = {}
+    for role, name, module, weight in graph.linears():
+        layout = getattr(module, "layout", None)
+        if layout is None or any(s.cap is None for s in layout.segments):
+            raise CertificateError(
+                f"{name} has no cap; certify(model, source='weights') measures it instead."
+            )
+        d_in = weight.shape[0 if layout.transposed else 1]
+        heads = {s.role: s for s in linear_layout(module, role, 0.0, graph.parts, "head").segments}
+        # a block's cap in RMS->RMS norm is a cap on sigma_max of cap * sqrt(d_out / d_in)
+        sigma = {s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in layout.segments}
+        whole = {s.role: norm2([sigma[s.role]] * s.count) for s in layout.segments}
+        per_head = {r: [sigma[r]] * s.count for r, s in heads.items()}
+        norms[name] = LinearNorms(norm2(whole.values()), max(sigma.values()), whole, per_head)
+    return norms
+
+
+def radius_of(graph: Graph, source: str) -> Decimal:
+    """Bound on the token norm of the embeddings that enter the first block."""
+    rows = []
+    for name in graph.tables():
+        module = graph.root.get_submodule(name)
+        if source == "caps":
+            if not isinstance(module, Constrained):
+                raise CertificateError(f"{name} has no cap; certify(model, source='weights') measures it.")
+            rows.append(mul(ROW_SLACK, up(module.layout.segments[0].cap)))  # type: ignore[arg-type]
+        else:
+            rows.append(up(float(row_rms_max_upper(module.weight))))  # type: ignore[arg-type]
+    return add(*rows)

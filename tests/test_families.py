@@ -1,0 +1,459 @@
+"""The contract, as one table: every family x everything that a retrofit promises."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from families import FAMILIES, HF_FAMILIES, tiny
+from oracles import CAP_TOLERANCE, Recipe, fingerprint, logits_of, loss_of, randomize_, worst_over_cap
+from torch import nn
+
+from lip_plugin import LipschitzConfig, LipschitzMuon, certify, release, retrofit
+from lip_plugin.architecture import families, find_family, parts
+from lip_plugin.errors import ConfigError
+from lip_plugin.integrations.hf_families import HF_ARCHITECTURES
+from lip_plugin.modules import ConstantScale, Constrained, constrained_modules
+from lip_plugin.surgery import find_retrofit
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
+
+
+def ids(tokens: int = 12) -> torch.Tensor:
+    return torch.randint(67, (2, tokens))
+
+
+def retrofitted(family: str, config: LipschitzConfig | None = None, **overrides) -> nn.Module:
+    """A tiny constrained model with random weights, so that no zero map hides a branch."""
+    model = tiny(family, **overrides)
+    retrofit(model, config)
+    return randomize_(model)
+
+
+def table_of(model: nn.Module):
+    return parts(model, find_family(model).architecture)
+
+
+def test_every_family_that_is_known_is_driven_by_this_table():
+    assert set(families()) == {a.name for a in HF_ARCHITECTURES} | {"nanogpt"}
+    assert set(FAMILIES) == set(families())
+
+
+RECIPES = {
+    "paper": {},
+    "chosen": {"residual": 0.3, "attention_scale": 0.7, "value_scale": 0.5},
+}
+
+
+@every_family
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_forward_is_the_recipe_to_1e_10(family, recipe):
+    chosen = RECIPES[recipe]
+    model = retrofitted(family, LipschitzConfig(**chosen)).double()
+    expected = Recipe(
+        family,
+        model,
+        residual=chosen.get("residual"),
+        logits=chosen.get("attention_scale", 1.0),
+        values=chosen.get("value_scale", 1 / 3),
+    )(x := ids())
+    got = logits_of(model, x)
+    # both in float64: some hundred roundings of 1e-16, and powers of c up to 1 / 0.3
+    assert float((got - expected).detach().abs().max() / expected.detach().abs().max()) < 1e-10
+    assert float(expected.detach().std(1).mean()) > 0.05  # the network does depend on its input
+
+
+@every_family
+def test_gradients_are_those_of_the_recipe(family):
+    model = retrofitted(family).double()
+    x, towards = ids(), torch.randn(2, 12, 67, dtype=torch.float64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad((logits_of(model, x) * towards).sum(), parameters)
+    expected = torch.autograd.grad((Recipe(family, model)(x) * towards).sum(), parameters)
+    for g, e in zip(got, expected, strict=True):
+        assert float((g - e).abs().max()) <= 1e-10 * float(e.abs().max())
+
+
+@every_family
+def test_a_wrong_recipe_is_told_from_the_right_one(family):
+    """The two tests above could not fail if the comparison did not see each constant."""
+    model, x = retrofitted(family).double(), ids()
+    got = logits_of(model, x)
+    for wrong in ({"residual": 0.26}, {"logits": 1.05}, {"values": 0.34}):
+        expected = Recipe(family, model, **wrong)(x)
+        assert float((got - expected).detach().abs().max() / expected.detach().abs().max()) > 1e-6
+
+
+@every_family
+def test_hidden_states_are_those_of_the_recipe_over_c_k(family):
+    """u_k = x_k / c_k: what enters the final slot, times its constant, is what enters the head."""
+    model, x = retrofitted(family).double(), ids()
+    names, seen = table_of(model), {}
+    slot, head = model.get_submodule(names.final_norm), model.get_submodule(names.head)
+    slot.register_forward_hook(lambda m, args, out: seen.update(u=args[0]))
+    head.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
+    logits_of(model, x)
+    a, steps = 1 / 4, 4
+    assert slot.scale == pytest.approx((1 - a) ** steps, rel=1e-15)
+    assert torch.equal(seen["u"] * slot.scale, seen["x"])
+
+
+@every_family
+def test_only_the_norms_leave_the_state_dict(family):
+    model = tiny(family)
+    before, names = list(model.state_dict()), table_of(model)
+    gone = tuple(f"{name}." for name in names.norms())
+    retrofit(model)
+    assert list(model.state_dict()) == [k for k in before if not k.startswith(gone)]
+    assert all(isinstance(model.get_submodule(n), ConstantScale) for n in names.norms())
+
+
+@every_family
+def test_the_parameters_are_the_very_same_objects(family):
+    model = tiny(family)
+    before = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    cls, dtype = type(model), next(model.parameters()).dtype
+    was_tied = before["lm_head.weight"] is next(model.parameters())
+    retrofit(model)
+    assert type(model) is cls
+    for name, p in model.named_parameters(remove_duplicate=False):
+        assert p.dtype == dtype
+        if name == "lm_head.weight" and was_tied:
+            assert p is not before[name]  # the head got its own copy
+        else:
+            assert p is before[name]
+
+
+@every_family
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_untied_by_an_equal_copy(family, tied):
+    if family == "nanogpt":
+        model = tiny(family)
+        if not tied:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    else:
+        model = tiny(family, tie_word_embeddings=tied)
+    names = table_of(model)
+    head, tokens = model.get_submodule(names.head), model.get_submodule(names.tokens)
+    assert (head.weight is tokens.weight) == tied
+    original, value = head.weight, head.weight.detach().clone()
+    report = retrofit(model, LipschitzConfig(init="keep"))
+    assert head.weight is not tokens.weight
+    assert torch.equal(head.weight, value)
+    assert (head.weight is original) == (not tied)
+    assert tokens.weight.requires_grad
+    assert ("untied" in str(report)) == tied
+
+
+@every_family
+def test_twice_equals_once(family):
+    model = tiny(family)
+    config = LipschitzConfig(w_max=1.5)
+    assert len(retrofit(model, config)) > 20
+    before = fingerprint(model)
+    report = retrofit(model, config)
+    assert len(report) == 0
+    assert str(report) == "nothing to change"
+    after = fingerprint(model)
+    assert all(torch.equal(after["tensors"][k], v) for k, v in before["tensors"].items())
+    assert after["modules"] == before["modules"]
+    assert after["identities"] == before["identities"]
+
+
+@every_family
+def test_another_config_on_a_retrofitted_model_is_refused(family):
+    model = tiny(family)
+    retrofit(model)
+    before = fingerprint(model)
+    with pytest.raises(ConfigError, match="release"):
+        retrofit(model, LipschitzConfig(w_max=2.0))
+    assert fingerprint(model)["modules"] == before["modules"]
+
+
+@every_family
+def test_release_gives_plain_layers_and_the_same_logits_to_the_bit(family):
+    plain = {n: type(m) for n, m in tiny(family).named_modules() if list(m.parameters(recurse=False))}
+    model, x = retrofitted(family), ids()
+    expected = logits_of(model, x)
+    assert len(release(model)) == len(
+        [n for n, m in model.named_modules() if n in plain and hasattr(m, "weight")]
+    )
+    assert not any(isinstance(m, Constrained) for m in model.modules())
+    assert find_retrofit(model) is None
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            assert type(module) is plain[name]
+    assert torch.equal(logits_of(model, x), expected)
+    assert len(release(model)) == 0
+
+
+@every_family
+def test_a_released_model_can_be_retrofitted_again_and_keeps_its_function(family):
+    model, x = retrofitted(family), ids()
+    expected, modules = logits_of(model, x), fingerprint(model)["modules"]
+    release(model)
+    assert len(retrofit(model)) > 0
+    assert torch.equal(logits_of(model, x), expected)  # the weights are trained: no fresh init
+    assert [m[:3] for m in fingerprint(model)["modules"]] == [m[:3] for m in modules]
+    release(model)
+    retrofit(model, LipschitzConfig(residual=0.3))
+    expected = Recipe(family, model, residual=0.3)(x)
+    assert torch.allclose(logits_of(model, x), expected, rtol=1e-4, atol=1e-4)  # float32
+
+
+@every_family
+def test_a_fresh_model_starts_orthogonal_at_its_caps_with_zero_output_maps(family):
+    for cap in (0.5, 1.0, 3.0):
+        model = tiny(family)
+        retrofit(model, LipschitzConfig(w_max=cap))
+        for name, module in constrained_modules(model):
+            for segment, blocks in module.layout.views(module.weight.detach().double()):
+                if module.layout.norm == "row":
+                    sizes = blocks.square().mean(-1).sqrt()
+                    # float32 entries: the RMS norm of a row is right to a few 1e-7
+                    assert torch.allclose(sizes, torch.full_like(sizes, segment.cap), rtol=1e-5, atol=0)
+                    continue
+                values = torch.linalg.svdvals(blocks) * math.sqrt(blocks.shape[-1] / blocks.shape[-2])
+                if segment.role in ("out", "down"):
+                    assert not blocks.any(), name
+                else:
+                    target = min(1.0, cap)
+                    assert torch.allclose(values, torch.full_like(values, target), rtol=1e-5, atol=0), name
+        assert worst_over_cap(model) <= 1.0  # the start needs no tolerance
+        assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+@every_family
+def test_init_keep_leaves_every_weight(family):
+    model = tiny(family)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    retrofit(model, LipschitzConfig(init="keep"))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+@every_family
+@pytest.mark.parametrize("granularity", ["head", "matrix"])
+def test_blocks_are_heads_or_whole_matrices(family, granularity):
+    model = tiny(family)
+    retrofit(model, LipschitzConfig(granularity=granularity))
+    names = table_of(model)
+    d_head = {"qwen3": 16}.get(family, 8)
+    kv = 4 if family in ("gpt2", "nanogpt") else 2
+    heads = {"q": 4, "k": kv, "v": kv}
+    for layer in names.layers:
+        found = {}
+        for name in layer.attention_linears.values():
+            module = model.get_submodule(name)
+            assert module.layout.covers(module.weight)
+            assert module.layout.transposed == (family == "gpt2")
+            for s in module.layout.segments:
+                found[s.role] = (s.count, s.d_out)
+        for role, count in heads.items():
+            expected = (count, d_head) if granularity == "head" else (1, count * d_head)
+            assert found[role] == expected
+        assert found["out"] == (1, 32)
+    other = [s for n, m in constrained_modules(model) for s in m.layout.segments if s.role not in heads]
+    assert all(s.count == 1 for s in other)
+
+
+@every_family
+def test_overrides_name_layers_by_suffix_and_the_longest_wins(family):
+    model = tiny(family)
+    names = table_of(model)
+    first, second = (layer.mlp_linears["down"] for layer in names.layers)
+    suffix = ".".join(first.split(".")[-2:])
+    retrofit(
+        model,
+        LipschitzConfig(w_max=2.0, overrides={suffix: 0.5, second: 0.25, names.head: 7.0, names.tokens: 0.1}),
+    )
+    caps = {n: {s.cap for s in m.layout.segments} for n, m in constrained_modules(model)}
+    assert caps[first] == {0.5}
+    assert caps[second] == {0.25}
+    assert caps[names.head] == {7.0}
+    assert caps[names.tokens] == {0.1}
+    others = set(caps) - {first, second, names.head, names.tokens, names.positions}
+    assert all(caps[n] == {2.0} for n in others)
+
+
+@every_family
+def test_embedding_tables_share_their_bound(family):
+    model = tiny(family)
+    retrofit(model, LipschitzConfig(embedding_max=0.8))
+    names = table_of(model)
+    caps = [model.get_submodule(n).layout.segments[0].cap for n in (names.tokens, names.positions) if n]
+    assert sum(caps) == pytest.approx(0.8, rel=1e-15)
+    assert len(set(caps)) == 1
+
+
+@every_family
+def test_dropped_biases_are_zero_and_stay_so(family):
+    model = tiny(family, attention_bias=True) if family in ("llama", "qwen3") else tiny(family)
+    randomize_(model)
+    retrofit(model, LipschitzConfig(biases="drop", init="keep"))
+    biases = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+    assert bool(biases) == (family != "mistral")
+    optimizer, x = LipschitzMuon(model), ids()
+    for _ in range(3):
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(p.requires_grad or p.any() for p in biases.values())
+
+
+@every_family
+def test_keeping_the_norms_changes_no_logit(family):
+    model, x = randomize_(tiny(family)), ids()
+    expected, keys = logits_of(model, x), list(model.state_dict())
+    retrofit(model, LipschitzConfig(norms="keep"))
+    assert torch.equal(logits_of(model, x), expected)
+    assert list(model.state_dict()) == keys
+    assert not any(isinstance(m, ConstantScale) for m in model.modules())
+    assert len(list(constrained_modules(model))) > 8
+
+
+@hf_family
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    model, x = retrofitted(family).train(), ids()
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    loss_of(model, x).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    loss_of(model, x).backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, expected[name]), name
+
+
+@hf_family
+def test_generation_is_the_same_with_and_without_cache(family):
+    model, x = retrofitted(family), ids(5)
+    mask = torch.ones_like(x)
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "attention_mask": mask,
+    }
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    with_cache = model.generate(x, use_cache=True, **options)
+    without = model.generate(x, use_cache=False, **options)
+    assert torch.equal(with_cache.sequences, without.sequences)
+    assert with_cache.sequences.shape == (2, 17)
+    for a, b in zip(with_cache.logits, without.logits, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)  # float32 in another order of sums
+
+
+@hf_family
+def test_padding_on_the_left_changes_no_logit(family):
+    """The mask still reaches the attention: what is padded cannot be seen."""
+    model, x = retrofitted(family), ids(6)
+    padded = torch.cat([torch.full((2, 3), 5), x], dim=1)
+    mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(x)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    got = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
+    assert torch.allclose(got, model(x).logits, rtol=1e-4, atol=1e-4)  # float32
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_are_kept(family, dtype):
+    model = tiny(family).to(dtype)
+    retrofit(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert logits_of(model, ids()).dtype == dtype
+    # orthogonal blocks rounded to bf16: 2^-9 per entry at most, less for the norm of a matrix
+    assert worst_over_cap(model) <= 1.0 + (4e-3 if dtype == torch.bfloat16 else 0.0)
+    optimizer, x = LipschitzMuon(model, lr=0.1), ids()
+    for _ in range(3):
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert worst_over_cap(model) <= 1.0 + CAP_TOLERANCE
+
+
+@every_family
+def test_bf16_autocast_gives_bf16_logits_near_the_float32_ones(family):
+    model, x = retrofitted(family), ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits_of(model, x)
+    expected = logits_of(model, x)
+    assert got.dtype == torch.bfloat16
+    # 8 significant bits through some twenty roundings
+    assert float((got.float() - expected).detach().abs().max() / expected.detach().abs().max()) < 0.1
+
+
+@every_family
+def test_it_compiles_as_one_graph_with_the_same_values(family):
+    model, x = retrofitted(family), ids()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(
+            logits_of_compiled(compiled, family, x), logits_of(model, x), rtol=1e-5, atol=1e-5
+        )
+
+
+def logits_of_compiled(compiled, family: str, x: torch.Tensor) -> torch.Tensor:
+    return compiled(x, x)[0] if family == "nanogpt" else compiled(x, use_cache=False).logits
+
+
+@every_family
+def test_training_mode_devices_and_hooks_survive(family):
+    model = tiny(family).train()
+    model.get_submodule(table_of(model).layers[1].mlp).eval()
+    flags = {n: m.training for n, m in model.named_modules()}
+    calls = []
+    model.get_submodule(table_of(model).layers[0].attention).register_forward_hook(lambda *_: calls.append(1))
+    retrofit(model)
+    assert all(m.training == flags.get(n, flags.get(n.rpartition(".")[0])) for n, m in model.named_modules())
+    logits_of(model, ids())
+    assert calls == [1]
+
+
+@every_family
+def test_a_state_dict_moves_to_another_retrofitted_model(family):
+    model, x = retrofitted(family), ids()
+    other = tiny(family)
+    retrofit(other)
+    result = other.load_state_dict(model.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert torch.equal(logits_of(other, x), logits_of(model, x))
+
+
+@every_family
+def test_a_deep_copy_is_retrofitted_and_independent(family):
+    model, x = retrofitted(family), ids()
+    twin = copy.deepcopy(model)
+    assert find_retrofit(twin)[0] is twin
+    assert torch.equal(logits_of(twin, x), logits_of(model, x))
+    randomize_(twin, seed=5)
+    assert not torch.equal(logits_of(twin, x), logits_of(model, x))
+    assert len(release(twin)) > 0
+    assert find_retrofit(model) is not None
+
+
+@every_family
+def test_it_trains_within_its_caps_and_under_its_certificate(family):
+    model = tiny(family)
+    retrofit(model)
+    optimizer, x = LipschitzMuon(model, lr=0.1), torch.arange(24).remainder(7).repeat(2, 1)
+    losses = []
+    for _ in range(25):
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3
+    assert worst_over_cap(model) <= 1.0 + CAP_TOLERANCE
+    from_weights, from_caps = certify(model), certify(model, "caps")
+    # a bound on every step of the run lies above that of this one, biases aside (they have no cap)
+    assert 0 < from_weights.lipschitz <= from_caps.lipschitz * (1 + 1e-3) ** 30
