@@ -111,7 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--w-max", type=float, default=1.0, help="cap on every block, RMS->RMS norm")
     parser.add_argument("--head-max", type=float, default=8.0, help="cap on the output head")
     parser.add_argument("--attention-scale", type=float, default=16.0, help="logits are this times q.k / d_head")
-    parser.add_argument("--residual", type=float, default=None)
+    parser.add_argument("--residual", type=float, default=0.5, help="a in x <- (1-a) x + a f(x)")
+    parser.add_argument("--value-scale", type=float, default=1.0, help="factor on attention branches")
     parser.add_argument("--lr", type=float, default=0.05, help="RMS->RMS norm per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
@@ -162,6 +163,7 @@ def main() -> None:
         overrides={"lm_head": options.head_max},
         attention_scale=options.attention_scale,
         residual=options.residual,
+        value_scale=options.value_scale,
     )
     trainer = Trainer(
         model=model,

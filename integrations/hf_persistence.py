@@ -31,9 +31,9 @@ _ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation")
 class LipschitzPersistenceConfig(QuantizationConfigMixin):
     """What config.json carries under `quantization_config`: the LipschitzConfig, as a dict."""
 
-    def __init__(self, lipschitz: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, lipschitz: Any = None, **kwargs: Any) -> None:
         self.quant_method = METHOD
-        self.lipschitz = LipschitzConfig.from_dict(lipschitz or {}).to_dict()
+        self.lipschitz = LipschitzConfig.from_dict(lipschitz).to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "lipschitz": dict(self.lipschitz)}

@@ -99,7 +99,7 @@ class LipschitzCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        _refuse(args, model)
+        _refuse(args, model, kwargs.get("optimizer"))
         if find_retrofit(model) is None or self.config is not None:
             report = retrofit(model, self.config)
             if state.is_world_process_zero:
@@ -112,7 +112,9 @@ class LipschitzCallback(TrainerCallback):
                 logger.info("learning_rate is %g, in RMS->RMS norm per step", rate)
             args.learning_rate = rate
             options = {"momentum": 0.95, "weight_decay": args.weight_decay, **self.muon}
-            _register_optimizer(options)
+            # on the arguments, because the table of optimizers is global
+            args._lip_muon = options  # type: ignore[attr-defined]
+            _register_optimizer()
             args.optim = OPTIM_NAME
 
     def _takes_muon(self, args: TrainingArguments, model: nn.Module) -> bool:
@@ -212,7 +214,7 @@ def write_certificate(model: nn.Module, folder: Path) -> None:
     os.replace(temporary, folder / "certificate.json")
 
 
-def _refuse(args: TrainingArguments, model: nn.Module) -> None:
+def _refuse(args: TrainingArguments, model: Any, optimizer: Any) -> None:
     if args.deepspeed or getattr(args, "hf_deepspeed_config", None):
         raise TrainerError(
             "DeepSpeed owns optimizer and weights, so no projection could run after its step. Use accelerate "
@@ -227,9 +229,19 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "This model carries adapters on a base without caps. Order: retrofit(base, LipschitzConfig(...)), "
             "then get_peft_model(base, ...), then Trainer."
         )
+    if optimizer is not None and find_retrofit(model) is None and _is_tied(model):
+        raise TrainerError(
+            "The head is tied to the embedding, and untying gives it a Parameter that your optimizer does not have: it "
+            "would never train. Order: retrofit(model, LipschitzConfig(...)), then the optimizer, then Trainer."
+        )
 
 
-def _register_optimizer(options: dict[str, Any]) -> None:
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _register_optimizer() -> None:
     """Make `args.optim = "lipschitz_muon"` known to Trainer, through the table of its own optimizers."""
     handlers = getattr(hf_optimizer, "_OPTIMIZER_HANDLERS", None)
     if not isinstance(handlers, dict):
@@ -237,7 +249,11 @@ def _register_optimizer(options: dict[str, Any]) -> None:
             "This transformers version keeps its optimizers elsewhere. Pass optimizer_cls_and_kwargs="
             "(MuonFactory, {'lr': 0.05}) to Trainer, with MuonFactory from lip_plugin.integrations.hf_trainer."
         )
-    handlers[OPTIM_NAME] = lambda context: (MuonFactory, {"lr": context.args.learning_rate, **options})
+    handlers[OPTIM_NAME] = _muon_of
+
+
+def _muon_of(context: Any) -> tuple[type, dict[str, Any]]:
+    return MuonFactory, {"lr": context.args.learning_rate, **getattr(context.args, "_lip_muon", {})}
 
 
 class MuonFactory:

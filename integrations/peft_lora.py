@@ -17,7 +17,7 @@ is d x k and k x k. What is feasible keeps every bit.
 A base AT its caps leaves little room: scaling B would give nothing at all, since almost every
 direction leaves the ball. Z(l) keeps what turns or shrinks the singular directions that A reads and
 filters out what would lengthen them: training goes on, slower. The cure is room: retrofit with a
-`w_max` above the norms of the base. docs of `project_adapters` say what is refused.
+`w_max` above the norms of the base. `project_adapters` says what is refused.
 
 Nothing here imports peft: its layers are told by their attributes.
 """
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.blocks import Segment
+from lip_plugin.certificate.build import register_weight_reader
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.norms import rms_to_rms_upper
 from lip_plugin.modules import Constrained
@@ -371,6 +372,22 @@ def merged_weight(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Tenso
     return _with_deltas(lora, [] if alone else _active(lora), dtype).clone()
 
 
+def read_weight(module: nn.Module) -> Tensor | None:
+    """For the certificate: the merged weight of a LoRA layer, None for any other module.
+
+    Raises UnsupportedModelError for adapters whose function is not that of one weight.
+    """
+    layer: Any = module
+    if not hasattr(layer, "lora_A"):
+        return None
+    _refuse("this layer", layer, layer.base_layer)
+    if any(layer.lora_B[a].bias is not None for a in _active(layer)):
+        raise UnsupportedModelError(
+            "A LoRA with lora_bias=True adds to the bias, which is not certified yet."
+        )
+    return merged_weight(layer)
+
+
 @torch.no_grad()
 def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
     """Proven upper RMS->RMS norms of the merged blocks over their caps, one entry for each LoRA layer."""
@@ -384,3 +401,4 @@ def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
 
 
 register_projector(project_adapters)
+register_weight_reader(read_weight)

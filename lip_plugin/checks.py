@@ -66,7 +66,7 @@ def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig,
             f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a function of its "
             "norms: removing them destroys what it learned. Say which you want: "
             "LipschitzConfig(norms='keep') caps the weights only, LipschitzConfig(norms='remove') removes the "
-            "norms all the same. To train from scratch, build the model from its config."
+            "norms all the same; add init='orthogonal' to train from scratch."
         )
 
 

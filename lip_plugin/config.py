@@ -109,6 +109,8 @@ class LipschitzConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LipschitzConfig:
         """Inverse of `to_dict`; unknown keys raise ConfigError, so no setting is lost in silence."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"not a LipschitzConfig: expected a mapping, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -125,8 +127,6 @@ class LipschitzConfig:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"not a LipschitzConfig: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"not a LipschitzConfig: expected a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
 
 

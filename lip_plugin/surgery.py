@@ -220,6 +220,7 @@ def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
     """Width of one attention head."""
     linears = layer.attention_linears
     module = model.get_submodule(linears.get("qkv") or linears["q"])
+    module = getattr(module, "base_layer", module)  # an adapter may wrap it
     rows = module.weight.shape[1 if is_transposed(module) else 0]
     total = names.n_heads + 2 * names.n_kv_heads if "qkv" in linears else names.n_heads
     return rows // total
@@ -298,7 +299,9 @@ def _init_orthogonal_(model: nn.Module, names: Parts) -> None:
         for segment, blocks in module.layout.views(module.weight):
             cap = min(1.0, segment.cap) * (1.0 - 1e-6)  # room for float32 rounding of the entries
             if module.layout.norm == ROW:
-                rows = torch.randn(blocks.shape, dtype=torch.float32, device=blocks.device)
+                shape = blocks.shape
+                rows = _sinusoids(*shape[-2:]) if segment.role == "position" else torch.randn(shape)
+                rows = rows.to(blocks.device)
                 size = rows.square().mean(-1, keepdim=True).sqrt()
                 blocks.copy_(rows * (segment.cap * (1.0 - 1e-6)) / size)
             elif segment.role in ("out", "down"):
@@ -312,6 +315,18 @@ def _init_orthogonal_(model: nn.Module, names: Parts) -> None:
         if isinstance(bias, Tensor):
             bias.zero_()
     logger.info("orthogonal init of %s", type(model).__name__)
+
+
+def _sinusoids(count: int, width: int) -> Tensor:
+    """Rows sin, cos of the position at wavelengths from 2 pi to 2 pi count [count, width], float32.
+
+    Offsets between positions are then rotations, so attention to a fixed offset is a linear map away; learned
+    from random rows under small logits it takes far longer (measured in docs/LOG.md).
+    """
+    half = (width + 1) // 2
+    frequencies = float(count) ** -(torch.arange(half) / max(half - 1, 1))
+    angles = torch.arange(count)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
 
 
 __all__ = ["Constrained", "RetrofitReport", "RetrofitState", "find_retrofit", "release", "retrofit"]

@@ -114,7 +114,7 @@ def test_only_the_norms_leave_the_state_dict(family):
 @every_family
 def test_the_parameters_are_the_very_same_objects(family):
     model = tiny(family)
-    before = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    before = dict(model.named_parameters(remove_duplicate=False))
     cls, dtype = type(model), next(model.parameters()).dtype
     was_tied = before["lm_head.weight"] is next(model.parameters())
     retrofit(model)

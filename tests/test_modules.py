@@ -291,7 +291,7 @@ def test_a_layout_shows_its_blocks_without_a_copy(kind):
     module, layout = leaf(kind)
     assert layout.covers(module.weight)
     matrix = module.weight.detach() if kind == "Linear" else module.weight.detach().t()
-    views = dict((s.role, v) for s, v in layout.views(module.weight.detach()))
+    views = {s.role: v for s, v in layout.views(module.weight.detach())}
     assert torch.equal(views["q"], matrix[:6].unsqueeze(0))
     assert torch.equal(views["k"], torch.stack([matrix[6:9], matrix[9:12]]))
     views["k"][1, 2, 7] = 42.0

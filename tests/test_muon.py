@@ -50,7 +50,7 @@ def train(
 
 
 def adversarial_gradients_(model: nn.Module, step: int) -> None:
-    """What pushes norms up hardest: always the same direction, the weight's own, rank one, huge, tiny, noise."""
+    """What pushes norms up hardest: one direction for ever, the weight's own, rank one, huge, tiny, noise."""
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
         kind = step % 6 if step > 60 else 0

@@ -84,9 +84,15 @@ def check_graph(graph: Graph, tokens: int = 16) -> float:
     generator = torch.Generator().manual_seed(0)
     rows = twin.get_submodule(graph.parts.tokens).weight
     ids = torch.randint(0, rows.shape[0], (2, tokens), generator=generator).to(rows.device)  # type: ignore[index,arg-type]
-    expected = graph.family.logits(twin, ids).double()
-    got = copied.body.run(copied.embed(ids, torch.float64))
     name = type(graph.root).__name__
+    try:
+        expected = graph.family.logits(twin, ids).double()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CertificateError(
+            f"{name} could not be compared with its graph: a float64 copy of it does not run ({error}). "
+            "A patched forward that still calls the original module's does this; take it off, then certify."
+        ) from error
+    got = copied.body.run(copied.embed(ids, torch.float64))
     difference = _difference(got, expected)
     if not difference <= TOLERANCE:
         raise CertificateError(

@@ -58,7 +58,7 @@ def root(value: Decimal) -> Decimal:
 
 def below(value: Decimal) -> Decimal:
     """A divisor: at or below the exact root that `root` rounded `value` up from (at most 1.5 units)."""
-    return _UP.next_minus(_UP.next_minus(value))
+    return value if value == 0 else _UP.next_minus(_UP.next_minus(value))
 
 
 def norm2(values: Iterable[Decimal]) -> Decimal:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lip_plugin.blocks import ROW, Layout, clamp_rows_
-from lip_plugin.errors import NonFiniteError, NotRetrofittedError
+from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
-from lip_plugin.linalg.projections import project
+from lip_plugin.linalg.projections import METHODS, project
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.batches import batches
 from lip_plugin.surgery import find_retrofit
@@ -135,8 +135,11 @@ def attach_projection(
 
     Raises:
         NotRetrofittedError: no constrained layer in `model`.
+        ConfigError: an unknown method.
     """
     require_retrofit(model)
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
     inner = getattr(optimizer, "optimizer", optimizer)
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
