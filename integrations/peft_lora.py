@@ -3,16 +3,8 @@
     retrofit(base); model = get_peft_model(base, LoraConfig(...)); attach_projection(optimizer, model)
 
 After each step B is replaced by a point of {B : norm(W0_b + s B_b A) <= cap for every block b}, with
-A fixed. Blocks differ in rows of B, so each is a problem of its own. Write s A = R Q^T (Q orthonormal,
-k columns) and M = W_perp + Z Q^T with Z = Y + E, Y = W0 Q, E = B R, W_perp Q = 0. Then
-
-    M M^T = W_perp W_perp^T + Z Z^T <= c^2   iff   Z Z^T <= S = C + Y Y^T,  C = c^2 - W0 W0^T
-    T(0) = Z^T S^-1 Z <= 1                   k x k; the exact test, and convex in B
-    Z(l) = S (S + l)^-1 Z                    nearest in the sense of Lagrange, one multiplier l for all
-    T(l) = Z(l)^T S^-1 Z(l)                  columns; falls to 0, so the least feasible l is bisected
-
-With the eigenvectors of W0 W0^T (or W0^T W0, the smaller), found once for frozen weights, all of it
-is d x k and k x k. What is feasible keeps every bit.
+A fixed; blocks differ in rows of B, so each is a problem of its own (lip_plugin/linalg/low_rank.py, with
+s A = R Q^T and E = B R). What is feasible keeps every bit.
 
 A base AT its caps leaves little room: scaling B would give nothing at all, since almost every
 direction leaves the ball. Z(l) keeps what turns or shrinks the singular directions that A reads and
@@ -26,7 +18,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +27,7 @@ from torch import Tensor, nn
 from lip_plugin.blocks import Segment
 from lip_plugin.certificate.build import register_weight_reader
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
+from lip_plugin.linalg.low_rank import LowRankProblem, Spectrum
 from lip_plugin.linalg.norms import rms_to_rms_upper
 from lip_plugin.modules import Constrained
 from lip_plugin.optim.batches import refuse_sharded
@@ -50,74 +42,7 @@ _FAR = 1e3  # deltas longer than this many caps are shortened first, so that Z(l
 _ATTEMPTS = (None, None, 0.98, 0.9, 0.5, 0.1, 0.0)
 
 
-@dataclass(frozen=True)
-class _Spectrum:
-    """Of the blocks of one segment of W0: what is found once while the weights are frozen."""
-
-    basis: Tensor  # [count, n, n] eigenvectors of W0 W0^T, or of W0^T W0 for tall blocks
-    energy: Tensor  # [count, n] their eigenvalues, float64
-    ceiling: Tensor  # [count] c^2, in the l2 norm; the block's own norm where that is above by rounding
-
-
-_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple, list[_Spectrum]]] = WeakKeyDictionary()
-
-
-@dataclass
-class _Problem:
-    """T and Z(l) of a batch of blocks; everything that is long was multiplied away already."""
-
-    hat: Tensor  # [b, n, 2k] basis^T [Y, Z], or basis^T W0^T [Y, Z] for tall blocks
-    gram: Tensor  # [b, 2k, 2k] [Y, Z]^T [Y, Z]
-    energy: Tensor
-    ceiling: Tensor
-    tall: bool
-
-    def __getitem__(self, at: Tensor) -> _Problem:
-        return _Problem(self.hat[at], self.gram[at], self.energy[at], self.ceiling[at], self.tall)
-
-    @classmethod
-    def stack(cls, problems: list[_Problem]) -> _Problem:
-        """One batch of all their blocks."""
-        keys = ("hat", "gram", "energy", "ceiling")
-        return cls(
-            **{key: torch.cat([getattr(p, key) for p in problems]) for key in keys}, tall=problems[0].tall
-        )
-
-    def forms(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """X^T (C + l)^-1 X and X^T (C + l)^-2 X for X = [Y, Z], float64 [b, 2k, 2k]."""
-        mu = (self.ceiling + shift)[:, None]
-        gap = mu - self.energy
-        if not self.tall:
-            return self._weighted(1.0 / gap), self._weighted(gap**-2)
-        mu3 = mu[:, :, None]
-        first = self.gram / mu3 + self._weighted(1.0 / (mu * gap))
-        return first, self.gram / mu3**2 + self._weighted((2.0 * mu - self.energy) / (mu * gap) ** 2)
-
-    def _weighted(self, f: Tensor) -> Tensor:
-        return self.hat.mT @ (f[:, :, None] * self.hat)
-
-    def solve(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(largest eigenvalue of T(l), G) where (S + l)^-1 Z = (C + l)^-1 [Y, Z] G."""
-        first, second = self.forms(shift)
-        k = first.shape[-1] // 2
-        eye = torch.eye(k, dtype=first.dtype, device=first.device)
-        inner = torch.linalg.solve(eye + first[:, :k, :k], first[:, :k, k:])  # Woodbury
-        g = torch.cat([-inner, eye.expand_as(inner)], dim=1)
-        t = first[:, k:, k:] - first[:, k:, :k] @ inner - shift[:, None, None] * (g.mT @ second @ g)
-        return torch.linalg.eigvalsh(0.5 * (t + t.mT))[:, -1], g
-
-    def least_shift(self) -> Tensor:
-        """[b] a feasible multiplier within about 1 % of the least, for blocks that are infeasible at 0."""
-        k = self.gram.shape[-1] // 2
-        size = self.gram.diagonal(dim1=-2, dim2=-1)[:, k:].sum(-1)
-        # T(l) <= Z^T S Z / l^2 <= c^2 norm_F(Z)^2 / l^2
-        high = (self.ceiling * size).sqrt().log()
-        low = torch.minimum(high, (1e-9 * self.ceiling).log())
-        for _ in range(11):
-            middle = 0.5 * (low + high)
-            inside = self.solve(middle.exp())[0] <= 1.0
-            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
-        return high.exp()
+_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple, list[Spectrum]]] = WeakKeyDictionary()
 
 
 class _Adapted:
@@ -171,7 +96,7 @@ class _Adapted:
 class _Piece:
     """The blocks of one segment of one layer."""
 
-    def __init__(self, owner: _Adapted, segment: Segment, w: Tensor, spectrum: _Spectrum, y: Tensor) -> None:
+    def __init__(self, owner: _Adapted, segment: Segment, w: Tensor, spectrum: Spectrum, y: Tensor) -> None:
         self.owner, self.segment, self.w, self.spectrum = owner, segment, w, spectrum
         self.rows = slice(segment.start, segment.stop)
         self.tall = w.shape[-2] > w.shape[-1]
@@ -186,7 +111,7 @@ class _Piece:
         x = x.to(basis.dtype)
         return (basis.mT @ (self.w.mT.to(basis.dtype) @ x if self.tall else x)).double()
 
-    def problem(self) -> _Problem:
+    def problem(self) -> LowRankProblem:
         """The question whether these blocks, as stored now, are within their caps."""
         e = self._blocks(self.owner.b(self.rows) @ self.owner.into)
         size = torch.linalg.vector_norm(e, dim=(-2, -1))
@@ -194,7 +119,7 @@ class _Piece:
         self.z = self.y + e * self.short[:, None, None]
         self.x = torch.cat([self.y, self.z], dim=-1)
         hat = torch.cat([self.hat_y, self._hat(self.z)], dim=-1)
-        return _Problem(hat, self.x.mT @ self.x, self.spectrum.energy, self.spectrum.ceiling, self.tall)
+        return LowRankProblem(hat, self.x.mT @ self.x, self.spectrum.energy, self.spectrum.ceiling, self.tall)
 
     def move(self, at: Tensor, hat: Tensor, shift: Tensor, g: Tensor) -> None:
         """Give blocks number `at` the B of Z(l) = Z - l (C + l)^-1 [Y, Z] G."""
@@ -253,7 +178,7 @@ def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.
 def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
     """Treat the blocks that are above their caps once; gives the pieces that had some."""
     found = [p.problem() for p in pieces]
-    batch = _Problem.stack(found)
+    batch = LowRankProblem.stack(found)
     far = torch.cat([p.short for p in pieces]) < 1.0
     above = ((batch.solve(torch.zeros_like(batch.ceiling))[0] > ACCEPT) | far).nonzero()[:, 0]
     if len(above) == 0:
@@ -275,7 +200,7 @@ def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
     return touched
 
 
-def _spectra(name: str, layer: Any, weight: Tensor, fixed: list[str]) -> list[_Spectrum]:
+def _spectra(name: str, layer: Any, weight: Tensor, fixed: list[str]) -> list[Spectrum]:
     """Spectra of the blocks of W0 (with its frozen adapters), from the cache if nothing was written since."""
     base = layer.base_layer
     sources = [base.weight, *(getattr(layer, f"lora_{x}")[a].weight for a in fixed for x in "AB")]
@@ -288,7 +213,7 @@ def _spectra(name: str, layer: Any, weight: Tensor, fixed: list[str]) -> list[_S
     return known[1]
 
 
-def _spectrum(name: str, segment: Segment, w: Tensor) -> _Spectrum:
+def _spectrum(name: str, segment: Segment, w: Tensor) -> Spectrum:
     d_out, d_in = w.shape[-2:]
     double = w.double()
     energy, basis = torch.linalg.eigh(double @ double.mT if d_out <= d_in else double.mT @ double)
@@ -303,7 +228,7 @@ def _spectrum(name: str, segment: Segment, w: Tensor) -> _Spectrum:
             "retrofit with a larger w_max."
         )
     ceiling = (top * (1.0 + _ROOM)).clamp_min(limit).square()
-    return _Spectrum(basis.to(torch.promote_types(w.dtype, torch.float32)), energy, ceiling)
+    return Spectrum(basis.to(torch.promote_types(w.dtype, torch.float32)), energy, ceiling)
 
 
 def _capped(layout: Any, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
@@ -400,5 +325,5 @@ def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
     return norms
 
 
-register_projector(project_adapters)
+register_projector(project_adapters, merged_block_norms)
 register_weight_reader(read_weight)

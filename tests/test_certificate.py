@@ -76,7 +76,7 @@ def test_arithmetic_is_rounded_up(values: list[float], other: float) -> None:
     assert Fraction(add(*terms)) >= sum(exact)
     assert Fraction(mul(*terms, b)) >= math.prod(exact) * Fraction(other)
     assert Fraction(root(terms[0])) ** 2 >= exact[0]
-    assert Fraction(below(root(terms[0]))) ** 2 <= exact[0] or values[0] == 0
+    assert Fraction(below(root(terms[0]))) ** 2 <= Fraction(terms[0])
     assert Fraction(norm2(terms)) ** 2 >= sum(e * e for e in exact)
     if other > 0:
         # a divisor must be exact or from below
@@ -298,12 +298,12 @@ def test_attention_rule_is_attained_by_one_head_with_opposite_values(heads: int,
         assert attained > {4: 8.0, 6: 12.0, 12: 23.9}[heads] > 2.6 * 3.0
 
 
-def test_turned_keys_correlate_with_values_so_squares_would_be_unsound() -> None:
-    """Break it: with the rule for unturned keys, this attention exceeds its bound.
+def test_squares_hold_for_plain_keys_only_and_turned_keys_attain_the_sum() -> None:
+    """Break it: with rotary keys, adding value and key movements as squares would be exceeded.
 
-    Width 4, one head. Tokens at +-e1 have values +-e1, and keys move with e2; a turn by pi between
-    the two tokens makes the same movement e2 raise one logit and lower the other, so that values
-    (by e2 as well) and weights move together and in the same direction.
+    Two tokens at -+e1 with values of the same sign pattern; a turn by pi between them makes one and the
+    same movement e1 raise one logit and lower the other. Values and weights then move the output
+    together: 1 + 2 beta, where squares would say sqrt(1 + 4 beta^2). The query is a bias alone.
     """
 
     class HalfTurns(nn.Module):
@@ -313,20 +313,28 @@ def test_turned_keys_correlate_with_values_so_squares_would_be_unsound() -> None
             angles = (positions[..., None] * math.pi).double().expand(*positions.shape, 4)
             return angles.cos(), angles.sin()
 
-    d = 4
-    q, k, v = torch.zeros(3, d, d, dtype=torch.float64)
-    q[0, 2] = k[0, 1] = v[1, 0] = v[0, 1] = 1.0  # query e3 -> f1, key e2 -> f1, value e1 <-> e2
+    d, beta = 4, 1.5
+    q, k, v, e1 = torch.zeros(4, d, d, dtype=torch.float64)
+    k[0, 0] = v[0, 0] = 1.0
+    bias = beta * torch.eye(d, dtype=torch.float64)[0]
     parts, norms = {}, {}
     for role, weight in (("q", q), ("k", k), ("v", v)):
-        node = Linear(role, lambda w=weight: w, lambda: None, d, d)  # type: ignore[misc]
+        b = bias if role == "q" else None
+        node = Linear(role, lambda w=weight: w, lambda b=b: b, d, d)  # type: ignore[misc]
         parts[role] = Projection(role, node, 0, d, 1)
         norms[role] = norms_of(weight, role, 1)
-    turned = Attention("a", parts["q"], parts["k"], parts["v"], 1.0, d, d, rotary=HalfTurns())
-    straight = Attention("a", parts["q"], parts["k"], parts["v"], 1.0, d, d)
-    attained = steepest(turned.run, d, 9, 0.5, seed=3, steps=80)
-    squares, sums = (to_float(n.bound(up(0.5), norms).lipschitz) for n in (straight, turned))
-    assert squares < sums
-    assert attained <= sums * EXACT
+    nodes = [Attention("a", *parts.values(), 1.0, d, d, rotary=rotary) for rotary in (HalfTurns(), None)]
+    sums, squares = (to_float(node.bound(up(1.0), norms).lipschitz) for node in nodes)
+    assert sums == pytest.approx(1 + 2 * beta)
+    assert squares == pytest.approx(math.sqrt(1 + 4 * beta**2))
+    e1 = 2 * torch.eye(d, dtype=torch.float64)[0]
+    x, h = torch.stack([-e1, e1]), 1e-6
+    step = e1.expand(2, d)
+    moved = nodes[0].run(x * (1 - h) + h * step) - nodes[0].run(x * (1 - h) - h * step)
+    attained = float(rms(moved).max()) / (2 * h)
+    assert squares * 1.2 < attained
+    assert attained == pytest.approx(sums, rel=1e-4)
+    assert attained <= sums
 
 
 def test_residual_rule_is_attained_by_aligned_branches() -> None:

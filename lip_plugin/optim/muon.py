@@ -243,4 +243,6 @@ class LipschitzMuon(torch.optim.Optimizer):
 
 
 def _norms(weights: list[Tensor]) -> list[Tensor]:
-    return [torch.linalg.vector_norm(w.detach(), dtype=torch.float32) for w in weights]
+    """Frobenius norms, float32 whatever the weights are (bf16 would round two different ones to one)."""
+    wide = [torch.promote_types(w.dtype, torch.float32) for w in weights]
+    return [torch.linalg.vector_norm(w.detach(), dtype=d).float() for w, d in zip(weights, wide, strict=True)]

@@ -33,15 +33,15 @@ class BlockNorms:
 # is up to 2e-4 loose, and weights that are at their cap must survive a save and a load unchanged.
 TOLERANCE = 5e-4
 
-# A projector brings what is not a plain constrained weight within the caps: called as
-# f(model, method, lr), returns how many blocks it found. peft's adapters register one.
-_PROJECTORS: list[Callable[[nn.Module, str, float], int]] = []
+Projector = Callable[[nn.Module, str, float], int]
+# What is not a plain constrained weight (peft's adapters) is brought within the caps by a projector,
+# f(model, method, lr) -> how many blocks it found, and measured by its norms, f(model) -> BlockNorms.
+_PROJECTORS: dict[Projector, Callable[[nn.Module], list[BlockNorms]]] = {}
 
 
-def register_projector(projector: Callable[[nn.Module, str, float], int]) -> None:
-    """Have `projector(model, method, lr)` called by every projection of a model."""
-    if projector not in _PROJECTORS:
-        _PROJECTORS.append(projector)
+def register_projector(projector: Projector, norms: Callable[[nn.Module], list[BlockNorms]]) -> None:
+    """Have `projector` called by every projection of a model, and `norms` by every measurement of one."""
+    _PROJECTORS[projector] = norms
 
 
 @torch.no_grad()
@@ -194,6 +194,11 @@ def block_norms(model: nn.Module) -> list[BlockNorms]:
                 if segment.cap is not None:
                     worst[i] = max(worst[i], float(row_rms_max_upper(rows[0])) / segment.cap)
     counts = [sum(s.count for s in m.layout.segments) for _, m in found]
-    return [BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst, counts)]
+    plain = {name: BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst, counts)}
+    for norms in _PROJECTORS.values():
+        for merged in norms(root):  # of a wrapped layer the merged weight counts, not the base alone
+            plain.pop(f"{merged.name}.base_layer", None)
+            plain[merged.name] = merged
+    return list(plain.values())
 
 
