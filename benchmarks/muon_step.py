@@ -29,7 +29,13 @@ NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 def matrices(width: int, layers: int, device: str) -> GPT2LMHeadModel:
     config = GPT2Config(
-        n_embd=width, n_layer=layers, n_head=max(1, width // 64), vocab_size=64, n_positions=8, bos_token_id=0, eos_token_id=0
+        n_embd=width,
+        n_layer=layers,
+        n_head=max(1, width // 64),
+        vocab_size=64,
+        n_positions=8,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(config).to(device)
     retrofit(model, LipschitzConfig(init="keep"))

@@ -36,7 +36,7 @@ DEFAULT_LR = 0.05  # RMS->RMS norm per step
 
 METRICS = {
     "lip/log10_certificate": "log10 of the certificate from the weights as they are (embeddings -> logits)",
-    "lip/log10_certificate_caps": "log10 of the certificate from the caps alone: holds for the whole run",
+    "lip/log10_certificate_caps": "the same from the caps alone: holds for the whole run, but for biases, which have no cap",
     "lip/radius": "proven token norm of what enters the first block",
     "lip/worst_norm_over_cap": "largest proven block norm over its cap; at most 1.001",
     "lip/largest_activation": "largest absolute activation seen on two training sequences",

@@ -295,7 +295,7 @@ def _plan_drop_biases(plan: _Plan, model: nn.Module, names: Parts) -> None:
 @torch.no_grad()
 def _init_orthogonal_(model: nn.Module, names: Parts) -> None:
     """Every block orthogonal at norm min(1, cap); attention and MLP output maps zero; biases zero."""
-    for name, module in constrained_modules(model):
+    for _, module in constrained_modules(model):
         for segment, blocks in module.layout.views(module.weight):
             cap = min(1.0, segment.cap) * (1.0 - 1e-6)  # room for float32 rounding of the entries
             if module.layout.norm == ROW:

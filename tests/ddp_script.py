@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lip_plugin import LipschitzCallback, LipschitzMuon, attach_projection, retrofit
+from lip_plugin.integrations import hf_trainer
 
 torch.set_num_threads(1)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
@@ -104,14 +105,20 @@ def by_hand(kind: str) -> dict:
 
 
 def main(out: Path) -> None:
-    counter = Counter()
+    counter, written, write = Counter(), [], hf_trainer.write_certificate
+
+    def write_and_tell(model: nn.Module, folder: Path) -> None:
+        written.append(str(folder))
+        write(model, folder)
+
+    hf_trainer.write_certificate = write_and_tell
     logger = logging.getLogger("lip_plugin")
     logger.setLevel(logging.INFO)
     logger.addHandler(counter)
     results = {family: with_trainer(family, out / family) for family in ("gpt2", "llama")}
     results |= {kind: by_hand(kind) for kind in ("muon", "adamw")}
     results |= {"pid": os.getpid(), "rank": dist.get_rank(), "world_size": dist.get_world_size()}
-    results |= {"backend": dist.get_backend(), "lines": counter.lines}
+    results |= {"backend": dist.get_backend(), "lines": counter.lines, "written": written}
     torch.save(results, out / f"rank-{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, projec
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, LipschitzError, NonFiniteError, NotRetrofittedError
 from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.projection import block_norms, register_projector
+from lip_plugin.optim.projection import BlockNorms, block_norms, register_projector
 
 
 def small(family: str = "gpt2", config: LipschitzConfig | None = None) -> nn.Module:
@@ -224,12 +224,18 @@ def test_a_model_in_a_wrapper_is_projected_all_the_same():
 def test_a_registered_projector_is_called_by_every_projection(monkeypatch):
     from lip_plugin.optim import projection
 
-    monkeypatch.setattr(projection, "_PROJECTORS", [])
+    monkeypatch.setattr(projection, "_PROJECTORS", {})
     calls = []
-    register_projector(projector := lambda model, method, lr: calls.append((method, lr)) or 0)
-    register_projector(projector)  # twice is once
+
+    def projector(model, method, lr):
+        calls.append((method, lr))
+        return 0
+
+    merged = BlockNorms("lm_head", 0.75, 1)
+    for _ in range(2):  # twice is once
+        register_projector(projector, lambda model: [merged])
     model = small()
-    project_(model, lr=0.25)
+    assert merged in project_(model, lr=0.25)  # its norms are reported in the place of the plain ones
     optimizer = adamw(model)
     attach_projection(optimizer, model)
     steps(model, optimizer, 2)

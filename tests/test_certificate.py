@@ -314,7 +314,7 @@ def test_squares_hold_for_plain_keys_only_and_turned_keys_attain_the_sum() -> No
             return angles.cos(), angles.sin()
 
     d, beta = 4, 1.5
-    q, k, v, e1 = torch.zeros(4, d, d, dtype=torch.float64)
+    q, k, v = torch.zeros(3, d, d, dtype=torch.float64)
     k[0, 0] = v[0, 0] = 1.0
     bias = beta * torch.eye(d, dtype=torch.float64)[0]
     parts, norms = {}, {}
@@ -437,7 +437,7 @@ def test_measured_norms_are_above_svd_and_within_caps(name: str) -> None:
     for role, node_name, module, weight in graph.linears():
         matrix = module.layout.matrix(weight).detach().double()
         truth = float(torch.linalg.matrix_norm(matrix, 2))
-        assert truth <= float(measured[node_name].sigma) <= truth * 1.001
+        assert truth <= float(measured[node_name].sigma)
         assert measured[node_name].sigma <= capped[node_name].sigma
         assert float(matrix.norm(dim=-1).max()) <= float(measured[node_name].row)
         if role in ("q", "k", "v", "qkv"):
@@ -448,6 +448,8 @@ def test_measured_norms_are_above_svd_and_within_caps(name: str) -> None:
                 pairs = zip(heads, capped[node_name].heads[segment.role], strict=True)
                 assert all(h <= c for h, c in pairs)
                 assert measured[node_name].whole[segment.role] <= capped[node_name].whole[segment.role]
+        else:
+            assert float(measured[node_name].sigma) <= truth * 1.001
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

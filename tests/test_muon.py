@@ -301,6 +301,25 @@ def test_one_scheduler_moves_all_rates_in_proportion():
     assert now == [pytest.approx(rate / 2, rel=1e-12) for rate in first]
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_each_kind_moves_by_its_own_rate(factor):
+    """The first step of AdamW moves a bias by its rate; a row moves by embedding_lr in RMS norm."""
+    model = small("gpt2", LipschitzConfig(w_max=1e3, embedding_max=1e3, init="keep"))
+    optimizer = LipschitzMuon(model, lr=0.1, embedding_lr=0.3, adamw_lr=0.01)
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    adversarial_gradients_(model, 65)
+    optimizer.step()
+    moved = {n: (p.detach() - before[n]).double() for n, p in model.named_parameters()}
+    bias = moved["transformer.h.0.mlp.c_fc.bias"].abs()
+    assert torch.allclose(bias, torch.full_like(bias, 0.01 * factor), rtol=1e-3)
+    rows = moved["transformer.wte.weight"].square().mean(-1).sqrt()
+    assert torch.allclose(rows, torch.full_like(rows, 0.3 * factor), rtol=1e-3)
+    head = torch.linalg.svdvals(moved["lm_head.weight"])[0] * math.sqrt(16 / 19)
+    assert 0.7 * 0.1 * factor <= float(head) <= 0.1 * factor * (1 + 1e-3)  # float32 differences
+
+
 def test_a_rate_of_zero_by_a_schedule_moves_nothing():
     model = small("llama")
     optimizer = LipschitzMuon(model)

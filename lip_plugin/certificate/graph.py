@@ -33,7 +33,7 @@ class Bound:
 class LinearNorms:
     """Proven upper bounds on one matrix: sigma_max, largest row 2-norm, sigma_max of each part by role.
 
-    `whole[role]` is sigma_max of the rows of q, k or v together, `heads[role]` of each head's rows.
+    `whole[role]` bounds sigma_max of the rows of q, k or v together, `heads[role]` of each head's rows.
     """
 
     sigma: Decimal

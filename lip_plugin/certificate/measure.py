@@ -32,7 +32,7 @@ def refuse_non_finite(root: nn.Module) -> None:
 
 
 def weight_norms(graph: Graph) -> Norms:
-    """Proven norms of the weights as they are: whole, per head, and per q, k, v; batched by shape."""
+    """Proven norms of the weights as they are, those that the rules ask for; batched by shape."""
     linears = graph.linears()
     weights: list[Tensor] = []
     layouts: list[Layout] = []
@@ -40,9 +40,12 @@ def weight_norms(graph: Graph) -> Norms:
     for role, name, module, weight in linears:
         wanted = {"all": _one_block(module, weight)}
         if role in ("q", "k", "v", "qkv"):
-            wanted["heads"] = linear_layout(module, role, 0.0, graph.parts, "head")
-        if role == "qkv":
-            wanted["whole"] = linear_layout(module, role, 0.0, graph.parts, "matrix")
+            # no rule asks for the whole of k or v: only heads, and the whole of q, are worth their time
+            heads = linear_layout(module, role, 0.0, graph.parts, "head")
+            whole_q = linear_layout(module, role, 0.0, graph.parts, "matrix").segments[:1]
+            wanted = {"heads": heads}
+            if role in ("q", "qkv"):
+                wanted["whole"] = Layout(RMS_TO_RMS, heads.transposed, whole_q)
         for what, layout in wanted.items():
             weights.append(weight)
             layouts.append(layout)
@@ -59,9 +62,11 @@ def weight_norms(graph: Graph) -> Norms:
     for role, name, module, weight in linears:
         matrix = weight.detach().t() if is_transposed(module) else weight.detach()
         row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
-        whole = sigma[name, "all"]["all"][0]
-        parts = {r: v[0] for r, v in sigma.get((name, "whole"), {role: [whole]}).items()}
-        norms[name] = LinearNorms(whole, row, parts, sigma.get((name, "heads"), {role: [whole]}))
+        heads_of = sigma.get((name, "heads"), {})
+        whole = {r: norm2(values) for r, values in heads_of.items()}
+        whole |= {r: values[0] for r, values in sigma.get((name, "whole"), {}).items()}
+        total = norm2(whole.values()) if whole else sigma[name, "all"]["all"][0]
+        norms[name] = LinearNorms(total, row, whole, heads_of)
     return norms
 
 

@@ -91,10 +91,10 @@ class LipschitzMuon(torch.optim.Optimizer):
             "steps": steps,
         }
         super().__init__(groups, defaults)  # type: ignore[arg-type]
-        # The weights as our last projection left them, by address and Frobenius norm: a weight that
-        # something else wrote to since (a loaded checkpoint, a user, even through `.data`, which
-        # no version counter sees) is measured again instead of trusted.
-        self._known: dict[int, tuple[int, Tensor]] = {}
+        # The weights as our last projection left them, by address, version and Frobenius norm: a weight
+        # that something else wrote to since (a loaded checkpoint, a user, even through `.data`,
+        # which no version counter sees) is measured again instead of trusted.
+        self._known: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self.seconds_projecting = 0.0
         if model is not None and any(hasattr(m, "lora_A") for m in model.modules()):
             attach_projection(self, model)
@@ -161,16 +161,16 @@ class LipschitzMuon(torch.optim.Optimizer):
         for batch in batches(weights, layouts):
             self._step_batch(batch, batch.like(updates, layouts), rate, group)
         for w, norm in zip(weights, _norms(weights), strict=True):
-            self._known[id(w)] = (w.data_ptr(), norm)
+            self._known[id(w)] = ((w.data_ptr(), w._version), norm)
 
     def _written_since(self, weights: list[Tensor]) -> list[int]:
         """Indices of the weights that are not as our last step left them; one synchronization."""
         if not weights:
             return []
-        none = (-1, weights[0].new_full((), -1.0, dtype=torch.float32))
+        none = ((-1, -1), weights[0].new_full((), -1.0, dtype=torch.float32))
         known = [self._known.get(id(w), none) for w in weights]
         same = (torch.stack(_norms(weights)) == torch.stack([norm for _, norm in known])).tolist()
-        return [i for i, w in enumerate(weights) if not (same[i] and known[i][0] == w.data_ptr())]
+        return [i for i, w in enumerate(weights) if not (same[i] and known[i][0] == (w.data_ptr(), w._version))]
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
         """Move and project the blocks of one shape; all of them were within their cap before."""
