@@ -56,8 +56,7 @@ def bigram_accuracy(train: str, validation: str) -> float:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    guess, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
-    return {"accuracy": float((guess == labels).mean())}
+    return {"accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())}
 
 
 def parse() -> argparse.Namespace:
@@ -90,21 +89,12 @@ def main() -> None:
     train, validation, vocabulary, held_out = encode(text, options.length)
     validation = validation.select(range(min(len(validation), 8 if options.smoke else 600)))
     bigram = bigram_accuracy(text[: -len(held_out)], held_out[: len(validation) * options.length])
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            **{"vocab_size": len(vocabulary), "n_positions": options.length, "n_embd": options.width},
-            **{
-                "n_layer": options.layers,
-                "n_head": 4,
-                "bos_token_id": None,
-                "eos_token_id": None,
-            },
-            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-        )
-    )
-    out = Path(options.out)
+    sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
+    nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, **nothing))
     args = TrainingArguments(
-        output_dir=str(out),
+        output_dir=options.out,
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=100,
@@ -134,30 +124,28 @@ def main() -> None:
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        finish(trainer, model, out, vocabulary, bigram, options)
+        finish(trainer, Path(options.out), vocabulary, bigram, options.smoke)
 
 
-def finish(
-    trainer, model, out: Path, vocabulary: list[str], bigram: float, options: argparse.Namespace
-) -> None:
-    history = trainer.state.log_history
+def finish(trainer: Trainer, out: Path, vocabulary: list[str], bigram: float, smoke: bool) -> None:
+    model, history = trainer.model, trainer.state.log_history
     trainer.save_model(str(out / "model"))
     (out / "vocabulary.json").write_text(json.dumps(vocabulary))
     (out / "metrics.json").write_text(json.dumps(history, indent=1))
     plot_run(history, model, out / "figure.png", {"bigram accuracy": bigram})
     model.eval()
     start = torch.tensor([[vocabulary.index("\n")]], device=model.device)
-    sample = model.generate(
-        start, max_new_tokens=options.length - 1, do_sample=True, top_k=None, pad_token_id=0
-    )
-    certificate, attack = certify(model), falsify(model, restarts=4, steps=10 if options.smoke else 60)
+    length = model.config.n_positions - 1
+    sample = model.generate(start, max_new_tokens=length, do_sample=True, top_k=None, pad_token_id=0)
+    certificate, attack = certify(model), falsify(model, restarts=4, steps=10 if smoke else 60)
     last = [row for row in history if "eval_accuracy" in row][-1]
     print("".join(vocabulary[i] for i in sample[0]))
     print(certificate)
     print(f"attained by an attack (a lower bound): {attack.lower_bound:.4g}")
-    print(f"from caps, for every step of the run:  10^{certify(model, 'caps').log10_lipschitz:.2f}")
-    reached = f"validation accuracy {last['eval_accuracy']:.1%}, a bigram model's {bigram:.1%}"
-    print(f"{reached}; see {out}/figure.png")
+    print(
+        f"from caps, for every step of the run:  10^{certify(model, 'caps').log10_lipschitz:.2f}; figure: {out}"
+    )
+    print(f"validation accuracy {last['eval_accuracy']:.1%}, a bigram model's {bigram:.1%}")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,14 @@ def weight_norms(graph: Graph) -> Norms:
             start += view.shape[0]
     norms: Norms = {}
     for role, name, module, weight in linears:
-        matrix = weight.detach().t() if is_transposed(module) else weight.detach()
-        row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
         heads_of = sigma.get((name, "heads"), {})
         whole = {r: norm2(values) for r, values in heads_of.items()}
         whole |= {r: values[0] for r, values in sigma.get((name, "whole"), {}).items()}
         total = norm2(whole.values()) if whole else sigma[name, "all"]["all"][0]
+        row = total  # no row is longer than sigma_max; only gates gain by knowing more
+        if role in ("gate", "up"):
+            matrix = weight.detach().t() if is_transposed(module) else weight.detach()
+            row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
         norms[name] = LinearNorms(total, row, whole, heads_of)
     return norms
 
