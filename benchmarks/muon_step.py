@@ -16,7 +16,9 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import threading
 import time
+from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -47,34 +49,58 @@ def matrices(width: int, layers: int, device: str) -> GPT2LMHeadModel:
     return model
 
 
-def ours(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return LipschitzMuon(param_groups(model, 0.02, 0.02, 1e-3), lr=0.02)
+def ours(model: torch.nn.Module, precision: str = "float32") -> torch.optim.Optimizer:
+    return LipschitzMuon(param_groups(model, 0.02, 0.02, 1e-3), lr=0.02, precision=precision)
+
+
+def ours_bf16(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return ours(model, "bfloat16")
 
 
 def theirs(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Muon([p for p in model.parameters() if p.requires_grad], lr=0.02)
 
 
-OPTIMIZERS = {"LipschitzMuon, soft cap": ours, "torch.optim.Muon, no projection": theirs}
+OPTIMIZERS = {
+    "torch.optim.Muon, no projection": theirs,
+    "LipschitzMuon, soft cap": ours,
+    "LipschitzMuon, soft cap, bf16": ours_bf16,
+}
+
+
+class PeakMemory(threading.Thread):
+    """Samples this process's resident memory every 2 ms; `peak` in MiB. Linux."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.running = self.now(), True
+
+    @staticmethod
+    def now() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    def run(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.002)
 
 
 def peak_mib(name: str, width: int, layers: int, device: str, queue: multiprocessing.Queue) -> None:
-    """Put the MiB that steps needed beyond model, gradients and momentum into the queue."""
-    model = matrices(width, layers, device)
-    optimizer = OPTIMIZERS[name](model)
-    state = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad) / 2**20
+    """Put the MiB that a step needs beyond weights, gradients and momentum into the queue."""
+    optimizer = OPTIMIZERS[name](matrices(width, layers, device))
+    optimizer.step()  # makes the state
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    for _ in range(2):
         optimizer.step()
-    if device == "cuda":
-        after = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    queue.put(after - before - state)
+        queue.put(torch.cuda.max_memory_allocated() / 2**20 - before)
+        return
+    before, watch = PeakMemory.now(), PeakMemory()
+    watch.start()
+    optimizer.step()
+    watch.running = False
+    queue.put(watch.peak - before)
 
 
 def main() -> None:
@@ -109,15 +135,16 @@ def main() -> None:
     print(f"{'optimizer':<34} {'median s':>9} {'peak MiB beyond state':>22}")
     for name, value in medians.items():
         print(f"{name:<34} {value:>9.3f} {peaks[name]:>22.0f}")
-    first, second = OPTIMIZERS
-    ratio = medians[first] / medians[second]
-    print(f"ratio of medians {ratio:.2f}, of {options.repeats} alternate steps")
+    reference, *constrained = OPTIMIZERS
+    ratios = {name: medians[name] / medians[reference] for name in constrained}
+    for name, ratio in ratios.items():
+        print(f"{name} over {reference}: {ratio:.2f} (medians of {options.repeats} alternate steps)")
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or 'cpu'}"
     print(
         json.dumps(
             {
                 "benchmark": "muon_step",
-                "ratio": ratio,
+                "ratios": ratios,
                 "seconds": medians,
                 "peak_mib": peaks,
                 "device": where,

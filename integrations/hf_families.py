@@ -49,9 +49,7 @@ LLAMA = Architecture(
 
 MISTRAL = replace(LLAMA, name="mistral")
 
-QWEN3 = replace(
-    LLAMA, name="qwen3", attention=replace(LLAMA.attention, q_norm="q_norm", k_norm="k_norm")
-)
+QWEN3 = replace(LLAMA, name="qwen3", attention=replace(LLAMA.attention, q_norm="q_norm", k_norm="k_norm"))
 
 HF_ARCHITECTURES = (GPT2, LLAMA, MISTRAL, QWEN3)
 

@@ -24,7 +24,17 @@ from lip_plugin.surgery import retrofit
 
 METHOD = "lip_plugin"
 SENTINEL = "lip_plugin:"
-_SCALABLE = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "silu", "swish", "relu", "tanh")
+_SCALABLE = (
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "gelu_accurate",
+    "silu",
+    "swish",
+    "relu",
+    "tanh",
+)
 _ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation")
 
 
@@ -32,7 +42,7 @@ class LipschitzPersistenceConfig(QuantizationConfigMixin):
     """What config.json carries under `quantization_config`: the LipschitzConfig, as a dict."""
 
     def __init__(self, lipschitz: Any = None, **kwargs: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.lipschitz = LipschitzConfig.from_dict(lipschitz).to_dict()
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,7 +56,8 @@ class LipschitzLoader(HfQuantizer):
     """Retrofits the skeleton before the weights come, and leaves no trace of a quantizer behind."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        retrofit(model, LipschitzConfig.from_dict(self.quantization_config.lipschitz), _loading=True)
+        saved: Any = self.quantization_config
+        retrofit(model, LipschitzConfig.from_dict(saved.lipschitz), _loading=True)
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:

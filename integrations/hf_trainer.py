@@ -144,7 +144,9 @@ class LipschitzCallback(TrainerCallback):
             if "tensorboard" in (args.report_to or []):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(os.environ.get("TENSORBOARD_LOGGING_DIR") or _tensorboard_dir(args))
+                self._writer = SummaryWriter(
+                    os.environ.get("TENSORBOARD_LOGGING_DIR") or _tensorboard_dir(args)
+                )
 
     def on_log(
         self,
@@ -169,7 +171,9 @@ class LipschitzCallback(TrainerCallback):
                 self._writer.add_scalar(key, value, state.global_step)
             self._writer.flush()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
             write_certificate(kwargs["model"], folder)

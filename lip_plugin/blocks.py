@@ -80,7 +80,9 @@ class Layout:
         return all(s.start == e for s, e in zip(self.segments, edges)) and edges[-1] == rows
 
 
-def whole(role: str, d_out: int, cap: float | None, *, norm: str = RMS_TO_RMS, transposed: bool = False) -> Layout:
+def whole(
+    role: str, d_out: int, cap: float | None, *, norm: str = RMS_TO_RMS, transposed: bool = False
+) -> Layout:
     """Layout of a weight that is one block."""
     return Layout(norm, transposed, (Segment(role, 0, 1, d_out, cap),))
 

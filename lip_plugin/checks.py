@@ -89,7 +89,9 @@ def _check_leaves(model: nn.Module, names: Parts) -> None:
                 f"{name} is {cls.__module__}.{cls.__name__}, not a plain nn.Embedding; its rows cannot be bounded."
             )
         if getattr(model.get_submodule(name), "max_norm", None) is not None:
-            raise UnsupportedModelError(f"{name} renormalizes itself at lookup (max_norm); set max_norm=None.")
+            raise UnsupportedModelError(
+                f"{name} renormalizes itself at lookup (max_norm); set max_norm=None."
+            )
 
 
 def _check_ties(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:

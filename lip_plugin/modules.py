@@ -134,7 +134,9 @@ class ScaledActivation(nn.Module):
     def __init__(self, act: Callable[[Tensor], Tensor], kind: str) -> None:
         super().__init__()
         if kind not in SLOPE_UPPER:
-            raise UnsupportedModelError(f"activation {kind!r} has no proven slope; known: {', '.join(SLOPE_UPPER)}.")
+            raise UnsupportedModelError(
+                f"activation {kind!r} has no proven slope; known: {', '.join(SLOPE_UPPER)}."
+            )
         self.act = act
         self.kind = kind
 

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,8 @@ def release(model: nn.Module) -> RetrofitReport:
 
 
 def _plan_untie(plan: _Plan, model: nn.Module, names: Parts) -> None:
-    head, tokens = model.get_submodule(names.head), model.get_submodule(names.tokens)
+    head: Any = model.get_submodule(names.head)
+    tokens: Any = model.get_submodule(names.tokens)
     if head.weight is not tokens.weight:
         return
 
@@ -173,7 +175,7 @@ def _plan_untie(plan: _Plan, model: nn.Module, names: Parts) -> None:
 
 def _plan_caps(plan: _Plan, model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
     for role, name in names.linears():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         layout = linear_layout(module, role, cap_of(name, config), names, config.granularity)
         _plan_constrain(plan, name, module, layout)
     tables = [t for t in (names.tokens, names.positions) if t]
@@ -196,7 +198,7 @@ def cap_of(name: str, config: LipschitzConfig, default: float | None = None) -> 
     return float(config.w_max if default is None else default)
 
 
-def linear_layout(module: nn.Module, role: str, cap: float, names: Parts, granularity: str) -> Layout:
+def linear_layout(module: Any, role: str, cap: float, names: Parts, granularity: str) -> Layout:
     """Blocks of one linear map: heads of q, k, v (or each as a whole), everything else one block."""
     transposed = is_transposed(module)
     d_out = module.weight.shape[1 if transposed else 0]
@@ -219,7 +221,7 @@ def linear_layout(module: nn.Module, role: str, cap: float, names: Parts, granul
 def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
     """Width of one attention head."""
     linears = layer.attention_linears
-    module = model.get_submodule(linears.get("qkv") or linears["q"])
+    module: Any = model.get_submodule(linears.get("qkv") or linears["q"])
     module = getattr(module, "base_layer", module)  # an adapter may wrap it
     rows = module.weight.shape[1 if is_transposed(module) else 0]
     total = names.n_heads + 2 * names.n_kv_heads if "qkv" in linears else names.n_heads

@@ -24,6 +24,11 @@ from lip_plugin.optim.batches import Batch, batches
 from lip_plugin.optim.groups import KINDS, param_groups
 from lip_plugin.optim.projection import attach_projection, check_finite, normalize_above_
 
+# Strings, because they live in param_groups and so in state_dicts.
+_PRECISIONS = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# How far above 1 rounding may leave sigma_max of an orthogonalized block: tests/test_polar.py, bf16.
+_ORTHOGONAL_SLACK = 2e-3
+
 
 class LipschitzMuon(torch.optim.Optimizer):
     """Muon with a projection for constrained matrices, row steps for embeddings, AdamW for the rest.
@@ -38,6 +43,8 @@ class LipschitzMuon(torch.optim.Optimizer):
         weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
         betas, eps, adamw_weight_decay: of the AdamW inside.
         steps: of the orthogonalization; with 5, singular values of the update lie in [0.75, 1].
+        precision: of the orthogonalization, `"float32"` or `"bfloat16"`; None takes bfloat16 on CUDA and
+            float32 elsewhere. The projection is computed in float32 either way.
 
     Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio.
 
@@ -60,12 +67,17 @@ class LipschitzMuon(torch.optim.Optimizer):
         eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
         steps: int = 5,
+        precision: str | None = None,
     ) -> None:
         for name, rate in (("lr", lr), ("embedding_lr", embedding_lr), ("adamw_lr", adamw_lr)):
             if rate is not None and not 0 < rate < float("inf"):
                 raise ConfigError(f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0.")
         if not 0 <= momentum < 1 or not 0 <= weight_decay < float("inf"):
-            raise ConfigError("LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative.")
+            raise ConfigError(
+                "LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative."
+            )
+        if precision not in _PRECISIONS:
+            raise ConfigError(f"LipschitzMuon(precision={precision!r}): choose one of {list(_PRECISIONS)}.")
         model = params if isinstance(params, nn.Module) else None
         groups = param_groups(model, lr, embedding_lr or lr, adamw_lr) if model is not None else params
         for group in groups:  # type: ignore[union-attr]
@@ -89,6 +101,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             "adamw_weight_decay": adamw_weight_decay,
             "method": "soft_cap",
             "steps": steps,
+            "precision": precision,
         }
         super().__init__(groups, defaults)  # type: ignore[arg-type]
         # The weights as our last projection left them, by address, version and Frobenius norm: a weight
@@ -114,7 +127,9 @@ class LipschitzMuon(torch.optim.Optimizer):
         self._check_rates()
         self._check_gradients()
         for group in self.param_groups:
-            {"matrix": self._step_matrices, "row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](group)
+            {"matrix": self._step_matrices, "row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](
+                group
+            )
         return loss
 
     def _check_rates(self) -> None:
@@ -133,13 +148,16 @@ class LipschitzMuon(torch.optim.Optimizer):
             for name, p in zip(names, group["params"]):
                 if p.grad is not None:
                     if p.grad.is_sparse:
-                        raise ConfigError(f"{name} has a sparse gradient; build its embedding with sparse=False.")
+                        raise ConfigError(
+                            f"{name} has a sparse gradient; build its embedding with sparse=False."
+                        )
                     named.append((f"gradient of {name}", p.grad))
         check_finite(named)
 
     def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Nesterov momentum of the gradient, in the gradient's float32 (or wider) form."""
-        grad = p.grad if p.grad.dtype == torch.float64 else p.grad.float()  # type: ignore[union-attr]
+        assert p.grad is not None
+        grad = p.grad if p.grad.dtype == torch.float64 else p.grad.float()
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(grad)
@@ -170,13 +188,17 @@ class LipschitzMuon(torch.optim.Optimizer):
         none = ((-1, -1), weights[0].new_full((), -1.0, dtype=torch.float32))
         known = [self._known.get(id(w), none) for w in weights]
         same = (torch.stack(_norms(weights)) == torch.stack([norm for _, norm in known])).tolist()
-        return [i for i, w in enumerate(weights) if not (same[i] and known[i][0] == (w.data_ptr(), w._version))]
+        return [
+            i for i, w in enumerate(weights) if not (same[i] and known[i][0] == (w.data_ptr(), w._version))
+        ]
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
         """Move and project the blocks of one shape; all of them were within their cap before."""
         d_out, d_in = update.shape[-2:]
         decay = group["weight_decay"]
-        step = orthogonalize(update, steps=group["steps"], check_finite=False)
+        step = orthogonalize(
+            update, steps=group["steps"], dtype=_PRECISIONS[group["precision"]], check_finite=False
+        )
         stored = batch.gather()
         blocks = stored.to(step.dtype).mul_(1 - rate * decay)
         blocks.add_(step, alpha=-rate * (d_out / d_in) ** 0.5)
@@ -185,7 +207,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             # s <- (1 - rate wanted)(s + rate) has its fixed point at 1 / wanted - rate: the cap.
             wanted = 1.0 / (batch.cap + rate) if "weight_decay" in group["method"] else decay
             # The slack covers rounding: of this step, and of the one before.
-            upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + 1e-5)
+            upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + _ORTHOGONAL_SLACK)
             narrow = blocks.dtype != stored.dtype
             blocks = project(
                 blocks.to(stored.dtype),
@@ -227,7 +249,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,
-            [p.grad for p in params],  # type: ignore[misc]
+            [p.grad for p in params],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],

@@ -116,7 +116,9 @@ def step_projection_(model: nn.Module, method: str | None, *, lr: float, frozen:
     check_finite([(f"{n}.weight", m.weight) for n, m in found])
     # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
     decay = 1.0 / (state.config.w_max + lr)
-    project_weights_([m.weight for _, m in found], [m.layout for _, m in found], method, lr=lr, weight_decay=decay)
+    project_weights_(
+        [m.weight for _, m in found], [m.layout for _, m in found], method, lr=lr, weight_decay=decay
+    )
     for projector in _PROJECTORS:
         projector(root, method, lr)
 
@@ -140,7 +142,7 @@ def attach_projection(
     require_retrofit(model)
     if method is not None and method not in METHODS:
         raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
@@ -166,10 +168,14 @@ def check_finite(named: list[tuple[str, Tensor]]) -> None:
     """Raise NonFiniteError naming the first tensor with nan or inf; one synchronization if all are well."""
     if not named:
         return
-    worst = torch.stack([t.detach().abs().amax().float() if t.numel() else t.new_zeros(()).float() for _, t in named])
+    worst = torch.stack(
+        [t.detach().abs().amax().float() if t.numel() else t.new_zeros(()).float() for _, t in named]
+    )
     if not bool(torch.isfinite(worst).all()):
         name = next(n for (n, _), w in zip(named, worst) if not torch.isfinite(w))
-        raise NonFiniteError(f"{name} holds nan or inf. Nothing was changed by this step; lower the learning rate.")
+        raise NonFiniteError(
+            f"{name} holds nan or inf. Nothing was changed by this step; lower the learning rate."
+        )
 
 
 @torch.no_grad()
@@ -200,5 +206,3 @@ def block_norms(model: nn.Module) -> list[BlockNorms]:
             plain.pop(f"{merged.name}.base_layer", None)
             plain[merged.name] = merged
     return list(plain.values())
-
-
