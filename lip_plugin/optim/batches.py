@@ -16,7 +16,7 @@ from torch import Tensor
 from lip_plugin.blocks import Layout
 from lip_plugin.errors import UnsupportedModelError
 
-MAX_ELEMENTS = 1 << 24  # 64 MiB of float32 per temporary
+MAX_ELEMENTS = 1 << 22  # 16 MiB of float32 per temporary
 
 
 @dataclass

@@ -154,16 +154,14 @@ class LipschitzMuon(torch.optim.Optimizer):
                     named.append((f"gradient of {name}", p.grad))
         check_finite(named)
 
-    def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Nesterov momentum of the gradient, in the gradient's float32 (or wider) form."""
+    def _momentum_(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(gradient, momentum buffer moved towards it), in float32 or wider."""
         assert p.grad is not None
         grad = p.grad if p.grad.dtype == torch.float64 else p.grad.float()
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(grad)
-        buffer = state["momentum"]
-        buffer.lerp_(grad, 1 - group["momentum"])
-        return torch.lerp(grad, buffer, group["momentum"])
+        return grad, state["momentum"].lerp_(grad, 1 - group["momentum"])
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         rate = group["lr"] * group["lr_ratio"]
@@ -173,11 +171,14 @@ class LipschitzMuon(torch.optim.Optimizer):
         unknown = self._written_since(weights)
         if unknown:
             normalize_above_([weights[i] for i in unknown], [layouts[i] for i in unknown])
-        updates = [self._momentum(w, group) for w in weights]
+        moving = [self._momentum_(w, group) for w in weights]
+        grads, buffers = [g for g, _ in moving], [b for _, b in moving]
         if rate == 0:  # as a warmup's first step: nothing moves, so nothing needs a projection
             return
         for batch in batches(weights, layouts):
-            self._step_batch(batch, batch.like(updates, layouts), rate, group)
+            # Nesterov, batch by batch: whole updates of all weights would cost another model's memory
+            update = batch.like(grads, layouts).lerp_(batch.like(buffers, layouts), group["momentum"])
+            self._step_batch(batch, update, rate, group)
         for w, norm in zip(weights, _norms(weights), strict=True):
             self._known[id(w)] = ((w.data_ptr(), w._version), norm)
 
@@ -226,7 +227,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         for p, plain in zip(group["params"], group["layouts"]):
             if p.grad is None:
                 continue
-            update = self._momentum(p, group)
+            update = torch.lerp(*self._momentum_(p, group), group["momentum"])
             seen = (p.grad != 0).any(-1, keepdim=True)
             largest = update.abs().amax(-1, keepdim=True)  # first, so that no square over- or underflows
             update = torch.where(seen & (largest > 0), update / largest, 0.0)
