@@ -35,7 +35,8 @@ class LipschitzConfig:
 
     Args:
         method: projection applied after every optimizer step (`lip_plugin.linalg.projections`).
-        w_max: the cap: largest RMS->RMS norm that a block may have.
+        w_max: the cap: largest RMS->RMS norm that a block may have. The head's bounds the logits: at
+            1 a language model can hardly be confident, so give it more room, `overrides={"lm_head": 8.0}`.
         overrides: caps of single layers, `{name: cap}`. A name is a module's full name or a dotted
             suffix of it (`"mlp.c_fc"` means that layer in every block), as in peft's
             `target_modules`. A name that matches nothing is an error.
