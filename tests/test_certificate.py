@@ -625,7 +625,7 @@ def test_ten_percent_of_any_part_is_seen(name: str, part: str, factor: float, mo
         graph = build(model)
         attention_block, mlp_block = graph.body.nodes[2:4]
         if part == "tau":
-            attention_block.branch.nodes[1].tau *= factor
+            attention_block.branch.nodes[1].nodes[0].tau *= factor
         elif part == "branch":
             mlp_block.branch.nodes[-1].scale *= factor
         elif part == "slot":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lip_plugin.errors import ConfigError, NonFiniteError
-from lip_plugin.linalg import norms
+from lip_plugin.linalg import norms, spectrum
 from lip_plugin.linalg.norms import (
     rms_norm,
     rms_to_rms_exact,
@@ -134,7 +134,7 @@ def test_the_fallbacks_are_proven_too_when_the_estimate_is_useless(monkeypatch):
     def useless(g):
         return torch.full((len(g),), 1e-3, dtype=torch.float64), torch.zeros(len(g), dtype=torch.float64)
 
-    monkeypatch.setattr(norms, "lambda_max_guess", useless)
+    monkeypatch.setattr(spectrum, "lambda_max_guess", useless)
     assert_bounds(w)
 
 

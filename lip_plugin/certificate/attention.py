@@ -118,6 +118,12 @@ class Attention:
             whole_size,
         )
 
+    def tau_upper(self) -> Decimal:
+        """The factor on q.k, everything but the linear maps included; kept norms on q and k left out."""
+        factors = [n.scale for n in (self.q_norm, self.k_norm) if isinstance(n, Scale)]
+        turned = float(getattr(self.rotary, "attention_scaling", 1.0))
+        return mul(*(up(abs(f)) for f in (self.tau, turned, turned, *factors)))
+
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         q = self._sizes(self.q, r, norms, self.q_norm)
         k = self._sizes(self.k, r, norms, self.k_norm)

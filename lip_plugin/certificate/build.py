@@ -23,6 +23,7 @@ from lip_plugin.certificate.graph import (
     Residual,
     Scale,
 )
+from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
@@ -181,8 +182,9 @@ def _attention_block(root: nn.Module, family: Family, names: Parts, layer: Layer
     )
     out = _linear(root, layer.attention_linears["out"])
     scale = Scale(layer.attention, branch_scale(module))
+    through = AttentionOut(layer.attention, [attention, out])
     return Residual(
-        layer.attention, Chain(layer.attention, [_slot(root, layer.attention_norm), attention, out, scale])
+        layer.attention, Chain(layer.attention, [_slot(root, layer.attention_norm), through, scale])
     )
 
 
@@ -193,13 +195,9 @@ def _mlp_block(root: nn.Module, layer: LayerParts) -> Residual:
         raise UnsupportedModelError(f"{layer.act} is {act_module}: no proven slope is known for it.")
     act = Activation(layer.act, act_module, kind)
     up_map = _linear(root, layer.mlp_linears["up"])
-    nodes: list[Node] = [_slot(root, layer.mlp_norm)]
+    slot, down = _slot(root, layer.mlp_norm), _linear(root, layer.mlp_linears["down"])
+    scale = Scale(layer.mlp, branch_scale(root.get_submodule(layer.mlp)))
     if "gate" in layer.mlp_linears:
-        nodes.append(Gate(layer.mlp, _linear(root, layer.mlp_linears["gate"]), up_map, act))
-    else:
-        nodes += [up_map, act]
-    nodes += [
-        _linear(root, layer.mlp_linears["down"]),
-        Scale(layer.mlp, branch_scale(root.get_submodule(layer.mlp))),
-    ]
-    return Residual(layer.mlp, Chain(layer.mlp, nodes))
+        gate = Gate(layer.mlp, _linear(root, layer.mlp_linears["gate"]), up_map, act)
+        return Residual(layer.mlp, Chain(layer.mlp, [slot, GatedMlp(layer.mlp, [gate, down]), scale]))
+    return MlpResidual(layer.mlp, Chain(layer.mlp, [slot, up_map, act, down, scale]))

@@ -154,9 +154,7 @@ def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
     total, logit, rows = ONE, Decimal(0), []
     for node in graph.body.nodes:
         b = node.bound(radius, norms)
-        if isinstance(node, Residual) and isinstance(node.branch.nodes[1], Attention):
-            inner = node.branch.nodes[0].bound(radius, norms).radius
-            logit = max(logit, node.branch.nodes[1].logit_bound(inner, norms))
+        logit = max(logit, _logit_bound(node, radius, norms))
         total = mul(total, b.lipschitz)
         rows.append(LayerBound(node.name, to_float(radius), to_float(b.lipschitz), log10(total)))
         radius = b.radius
@@ -171,6 +169,19 @@ def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
         assumptions=_assumptions(graph, source),
         model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
     )
+
+
+def _logit_bound(node: Any, r: Decimal, norms: Norms) -> Decimal:
+    """Bound on the attention logits inside a node whose input has token norm r; 0 without attention."""
+    if isinstance(node, Attention):
+        return node.logit_bound(r, norms)
+    if isinstance(node, Residual):
+        return _logit_bound(node.branch, r, norms)
+    largest = Decimal(0)
+    for inner in getattr(node, "nodes", []):
+        largest = max(largest, _logit_bound(inner, r, norms))
+        r = inner.bound(r, norms).radius
+    return largest
 
 
 def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:

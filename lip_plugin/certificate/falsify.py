@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.graph import Residual
+from lip_plugin.certificate.graph import walk
 from lip_plugin.certificate.measure import radius_of, refuse_non_finite
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError, ConfigError
@@ -161,9 +161,8 @@ def _starts(graph: Graph, restarts: int, tokens: int, seed: int) -> tuple[Tensor
 def _heads(graph: Graph) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(q, k, v) rows of every head [d_head, d], largest product of Frobenius norms first."""
     found = []
-    for node in graph.body.nodes:
-        if isinstance(node, Residual) and isinstance(node.branch.nodes[1], Attention):
-            attention = node.branch.nodes[1]
+    for attention in walk(graph.body.nodes):
+        if isinstance(attention, Attention):
             parts = [
                 p.linear.weight()[p.start : p.stop].detach().double().cpu().unflatten(0, (p.heads, -1))
                 for p in (attention.q, attention.k, attention.v)

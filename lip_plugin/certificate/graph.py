@@ -8,10 +8,10 @@ docs/maths.md; all of them hold for any mask, any length, and with or without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,12 @@ class LinearNorms:
     heads: dict[str, list[Decimal]] = field(default_factory=dict)
 
 
-Norms = dict[str, LinearNorms]
+class Norms(dict[str, LinearNorms]):
+    """LinearNorms by the name of the linear map; in `joint`, what a node measured of several maps together."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.joint: dict[str, Any] = {}
 
 
 class Watch:
@@ -176,6 +181,10 @@ class Activation:
         # decimal string of the constant: its float may lie below the value that was rounded up
         return mul(Decimal(repr(SLOPE_UPPER[self.kind])), self.factor)
 
+    def swing(self) -> Decimal:
+        """Largest slope of f(z) - F z / 2, F the factor: slopes lie in [F - slope, slope], as f(-z) = f(z) - F z."""
+        return mul(self.factor, Decimal(repr(SLOPE_UPPER[self.kind])) - Decimal("0.5"))
+
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         return Bound(mul(self.factor, r), self.slope())
 
@@ -242,3 +251,10 @@ class Residual:
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         b = self.branch.bound(r, norms)
         return Bound(add(r, b.radius), add(ONE, b.lipschitz))
+
+
+def walk(nodes: Sequence[Any]) -> Iterator[Any]:
+    """All nodes, whatever contains them, containers first."""
+    for node in nodes:
+        yield node
+        yield from walk([node.branch] if isinstance(node, Residual) else getattr(node, "nodes", []))

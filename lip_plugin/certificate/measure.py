@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lip_plugin.blocks import RMS_TO_RMS, Layout, Segment
 from lip_plugin.certificate.build import Graph
-from lip_plugin.certificate.graph import LinearNorms, Norms
+from lip_plugin.certificate.graph import LinearNorms, Norms, walk
 from lip_plugin.certificate.upper import add, div, mul, norm2, root, up
 from lip_plugin.errors import CertificateError, NonFiniteError
-from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
+from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper, sum_rms_max_upper
 from lip_plugin.modules import Constrained, is_transposed
 from lip_plugin.optim.batches import batches
 from lip_plugin.surgery import linear_layout
@@ -58,7 +59,7 @@ def weight_norms(graph: Graph) -> Norms:
             found = [up(v) for v in values[start : start + view.shape[0]]]
             sigma[keys[owner]][layouts[owner].segments[position].role] = found
             start += view.shape[0]
-    norms: Norms = {}
+    norms = Norms()
     for role, name, module, weight in linears:
         heads_of = sigma.get((name, "heads"), {})
         whole = {r: norm2(values) for r, values in heads_of.items()}
@@ -69,6 +70,9 @@ def weight_norms(graph: Graph) -> Norms:
             matrix = weight.detach().t() if is_transposed(module) else weight.detach()
             row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
         norms[name] = LinearNorms(total, row, whole, heads_of)
+    for node in walk(graph.body.nodes):
+        if hasattr(node, "measure"):
+            norms.joint[node.name] = node.measure(norms)
     return norms
 
 
@@ -83,7 +87,7 @@ def cap_norms(graph: Graph) -> Norms:
 
     Raises CertificateError for a layer without a cap.
     """
-    norms: Norms = {}
+    norms = Norms()
     for role, name, module, weight in graph.linears():
         layout = getattr(module, "layout", None)
         if layout is None or any(s.cap is None for s in layout.segments):
@@ -97,18 +101,20 @@ def cap_norms(graph: Graph) -> Norms:
         whole = {s.role: norm2([sigma[s.role]] * s.count) for s in layout.segments}
         per_head = {r: [sigma[r]] * s.count for r, s in heads.items()}
         norms[name] = LinearNorms(norm2(whole.values()), max(sigma.values()), whole, per_head)
+    for node in walk(graph.body.nodes):
+        if hasattr(node, "from_caps"):
+            norms.joint[node.name] = node.from_caps(norms)
     return norms
 
 
 def radius_of(graph: Graph, source: str) -> Decimal:
     """Bound on the token norm of the embeddings that enter the first block."""
+    modules: list[tuple[str, Any]] = [(name, graph.root.get_submodule(name)) for name in graph.tables()]
+    if source == "weights":
+        return up(sum_rms_max_upper([module.weight.detach() for _, module in modules]))
     rows = []
-    for name in graph.tables():
-        module = graph.root.get_submodule(name)
-        if source == "caps":
-            if not isinstance(module, Constrained):
-                raise CertificateError(f"{name} has no cap; certify(model, source='weights') measures it.")
-            rows.append(mul(ROW_SLACK, up(module.layout.segments[0].cap)))  # type: ignore[arg-type]
-        else:
-            rows.append(up(float(row_rms_max_upper(module.weight))))  # type: ignore[arg-type]
+    for name, module in modules:
+        if not isinstance(module, Constrained):
+            raise CertificateError(f"{name} has no cap; certify(model, source='weights') measures it.")
+        rows.append(mul(ROW_SLACK, up(module.layout.segments[0].cap)))  # type: ignore[arg-type]
     return add(*rows)

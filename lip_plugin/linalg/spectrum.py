@@ -87,6 +87,27 @@ def proven_lambda_max(g: Tensor, c: Tensor, slack: Tensor) -> tuple[Tensor, Tens
     return bound, info == 0
 
 
+def lambda_max_upper(g: Tensor, slack: Tensor) -> Tensor:
+    """Proven upper bound of lambda_max of the true matrices behind `g` [batch, n, n], float64 [batch].
+
+    `g` is symmetric, positive semidefinite but for rounding; `slack` bounds norm2(g - true). At most
+    0.2 % too high. One host synchronization. nan and inf where g holds them: the caller refuses them.
+    """
+    trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
+    zero = trace <= 0
+    one = torch.ones_like(trace)
+    safe = torch.where(zero, one, trace)
+    guess, margin = lambda_max_guess(g / safe[:, None, None])
+    guess = torch.where(zero, one, guess * safe)
+    bound, ok = proven_lambda_max(g, guess * (1.0 + margin), slack)
+    failed = ~(ok | zero)
+    if bool(failed.any()):
+        at = (failed & trace.isfinite()).nonzero()[:, 0]
+        if len(at):
+            bound[at] = lambda_max_upper_slow(g[at], slack[at], 1.0019 * guess[at])
+    return torch.where(zero, torch.linalg.matrix_norm(g) * SLACK + slack, bound)
+
+
 def lambda_max_upper_slow(g: Tensor, slack: Tensor, wide: Tensor) -> Tensor:
     """Bounds of lambda_max for the few whose guess was too low; `wide` is tried first."""
     bound, ok = proven_lambda_max(g, wide, slack)
