@@ -144,10 +144,10 @@ def certify(model: nn.Module, source: str = "weights", *, check: bool = True) ->
         if check:
             check_graph(graph)
         norms = weight_norms(graph) if source == "weights" else cap_norms(graph)
-        return _bound(graph, norms, source)
+        return bound_of(graph, norms, source)
 
 
-def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
+def bound_of(graph: Graph, norms: Norms, source: str) -> Certificate:
     # the bound is for the very ball that is stated, so the radius is rounded up to a float first
     start = to_float(radius_of(graph, source))
     radius = up(start)

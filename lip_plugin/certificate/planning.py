@@ -1,0 +1,103 @@
+"""plan_caps(model, target): which caps keep a model under a Lipschitz bound for a whole run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_plugin.blocks import Layout
+from lip_plugin.certificate.build import Graph, build
+from lip_plugin.certificate.certify import bound_of
+from lip_plugin.certificate.measure import cap_norms
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.errors import ConfigError
+from lip_plugin.modules import Constrained
+from lip_plugin.surgery import cap_of, find_retrofit, retrofit
+
+_SMALLEST, _LARGEST = 1e-3, 1e3  # where w_max is looked for
+_TOLERANCE = 1e-4  # of log10 w_max
+
+
+def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = None) -> LipschitzConfig:
+    """The config with the largest `w_max` whose certificate from caps is at most `target`, token norm to token norm.
+
+    So the bound holds at every step of a run, before the first. `overrides` (a head with more room, say)
+    stay as they are; only `w_max` is chosen, to four digits, rounded down. The model is not changed,
+    and its weights are not copied.
+
+    Args:
+        model: retrofitted or not; of a fresh model biases are taken as the zeros that a retrofit starts from, otherwise as they are.
+        target: bound on Lip(embeddings -> logits), above 0.
+        config: everything but `w_max`; None takes the retrofitted model's own, or the defaults.
+
+    Raises:
+        ConfigError: the target is below what w_max = 0.001 gives (the message says how much that is); or not positive.
+        Whatever `retrofit` refuses.
+    """
+    if not 0 < target < math.inf:
+        raise ConfigError(f"plan_caps(target={target!r}): must be a finite number above 0.")
+    found = find_retrofit(model)
+    config = config or (found[1].config if found else LipschitzConfig())
+    graph = build(_skeleton(model, config))
+
+    def log10_bound(w_max: float) -> float:
+        _set_caps_(graph, replace(config, w_max=w_max))
+        return bound_of(graph, cap_norms(graph), "caps").log10_lipschitz
+
+    goal = math.log10(target)
+    low, high = math.log10(_SMALLEST), math.log10(_LARGEST)
+    least = log10_bound(_SMALLEST)
+    if least > goal:
+        raise ConfigError(
+            f"plan_caps(target={target:g}): with w_max = {_SMALLEST} the bound is still 10^{least:.2f}, because the residual "
+            "path and the layers in `overrides` (the head?) alone give that. Lower those caps, or raise the target."
+        )
+    if log10_bound(_LARGEST) <= goal:
+        return replace(config, w_max=_LARGEST)
+    while high - low > _TOLERANCE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if log10_bound(10**middle) <= goal else (low, middle)
+    digits = 3 - math.floor(low)
+    w_max = math.floor(10 ** (low + digits)) / 10**digits
+    return replace(config, w_max=w_max)
+
+
+def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
+    """A retrofitted copy whose matrices are on the meta device: it has shapes, biases and no weights."""
+    found = find_retrofit(model)
+    root: Any = found[0] if found else model
+    memo: dict[int, Any] = {}
+    for p in root.parameters():
+        if p.dim() > 1:
+            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    twin = copy.deepcopy(root, memo)
+    if found is None:
+        fresh = not _is_pretrained(root) and config.norms != "keep"
+        retrofit(twin, config, _loading=True)
+        if fresh and config.init != "keep":
+            with torch.no_grad():
+                for name, p in twin.named_parameters():
+                    if name.endswith("bias") and not p.is_meta:
+                        p.zero_()
+    return twin
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    from lip_plugin.architecture import find_family
+
+    return find_family(model).is_pretrained(model)
+
+
+def _set_caps_(graph: Graph, config: LipschitzConfig) -> None:
+    for name, module in graph.root.named_modules():
+        if isinstance(module, Constrained) and module.layout.norm != "row":
+            layout = module.layout
+            cap = cap_of(name, config)
+            module.layout = Layout(
+                layout.norm, layout.transposed, tuple(replace(s, cap=cap) for s in layout.segments)
+            )
