@@ -18,6 +18,8 @@ from lip_plugin.integrations import register_all as _register_all
 if TYPE_CHECKING:
     from lip_plugin.certificate.certify import Certificate, certify
     from lip_plugin.certificate.falsify import falsify
+    from lip_plugin.certificate.planning import plan_caps
+    from lip_plugin.certificate.rounding import forward_rounding_upper
     from lip_plugin.config import LipschitzConfig
     from lip_plugin.integrations.hf_trainer import LipschitzCallback
     from lip_plugin.optim.muon import LipschitzMuon
@@ -36,6 +38,8 @@ _HOMES = {
     "certify": "lip_plugin.certificate.certify",
     "Certificate": "lip_plugin.certificate.certify",
     "falsify": "lip_plugin.certificate.falsify",
+    "plan_caps": "lip_plugin.certificate.planning",
+    "forward_rounding_upper": "lip_plugin.certificate.rounding",
     "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
 }
 __all__ = [
@@ -46,6 +50,8 @@ __all__ = [
     "attach_projection",
     "certify",
     "falsify",
+    "forward_rounding_upper",
+    "plan_caps",
     "project_",
     "release",
     "retrofit",

@@ -88,7 +88,7 @@ class Attention:
             watch.attention(weights)
         return (weights @ v).transpose(-3, -2).flatten(-2)
 
-    def _sizes(self, p: Projection, r: Decimal, norms: Norms, post: Norm | Scale | None) -> _Sizes:
+    def sizes(self, p: Projection, r: Decimal, norms: Norms, post: Norm | Scale | None) -> _Sizes:
         """2-norm bounds on one of q, k, v at input token norm r, each kv head repeated for its group."""
         table, width = norms[p.linear.name], root(up(self.d_head))
         radius = mul(root(up(self.d_in)), r)
@@ -125,9 +125,9 @@ class Attention:
         return mul(*(up(abs(f)) for f in (self.tau, turned, turned, *factors)))
 
     def bound(self, r: Decimal, norms: Norms) -> Bound:
-        q = self._sizes(self.q, r, norms, self.q_norm)
-        k = self._sizes(self.k, r, norms, self.k_norm)
-        v = self._sizes(self.v, r, norms, None)
+        q = self.sizes(self.q, r, norms, self.q_norm)
+        k = self.sizes(self.k, r, norms, self.k_norm)
+        v = self.sizes(self.v, r, norms, None)
         tau, heads = up(abs(self.tau)), range(self.q.heads)
         query_moves = [mul(tau, q.constants[h], k.sizes[h], v.sizes[h]) for h in heads]
         key_moves = [mul(tau, q.sizes[h], k.constants[h], v.sizes[h]) for h in heads]
@@ -152,8 +152,8 @@ class Attention:
 
     def logit_bound(self, r: Decimal, norms: Norms) -> Decimal:
         """B such that all logits of every row lie, up to a common shift, in [-B, B]."""
-        q = self._sizes(self.q, r, norms, self.q_norm)
-        k = self._sizes(self.k, r, norms, self.k_norm)
+        q = self.sizes(self.q, r, norms, self.q_norm)
+        k = self.sizes(self.k, r, norms, self.k_norm)
         return mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes, strict=True)))
 
 

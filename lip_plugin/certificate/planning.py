@@ -31,7 +31,8 @@ def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = 
     and its weights are not copied.
 
     Args:
-        model: retrofitted or not; of a fresh model biases are taken as the zeros that a retrofit starts from, otherwise as they are.
+        model: retrofitted or not. Biases are taken as they are, or, of a model that a retrofit would
+            start afresh, as zero.
         target: bound on Lip(embeddings -> logits), above 0.
         config: everything but `w_max`; None takes the retrofitted model's own, or the defaults.
 

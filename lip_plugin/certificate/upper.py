@@ -56,6 +56,13 @@ def root(value: Decimal) -> Decimal:
     return _UP.next_plus(_UP.sqrt(value))
 
 
+def exponential(value: Decimal) -> Decimal:
+    """exp, rounded up (Decimal's is right to half a unit, so one step is added); inf beyond 10^6."""
+    if value > 10**6:
+        return INF
+    return _UP.next_plus(_UP.exp(value))
+
+
 def below(value: Decimal) -> Decimal:
     """A divisor: at or below the exact root that `root` rounded `value` up from (at most 1.5 units)."""
     return value if value == 0 else _UP.next_minus(_UP.next_minus(value))
