@@ -17,10 +17,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lip_plugin.architecture import parts
+from lip_plugin.certificate.fingerprint import settings_of
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.modules import ScaledActivation, activation_kind
-from lip_plugin.surgery import retrofit
+from lip_plugin.surgery import find_retrofit, retrofit
 
 METHOD = "lip_plugin"
 SENTINEL = "lip_plugin:"
@@ -39,14 +41,20 @@ _ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation")
 
 
 class LipschitzPersistenceConfig(QuantizationConfigMixin):
-    """What config.json carries under `quantization_config`: the LipschitzConfig, as a dict."""
+    """What config.json carries under `quantization_config`: the LipschitzConfig, as a dict.
 
-    def __init__(self, lipschitz: Any = None, **kwargs: Any) -> None:
+    `settings` repeats the config's own fields as they were at the retrofit: many of them (heads, rotary
+    frequencies) leave no trace in the weights' shapes, so this is how an edited config.json is noticed
+    (by integrations/hf_checkpoint.py; from_pretrained itself takes what config.json says).
+    """
+
+    def __init__(self, lipschitz: Any = None, settings: Any = None, **kwargs: Any) -> None:
         self.quant_method: Any = METHOD
         self.lipschitz = LipschitzConfig.from_dict(lipschitz).to_dict()
+        self.settings = dict(settings or {})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "lipschitz": dict(self.lipschitz)}
+        return {"quant_method": METHOD, "lipschitz": dict(self.lipschitz), "settings": dict(self.settings)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -63,6 +71,12 @@ class LipschitzLoader(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)
         model.config.quantization_config = self.quantization_config
+        found = find_retrofit(model)
+        if found is not None and found[1].config.biases == "drop":  # loading made new Parameters of them
+            for _, name in parts(model, found[1].architecture).linears():
+                bias = model.get_submodule(name).bias
+                if bias is not None:
+                    bias.requires_grad_(False)
         return model
 
     def is_serializable(self) -> bool:
@@ -102,8 +116,12 @@ def mark_(model: Any, config: LipschitzConfig) -> None:
         model.config.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
             model.all_tied_weights_keys = {}
-    if config.norms == "keep":
-        return
+    if config.norms != "keep":
+        _name_scaled_activations(model)
+    model.config.quantization_config.settings = settings_of(model)
+
+
+def _name_scaled_activations(model: Any) -> None:
     for key in _ACTIVATION_KEYS:
         name = getattr(model.config, key, None)
         if isinstance(name, str) and not name.startswith(SENTINEL):

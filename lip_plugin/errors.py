@@ -31,6 +31,10 @@ class NotRetrofittedError(LipschitzError, RuntimeError):
     """The call needs a model that `retrofit` has been applied to, and this one has no constrained layer."""
 
 
+class CheckpointError(LipschitzError, ValueError):
+    """A saved model is truncated, incomplete, or at odds with its own config."""
+
+
 class CertificateError(LipschitzError, RuntimeError):
     """A certificate cannot be given, read or trusted: no number is returned in its place."""
 

@@ -206,7 +206,7 @@ def activation_kind(act: Any) -> str | None:
     cls = type(act)
     if cls.__name__ not in _ACTIVATION_CLASSES.get(cls.__module__, ()):
         return None
-    probe = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)
+    probe = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64, device="cpu")  # also within a meta context
     with torch.no_grad():
         values = act(probe)
     for kind, reference in ACTIVATIONS.items():

@@ -47,12 +47,16 @@ def register_weight_reader(reader: Callable[[nn.Module], Tensor | None]) -> None
 
 @dataclass
 class Graph:
-    """A model as nodes, from the embeddings that enter the first block to the logits."""
+    """A model as nodes, from the embeddings that enter the first block to the logits.
+
+    `only` restricts `linears` (so what is measured) to linear maps of these names: a layer at a time.
+    """
 
     root: nn.Module
     family: Family
     parts: Parts
     body: Chain
+    only: frozenset[str] | None = None
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """What enters the first block for token ids [batch, tokens]."""
@@ -70,6 +74,8 @@ class Graph:
         """(role, name, plain base module, effective weight as stored) of every linear map."""
         found = []
         for role, name in self.parts.linears():
+            if self.only is not None and name not in self.only:
+                continue
             module, weight = _read(self.root.get_submodule(name), name)
             found.append((role, name, module, weight()))
         return found

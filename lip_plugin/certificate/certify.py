@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch import nn
 from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
+from lip_plugin.certificate.fingerprint import check_belongs, fingerprint, settings_of
 from lip_plugin.certificate.graph import Norms, Residual
 from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, radius_of, refuse_non_finite, weight_norms
 from lip_plugin.certificate.upper import ONE, log10, mul, to_float, up
 from lip_plugin.errors import CertificateError, ConfigError
 
-FORMAT = "lip_plugin.certificate/1"
+FORMAT = "lip_plugin.certificate/2"
+_WITHOUT_FINGERPRINT = "lip_plugin.certificate/1"
 NORM = "token norm (largest RMS norm of a token) -> token norm"
 SOURCES = ("weights", "caps")
 
@@ -61,6 +63,8 @@ class Certificate:
         attention_logit: all attention logits lie, up to a shift per row, within +- this.
         assumptions: what the number takes for granted.
         model: class and family it was computed for.
+        weights: fingerprint of what it belongs to (see certificate/fingerprint.py), `verify` compares it.
+        settings: what the model's config said about its function.
     """
 
     lipschitz: float
@@ -72,6 +76,15 @@ class Certificate:
     attention_logit: float
     assumptions: tuple[str, ...]
     model: str
+    weights: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+
+    def verify(self, model: nn.Module) -> None:
+        """Raise CertificateError unless this certificate was computed from this very model.
+
+        It asks whose certificate this is, not whether the number is right; for that, certify again.
+        """
+        check_belongs(self, model)
 
     def smallest_entropy_lower(self, visible: int) -> float:
         """Proven lower bound, in nats, on every attention row's entropy over `visible` tokens."""
@@ -91,6 +104,11 @@ class Certificate:
             raise CertificateError(
                 f"not a certificate (not JSON: {error}); write a new one with certify(model)."
             ) from error
+        if isinstance(outer, Mapping) and outer.get("format") == _WITHOUT_FINGERPRINT:
+            raise CertificateError(
+                "this certificate is from before certificates carried the fingerprint of their weights (format 1), so "
+                "nothing tells which weights it belongs to: write a new one with certify(model).to_json()."
+            )
         if not isinstance(outer, Mapping) or outer.get("format") != FORMAT:
             raise CertificateError(f"not a certificate of this version: its format is not {FORMAT!r}.")
         body = outer.get("certificate")
@@ -144,12 +162,13 @@ def certify(model: nn.Module, source: str = "weights", *, check: bool = True) ->
         if check:
             check_graph(graph)
         norms = weight_norms(graph) if source == "weights" else cap_norms(graph)
-        return bound_of(graph, norms, source)
+        return replace(bound_of(graph, norms, source), weights=fingerprint(graph.root, source))
 
 
-def bound_of(graph: Graph, norms: Norms, source: str) -> Certificate:
+def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | None = None) -> Certificate:
+    """The rules on given norms. `radius_upper`: of the embeddings, where they are not in memory any more."""
     # the bound is for the very ball that is stated, so the radius is rounded up to a float first
-    start = to_float(radius_of(graph, source))
+    start = to_float(radius_of(graph, source) if radius_upper is None else radius_upper)
     radius = up(start)
     total, logit, rows = ONE, Decimal(0), []
     for node in graph.body.nodes:
@@ -168,6 +187,7 @@ def bound_of(graph: Graph, norms: Norms, source: str) -> Certificate:
         attention_logit=to_float(logit),
         assumptions=_assumptions(graph, source),
         model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
+        settings=settings_of(graph.root),
     )
 
 

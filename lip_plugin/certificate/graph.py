@@ -49,6 +49,11 @@ class Norms(dict[str, LinearNorms]):
         super().__init__(*args)
         self.joint: dict[str, Any] = {}
 
+    def take(self, other: Norms) -> None:
+        """Add everything that `other` holds."""
+        self.update(other)
+        self.joint.update(other.joint)
+
 
 class Watch:
     """Collects, while a graph runs, the largest absolute activation and the attention's entropies."""

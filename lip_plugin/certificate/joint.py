@@ -28,6 +28,7 @@ from lip_plugin.certificate.graph import (
     Scale,
     largest,
     rms,
+    walk,
 )
 from lip_plugin.certificate.upper import ZERO, add, below, div, mul, norm2, root, up
 from lip_plugin.linalg.products import Rounded
@@ -71,6 +72,9 @@ class HeadNorms:
 @dataclass
 class AttentionOut(Chain):
     """Attention, then its output map."""
+
+    def linear_names(self) -> list[str]:
+        return linear_names(self)
 
     def _parts(self) -> tuple[Attention, Linear]:
         attention, out = self.nodes
@@ -202,6 +206,9 @@ class AffineNorms:
 class MlpResidual(Residual):
     """x + g (W_2 F f(W_1 c x + b_1) + b_2): f(z) = z / 2 + e(z) with e smaller and flatter than f."""
 
+    def linear_names(self) -> list[str]:
+        return linear_names(self)
+
     def _parts(self) -> tuple[float, Linear, Activation, Linear, float] | None:
         """(c, up, activation, down, g); None if there is more to the branch, a kept norm say."""
         kinds = [type(n) for n in self.branch.nodes if not isinstance(n, Scale)]
@@ -266,6 +273,9 @@ class GateNorms:
 class GatedMlp(Chain):
     """W_d (f(W_g x + b_g) * (W_u x + b_u)), a Gate and its output map."""
 
+    def linear_names(self) -> list[str]:
+        return linear_names(self)
+
     def _parts(self) -> tuple[Gate, Linear]:
         gate, down = self.nodes
         assert isinstance(gate, Gate)
@@ -308,6 +318,16 @@ class GatedMlp(Chain):
         terms = [mul(both, rho), mul(s_d, s_g, rho, b_u), mul(s_d, s_u, rho, b_g), mul(s_d, biases)]
         radius = add(div(mul(factor, add(*terms)), below(d_out)), rms(down.bias()))
         return Bound(min(plain.radius, radius), min(plain.lipschitz, constant))
+
+
+def linear_names(node: Chain | Residual) -> list[str]:
+    """Names of all linear maps inside a node."""
+    names = []
+    for inner in walk([node]):
+        found = (inner.q, inner.k, inner.v) if isinstance(inner, Attention) else ()
+        maps = (inner.gate, inner.up) if isinstance(inner, Gate) else (inner,)
+        names += [p.linear.name for p in found] + [m.name for m in maps if isinstance(m, Linear)]
+    return names
 
 
 def _rows(attention: Attention, p: Projection) -> Rounded:

@@ -1,0 +1,186 @@
+"""Which weights and which settings a certificate belongs to.
+
+A fingerprint is a sha256 over the name, dtype, shape and bytes of every parameter and persistent buffer.
+It does not depend on device, process or order, and is the same for a model in memory and for its
+safetensors file. A certificate from caps belongs to a structure and not to weights, so there the bytes of
+capped blocks are replaced by their caps; what has no cap (biases, gains of kept norms) counts as it is,
+because it enters the bound as it is. Settings are what the model's config says about its function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.build import build
+from lip_plugin.certificate.measure import CAP_SLACK
+from lip_plugin.errors import CertificateError, NotRetrofittedError, UnsupportedModelError
+from lip_plugin.modules import Constrained
+from lip_plugin.optim.batches import refuse_sharded
+from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery import find_retrofit
+
+if TYPE_CHECKING:
+    from lip_plugin.certificate.certify import Certificate
+
+# Fields of a model's config that do not change the function that is certified (eval mode, real
+# arithmetic, ids to logits). vocab_size is in the shapes of the weights already.
+_NO_EFFECT = frozenset(
+    {
+        *(
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "torch_dtype",
+            "quantization_config",
+            "vocab_size",
+        ),
+        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "task_specific_params", "initializer_range", "auto_map"),
+        *("dropout", "keys_to_ignore_at_inference"),
+    }
+)
+_NO_EFFECT_ENDINGS = ("_token_id", "_dropout", "_pdrop", "_dropout_prob")
+
+
+class Fingerprint:
+    """Collects tensors one by one, in any order; `value()` is their fingerprint so far."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[str, list[int], str]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor with its values; one that is stored under several names is added under each."""
+        self._entries[name] = (str(tensor.dtype), list(tensor.shape), _digest(name, tensor))
+
+    def add_alias(self, name: str, other: str) -> None:
+        """Add `name` for the tensor that is there as `other`."""
+        self._entries[name] = self._entries[other]
+
+    def add_capped(self, name: str, tensor: Tensor, layout: tuple) -> None:
+        """Add a tensor by its caps instead of its values (see Layout.to_plain); may be on the meta device."""
+        self._entries[name] = (str(tensor.dtype), list(tensor.shape), json.dumps(layout))
+
+    def value(self) -> str:
+        text = json.dumps(sorted(self._entries.items()))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    """sha256 of the tensor's bytes, row-major, in its own dtype (little-endian, as in safetensors)."""
+    refuse_sharded(tensor)
+    if tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
+        raise UnsupportedModelError(
+            f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own: nothing to "
+            "fingerprint. Load the model, plain and unquantized, then certify."
+        )
+    plain = tensor.detach().cpu().contiguous()
+    size = plain.numel() * plain.element_size()
+    view = (ctypes.c_char * size).from_address(plain.data_ptr()) if size else b""
+    return hashlib.sha256(view).hexdigest()
+
+
+def stored_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer by its name; a shared one under each of its names."""
+    return {k: v for k, v in root.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+
+
+def fingerprint(root: nn.Module, source: str = "weights") -> str:
+    """`"sha256:..."` of the weights, or, for source `"caps"`, of the caps and of what has none.
+
+    Raises UnsupportedModelError for sharded tensors and those without values (meta device).
+    """
+    found = Fingerprint()
+    caps = capped(root) if source == "caps" else {}
+    names: dict[int, str] = {}
+    for name, tensor in stored_tensors(root).items():
+        if name in caps:
+            found.add_capped(name, tensor, caps[name])
+        elif id(tensor) in names:
+            found.add_alias(name, names[id(tensor)])
+        else:
+            found.add(name, tensor)
+            names[id(tensor)] = name
+    return found.value()
+
+
+def capped(root: nn.Module) -> dict[str, tuple]:
+    """Names of the weights whose blocks are capped, with their layouts as plain data."""
+    modules = ((n, m) for n, m in root.named_modules() if isinstance(m, Constrained))
+    return {f"{name}.weight": module.layout.to_plain() for name, module in modules}
+
+
+def settings_of(root: nn.Module) -> dict[str, Any]:
+    """What the model's config (and its LipschitzConfig, if it has one) says about its function; JSON types."""
+    config: Any = root.config
+    values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    kept = {
+        k: v
+        for k, v in values.items()
+        if not k.startswith("_") and k not in _NO_EFFECT and not k.endswith(_NO_EFFECT_ENDINGS)
+    }
+    state = find_retrofit(root)
+    if state is not None:
+        kept["lipschitz"] = state[1].config.to_dict()
+    text = json.dumps(kept, sort_keys=True, default=lambda v: type(v).__name__)
+    return json.loads(text, parse_constant=str)
+
+
+def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """One line per setting in `stated` that is another in `found`; what only `found` has is newer, and ignored."""
+    lines = []
+    for key, value in sorted(stated.items()):
+        now = found.get(key)
+        if key == "lipschitz" and isinstance(value, Mapping):
+            lines += differences(value, now if isinstance(now, Mapping) else {})
+        elif now != value:
+            lines.append(f"{key} is {now!r} and was {value!r}")
+    return lines
+
+
+def check_settings(certificate: Certificate, settings: Mapping[str, Any]) -> None:
+    """Raise CertificateError, naming the fields, if a certificate was computed under other settings."""
+    wrong = differences(certificate.settings, settings)
+    if wrong:
+        raise CertificateError(
+            f"the certificate belongs to a model with other settings: {'; '.join(wrong[:5])}. The config was changed "
+            "after it was written: restore the config, or certify again if the change was meant."
+        )
+
+
+def check_belongs(certificate: Certificate, model: nn.Module) -> None:
+    """Raise CertificateError unless the certificate was computed from this very model.
+
+    From weights: the same bytes in every parameter and persistent buffer, the same settings. From caps: the
+    same structure, caps and uncapped tensors, and every block within its cap now.
+    """
+    with torch.no_grad():
+        root = build(model).root
+        check_settings(certificate, settings_of(root))
+        check_fingerprint(certificate, fingerprint(root, certificate.source))
+        if certificate.source != "caps":
+            return
+        try:
+            worst = max(block_norms(root), key=lambda b: b.worst_over_cap)
+        except NotRetrofittedError as error:
+            raise CertificateError("the certificate is from caps, and this model has none.") from error
+    if not worst.worst_over_cap <= float(CAP_SLACK):
+        raise CertificateError(
+            f"the certificate is from caps, and {worst.name} is {worst.worst_over_cap:.4g} times its cap: project_(model)."
+        )
+
+
+def check_fingerprint(certificate: Certificate, found: str) -> None:
+    """Raise CertificateError if the certificate carries another fingerprint than `found`."""
+    if certificate.weights != found:
+        what = "weights" if certificate.source == "weights" else "caps, biases or structure"
+        raise CertificateError(
+            f"the certificate belongs to other {what}: it carries {certificate.weights[:23] or 'no fingerprint'}..., "
+            f"the model has {found[:23]}... . Restore what it was computed from, or certify again."
+        )

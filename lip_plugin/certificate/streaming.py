@@ -1,0 +1,164 @@
+"""A certificate with the memory of one layer: weights are read, measured, and let go again.
+
+The model is a skeleton on the meta device, with its shapes and no values. Biases and gains are read
+once and stay, since they are small; matrices come and go one layer at a time, the embedding tables
+together, because the radius is about sums of their rows. Norms, rules and fingerprint are those of
+`certify`, so the numbers are the same. (A block of more than 128 rows and columns may differ by rounding,
+about 1e-8, where `certify` batches it with others: both numbers are proven.)
+
+The float64 comparison with the model's own forward needs weights, so it is made on a twin: a small
+model of the same config with fewer layers, which has a layer of every kind that the skeleton has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.build import Graph, build
+from lip_plugin.certificate.certify import SOURCES, Certificate, bound_of
+from lip_plugin.certificate.compare import check_graph
+from lip_plugin.certificate.fingerprint import Fingerprint, capped, stored_tensors
+from lip_plugin.certificate.graph import Norms
+from lip_plugin.certificate.measure import cap_norms, radius_of, weight_norms
+from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError
+
+_ROWS = 4096  # rows of an embedding table converted to float64 at a time
+Progress = Callable[[list[list[str]]], Iterable[list[str]]]
+
+
+@torch.no_grad()
+def certify_layers(
+    skeleton: nn.Module,
+    twin: nn.Module,
+    read: Callable[[str], Tensor],
+    source: str = "weights",
+    progress: Progress = iter,
+) -> Certificate:
+    """The certificate of a model that is never in memory as a whole, token norm to token norm.
+
+    Args:
+        skeleton: the model on the meta device, retrofitted if the stored one is.
+        twin: a small model of the same config, on a real device, with layers of all its kinds.
+        read: the stored tensor of a state_dict name; of shared tensors any one name is asked for.
+        source: see `certify`.
+        progress: wraps the list of groups of tensors (a progress bar, say).
+
+    Raises:
+        CertificateError, ConfigError, UnsupportedModelError, NonFiniteError: as `certify`.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"certify_layers(source={source!r}): choose 'weights' or 'caps'.")
+    check_graph(build(twin))
+    _check_kinds(build(skeleton), build(twin))
+    shelf = _Shelf(skeleton, read, source)
+    for name in [n for n, t in shelf.tensors.items() if t.dim() < 2]:
+        shelf.take(name)
+    graph = build(skeleton)  # after the small tensors: kept norms hold on to their gains
+    tables = {f"{name}.weight" for name in graph.tables()}
+    norms = cap_norms(graph) if source == "caps" else Norms()
+    radius = None
+    for group in progress(_groups(graph, shelf)):
+        for name in group:
+            shelf.take(name)
+        if source == "weights":
+            owners = frozenset(n.rpartition(".")[0] for name in group for n in shelf.homes[name])
+            norms.take(weight_norms(replace(graph, only=owners)))
+        if not tables.isdisjoint(group):
+            radius = radius_of(graph, source)
+        for name in group:
+            shelf.put_back(name)
+    certificate = bound_of(graph, norms, source, radius)
+    return replace(certificate, weights=shelf.fingerprint())
+
+
+def _groups(graph: Graph, shelf: _Shelf) -> list[list[str]]:
+    """Names of all larger tensors, those of one layer together, tables together; head and what is left alone."""
+    layers = [
+        {f"{n}.weight" for n in (*layer.attention_linears.values(), *layer.mlp_linears.values())}
+        for layer in graph.parts.layers
+    ]
+    layers.append({f"{name}.weight" for name in graph.tables()})
+    large = [name for name, t in shelf.tensors.items() if t.dim() >= 2]
+    groups = [[name for name in large if name in layer] for layer in layers]
+    grouped = {name for group in groups for name in group}
+    return [*(g for g in groups if g), *([name] for name in large if name not in grouped)]
+
+
+def _check_kinds(whole: Graph, small: Graph) -> None:
+    """Raise CertificateError unless every layer of the model is of a kind that the twin has."""
+    known = [_kind(small, i) for i in range(len(small.parts.layers))]
+    for i, layer in enumerate(whole.parts.layers):
+        if _kind(whole, i) not in known:
+            raise CertificateError(
+                f"{layer.attention} and {layer.mlp} are of a kind that the small model, on which the graph is compared, "
+                "lacks. Load the whole model and call certify(model)."
+            )
+
+
+def _kind(graph: Graph, index: int) -> list[tuple[str, str]]:
+    """Classes of all modules inside one layer, by their names relative to it."""
+    layer = graph.parts.layers[index]
+    prefix = f"{graph.family.architecture.layers}.{index}"
+    container = graph.root.get_submodule(prefix)
+    if not layer.attention.startswith(prefix + "."):
+        raise CertificateError(
+            f"{layer.attention} is not inside {prefix}: load the model and call certify(model)."
+        )
+    return [(name, f"{type(m).__module__}.{type(m).__qualname__}") for name, m in container.named_modules()]
+
+
+class _Shelf:
+    """The stored tensors of a skeleton: taken out with their values, put back without."""
+
+    def __init__(self, skeleton: nn.Module, read: Callable[[str], Tensor], source: str) -> None:
+        self._root, self._read = skeleton, read
+        self._capped = capped(skeleton) if source == "caps" else {}
+        self._fingerprint = Fingerprint()
+        self.homes: dict[str, list[str]] = {}
+        self.tensors: dict[str, Tensor] = {}  # one name of each, as on the meta device
+        first: dict[int, str] = {}
+        for name, tensor in stored_tensors(skeleton).items():
+            home = first.setdefault(id(tensor), name)
+            self.homes.setdefault(home, []).append(name)
+            self.tensors.setdefault(home, tensor)
+
+    def take(self, name: str) -> None:
+        """Read a tensor into the skeleton, wherever it is shared; fingerprint it; refuse nan and inf."""
+        meta = self.tensors[name]
+        value = self._read(name)
+        if value.numel() and not all(bool(torch.isfinite(part).all()) for part in _parts(value)):
+            raise NonFiniteError(f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint.")
+        for alias in self.homes[name]:
+            if alias in self._capped:
+                self._fingerprint.add_capped(alias, value, self._capped[alias])
+            elif alias == name:
+                self._fingerprint.add(name, value)
+            else:
+                self._fingerprint.add_alias(alias, name)
+        self._place(name, value, meta)
+
+    def put_back(self, name: str) -> None:
+        """Let the values go."""
+        self._place(name, self.tensors[name], self.tensors[name])
+
+    def _place(self, name: str, value: Tensor, meta: Tensor) -> None:
+        if isinstance(meta, nn.Parameter):
+            value = nn.Parameter(value.detach(), requires_grad=meta.requires_grad)
+        for alias in self.homes[name]:
+            owner, _, leaf = alias.rpartition(".")
+            module: Any = self._root.get_submodule(owner)
+            home = module._parameters if leaf in module._parameters else module._buffers
+            home[leaf] = value
+
+    def fingerprint(self) -> str:
+        return self._fingerprint.value()
+
+
+def _parts(value: Tensor) -> Iterator[Tensor]:
+    """A tensor by rows, so that temporaries stay small."""
+    yield from (value.split(_ROWS) if value.dim() else (value,))
