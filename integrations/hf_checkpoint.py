@@ -243,8 +243,8 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     chosen = sorted(kinds.values())
     chosen += [i for i in range(count) if i not in chosen][: max(0, 2 - len(chosen))]
     small.num_hidden_layers = len(chosen)
-    for key, kinds in by_layer.items():
-        setattr(small, key, [kinds[i] for i in chosen])
+    for key, by_index in by_layer.items():
+        setattr(small, key, [by_index[i] for i in chosen])
     if getattr(small, "vocab_size", None):
         small.vocab_size = min(small.vocab_size, _TWIN_VOCABULARY)
     for key in [k for k in vars(small) if k.endswith("_token_id")]:
@@ -253,7 +253,11 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     twin = cls(small)
     saved = _saved_retrofit(config)
     if saved is not None:
-        values: dict[str, Any] = {**saved.to_dict(), "overrides": {}, "init": "keep"}  # caps do not change what it computes
+        values: dict[str, Any] = {
+            **saved.to_dict(),
+            "overrides": {},
+            "init": "keep",
+        }  # caps do not change what it computes
         retrofit(twin, LipschitzConfig.from_dict(values))
     return twin.eval()
 

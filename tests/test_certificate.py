@@ -721,7 +721,7 @@ def test_json_goes_both_ways_for_every_family() -> None:
         again = Certificate.from_json(certificate.to_json())
         assert again == certificate
         assert str(again) == str(certificate)
-        assert len(str(certificate).splitlines()) == len(certificate.layers) + 4
+        assert len(str(certificate).splitlines()) == len(certificate.layers) + 5
         assert again.smallest_entropy_lower(8) == smallest_entropy_lower(certificate.attention_logit, 8)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from typing import Any
@@ -17,9 +17,9 @@ from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.fingerprint import check_belongs, fingerprint, settings_of
-from lip_plugin.certificate.graph import Norms, Residual
+from lip_plugin.certificate.graph import Linear, Norms, Residual, Scale, walk
 from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, radius_of, refuse_non_finite, weight_norms
-from lip_plugin.certificate.upper import ONE, log10, mul, to_float, up
+from lip_plugin.certificate.upper import INF, ONE, div, log10, mul, root, to_float, up
 from lip_plugin.errors import CertificateError, ConfigError
 
 FORMAT = "lip_plugin.certificate/2"
@@ -60,6 +60,9 @@ class Certificate:
         norm: which norms it is between.
         source: `"weights"` (as they are) or `"caps"` (holds for every step of a run).
         layers: one LayerBound per sub-block.
+        logit_difference: bound on how fast the difference of any two logits of a token moves, per unit
+            of the inputs' token norm: what decides whether a prediction can change.
+        d_in, d_out: widths of the embeddings and of the logits.
         attention_logit: all attention logits lie, up to a shift per row, within +- this.
         assumptions: what the number takes for granted.
         model: class and family it was computed for.
@@ -73,6 +76,9 @@ class Certificate:
     norm: str
     source: str
     layers: tuple[LayerBound, ...]
+    logit_difference: float
+    d_in: int
+    d_out: int
     attention_logit: float
     assumptions: tuple[str, ...]
     model: str
@@ -85,6 +91,17 @@ class Certificate:
         It asks whose certificate this is, not whether the number is right; for that, certify again.
         """
         check_belongs(self, model)
+
+    def l2(self, tokens: int) -> float:
+        """Bound between Euclidean norms over a whole sequence of `tokens` tokens: l2 -> l2.
+
+        norm2(all logits' differences) <= l2 * norm2(all embeddings' differences), from the token norm by
+        norm2 <= sqrt(tokens d) times it on one side and it <= norm2 / sqrt(d) on the other.
+        """
+        if tokens < 1:
+            raise ConfigError(f"Certificate.l2(tokens={tokens}): must be at least 1.")
+        ratio = root(div(mul(up(tokens), up(self.d_out)), up(self.d_in)))
+        return to_float(mul(up(self.lipschitz), ratio))
 
     def smallest_entropy_lower(self, visible: int) -> float:
         """Proven lower bound, in nats, on every attention row's entropy over `visible` tokens."""
@@ -136,7 +153,8 @@ class Certificate:
         ]
         value = f"{self.lipschitz:.6g}" if math.isfinite(self.lipschitz) else f"10^{self.log10_lipschitz:.2f}"
         last = f"Lipschitz <= {value} from {self.source}, on token norm <= {self.radius:.4g} ({self.model})"
-        return "\n".join([head, "-" * len(head), *rows, "-" * len(head), last])
+        pairs = f"any difference of two logits moves at most {self.logit_difference:.6g} times as far"
+        return "\n".join([head, "-" * len(head), *rows, "-" * len(head), last, pairs])
 
 
 def certify(model: nn.Module, source: str = "weights", *, check: bool = True) -> Certificate:
@@ -171,7 +189,14 @@ def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | No
     start = to_float(radius_of(graph, source) if radius_upper is None else radius_upper)
     radius = up(start)
     total, logit, rows = ONE, Decimal(0), []
+    difference = INF
     for node in graph.body.nodes:
+        if isinstance(node, Linear):
+            difference = mul(total, norms[node.name].pairs, root(up(node.d_in)))
+        elif isinstance(node, Scale):
+            difference = mul(difference, up(abs(node.scale)))
+        else:
+            difference = INF
         b = node.bound(radius, norms)
         logit = max(logit, _logit_bound(node, radius, norms))
         total = mul(total, b.lipschitz)
@@ -184,10 +209,20 @@ def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | No
         norm=NORM,
         source=source,
         layers=tuple(rows),
+        logit_difference=to_float(difference),
+        d_in=_width(graph.body.nodes, "d_in"),
+        d_out=_width(reversed(graph.body.nodes), "d_out"),
         attention_logit=to_float(logit),
         assumptions=_assumptions(graph, source),
         model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
         settings=settings_of(graph.root),
+    )
+
+
+def _width(nodes: Iterable[Any], side: str) -> int:
+    """`d_in` of the first linear map, or `d_out` of the first in a reversed list."""
+    return next(
+        int(getattr(n, side)) for n in walk(nodes) if isinstance(n, (Linear, Attention)) and hasattr(n, side)
     )
 
 

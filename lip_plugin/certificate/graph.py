@@ -8,7 +8,7 @@ docs/maths.md; all of them hold for any mask, any length, and with or without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
@@ -33,13 +33,15 @@ class Bound:
 class LinearNorms:
     """Proven upper bounds on one matrix: sigma_max, largest row 2-norm, sigma_max of each part by role.
 
-    `whole[role]` bounds sigma_max of the rows of q, k or v together, `heads[role]` of each head's rows.
+    `whole[role]` bounds sigma_max of the rows of q, k or v together, `heads[role]` of each head's rows, `pairs`
+    the norm2 of the difference of any two rows (asked for of the head only).
     """
 
     sigma: Decimal
     row: Decimal
     whole: dict[str, Decimal] = field(default_factory=dict)
     heads: dict[str, list[Decimal]] = field(default_factory=dict)
+    pairs: Decimal = INF
 
 
 class Norms(dict[str, LinearNorms]):
@@ -258,7 +260,7 @@ class Residual:
         return Bound(add(r, b.radius), add(ONE, b.lipschitz))
 
 
-def walk(nodes: Sequence[Any]) -> Iterator[Any]:
+def walk(nodes: Iterable[Any]) -> Iterator[Any]:
     """All nodes, whatever contains them, containers first."""
     for node in nodes:
         yield node

@@ -14,6 +14,7 @@ from lip_plugin.certificate.graph import LinearNorms, Norms, walk
 from lip_plugin.certificate.upper import add, div, mul, norm2, root, up
 from lip_plugin.errors import CertificateError, NonFiniteError
 from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper, sum_rms_max_upper
+from lip_plugin.linalg.rows import row_distance_max_upper
 from lip_plugin.modules import Constrained, is_transposed
 from lip_plugin.optim.batches import batches
 from lip_plugin.surgery import linear_layout
@@ -84,7 +85,10 @@ def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -
         if role in ("gate", "up"):
             matrix = weight.detach().t() if is_transposed(module) else weight.detach()
             row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
-        norms[name] = LinearNorms(total, row, whole, heads_of)
+        pairs = mul(root(up(2)), total)  # norm2(e_i - e_j) is sqrt(2)
+        if role == "head":
+            pairs = min(pairs, up(row_distance_max_upper(weight.detach())))
+        norms[name] = LinearNorms(total, row, whole, heads_of, pairs)
     for node in walk(graph.body.nodes):
         if hasattr(node, "measure") and all(name in norms for name in node.linear_names()):
             norms.joint[node.name] = node.measure(norms)
@@ -115,7 +119,8 @@ def cap_norms(graph: Graph) -> Norms:
         sigma = {s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in layout.segments}
         whole = {s.role: norm2([sigma[s.role]] * s.count) for s in layout.segments}
         per_head = {r: [sigma[r]] * s.count for r, s in heads.items()}
-        norms[name] = LinearNorms(norm2(whole.values()), max(sigma.values()), whole, per_head)
+        total = norm2(whole.values())
+        norms[name] = LinearNorms(total, max(sigma.values()), whole, per_head, mul(root(up(2)), total))
     for node in walk(graph.body.nodes):
         if hasattr(node, "from_caps"):
             norms.joint[node.name] = node.from_caps(norms)
