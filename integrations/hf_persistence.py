@@ -98,7 +98,8 @@ def mark_(model: Any, config: LipschitzConfig) -> None:
     """Write the retrofit into `model.config`, so that it is saved and re-applied at load."""
     register()
     model.config.quantization_config = LipschitzPersistenceConfig(config.to_dict())
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    head = model.get_output_embeddings()  # None for classifiers
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
             model.all_tied_weights_keys = {}

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
+from lip_plugin.certificate.attention import smallest_entropy_lower
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.graph import Norms, Residual
-from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, radius_of, refuse_non_finite, weight_norms
+from lip_plugin.certificate.graph import Norms
+from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, refuse_non_finite, weight_norms
+from lip_plugin.certificate.nodes import attentions
+from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import ONE, log10, mul, to_float, up
 from lip_plugin.errors import CertificateError, ConfigError
 
@@ -154,9 +156,9 @@ def _bound(graph: Graph, norms: Norms, source: str) -> Certificate:
     total, logit, rows = ONE, Decimal(0), []
     for node in graph.body.nodes:
         b = node.bound(radius, norms)
-        if isinstance(node, Residual) and isinstance(node.branch.nodes[1], Attention):
-            inner = node.branch.nodes[0].bound(radius, norms).radius
-            logit = max(logit, node.branch.nodes[1].logit_bound(inner, norms))
+        for before, attention in attentions([node]):
+            inner = before.bound(radius, norms).radius
+            logit = max(logit, attention.logit_bound(inner, norms))
         total = mul(total, b.lipschitz)
         rows.append(LayerBound(node.name, to_float(radius), to_float(b.lipschitz), log10(total)))
         radius = b.radius
@@ -177,14 +179,19 @@ def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
     lines = [
         "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up",
         "inputs of the first block have token norm at most the radius, as every sum of one row from each "
-        "embedding table has (token types, or embeddings of another origin, may not)",
+        "embedding table has (embeddings of another origin may not)",
         "the graph's forward was compared with the model's own on random weights; attention functions and "
         "activations of the libraries are what they were then",
     ]
+    if graph.patches is not None:
+        lines[1] = (
+            "inputs of the first block have token norm at most the radius, as those of every image have whose "
+            f"pixel entries, after normalization, are at most {graph.entry.pixel_max:g} in absolute value"
+        )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")
         capped = {f"{name}.weight" for _, name in graph.parts.linears()}
-        capped |= {f"{name}.weight" for name in graph.tables()}
+        capped |= {n for name in graph.tables() for n in (name, f"{name}.weight")}
         free = [n for n, p in graph.root.named_parameters() if n not in capped and p.requires_grad]
         if free:
             lines.append(
