@@ -17,11 +17,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lip_plugin.architecture import parts
 from lip_plugin.certificate.fingerprint import settings_of
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.modules import ScaledActivation, activation_kind
+from lip_plugin.parts import parts
 from lip_plugin.surgery import find_retrofit, retrofit
 
 METHOD = "lip_plugin"
@@ -112,7 +112,8 @@ def mark_(model: Any, config: LipschitzConfig) -> None:
     """Write the retrofit into `model.config`, so that it is saved and re-applied at load."""
     register()
     model.config.quantization_config = LipschitzPersistenceConfig(config.to_dict())
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    head = model.get_output_embeddings()  # None for classifiers
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
             model.all_tied_weights_keys = {}

@@ -22,6 +22,7 @@ from transformers import trainer_optimizer as hf_optimizer
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.graph import Watch
+from lip_plugin.certificate.nodes import attentions
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, TrainerError
 from lip_plugin.optim.muon import LipschitzMuon
@@ -203,10 +204,13 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
     if ids is not None:
         watch, graph = Watch(), build(model)
         with torch.no_grad():
-            graph.body.run(graph.embed(ids, torch.float32), watch)
+            x = graph.embed(ids, torch.float32)
+            graph.body.run(x, watch)
+        windows = [attention.window for _, attention in attentions(graph.body.nodes) if attention.window]
+        visible = min([x.shape[1], *windows])  # of the last token: all others, or a window of them
         values["lip/largest_activation"] = watch.largest_activation
         values["lip/attention_entropy_seen"] = watch.smallest_entropy
-        values["lip/attention_entropy_proven"] = certificate.smallest_entropy_lower(ids.shape[1])
+        values["lip/attention_entropy_proven"] = certificate.smallest_entropy_lower(visible)
     return values
 
 
@@ -281,7 +285,8 @@ def _probe(loader: Any, model: nn.Module, tokens: int) -> torch.Tensor | None:
     try:
         dataset = loader.dataset
         batch = loader.collate_fn([dataset[i] for i in range(min(2, len(dataset)))])
-        ids = batch["input_ids"][:, :tokens]
+        name = getattr(model, "main_input_name", "input_ids")
+        ids = batch[name][:, :tokens] if name == "input_ids" else batch[name]
     except (AttributeError, TypeError, KeyError, IndexError, NotImplementedError):
         logger.info("training data cannot be indexed: activations and entropies are not measured")
         return None

@@ -1,13 +1,13 @@
 """Architecture: what a family's parts are called and how they join, as plain data.
 
-A decoder family is described by the names of its modules (see integrations/hf_families.py for the
-table). `find` picks the description for a model, `parts` resolves it to full module names, layer by
-layer. Surgery and certificate both walk these names and nothing else.
+A family is described by the names of its modules (see integrations/hf_families.py for the table).
+`find_family` picks the description for a model, `lip_plugin.parts.parts` resolves it to full module
+names, layer by layer. Surgery and certificate both walk these names and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,58 +16,111 @@ from torch import Tensor, nn
 from lip_plugin.errors import UnsupportedModelError
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Names inside one layer: q, k, v (or one fused `qkv`, rows in that order) and the output map.
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A sub-block f of a layer, and how it joins the residual stream: that is told by its norm slots.
 
-    `scaling` is the float attribute that multiplies the logits, read at every forward. None says
-    that the forward uses 1/sqrt(d_head) itself; the retrofit then scales the attention's input.
+        norm                 x + f(norm x)           most decoders, vit
+        norm, branch_norm    x + norm(f(norm x))     gemma
+        branch_norm          x + norm(f(x))          olmo2
+        sum_norm             norm(x + f(x))          bert
+
+    `module` and the slots are relative to the layer ("" is the layer itself), all other names to the
+    module. `scale` names the module whose output the retrofit multiplies, None the module itself: it
+    must be one that no adapter wraps (so never a linear map), between the branch and the sum.
     """
 
     module: str
-    norm: str
+    norm: str | None = None
+    branch_norm: str | None = None
+    sum_norm: str | None = None
+    scale: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Branch):
+    """q, k, v or one fused `qkv`: rows of all q, all k, all v; `interleaved`: of q, k, v head by head.
+
+    `scaling` is the float attribute that multiplies the logits, read at every forward. None says
+    that the forward uses 1/sqrt(d_head) itself; the retrofit then scales the attention's input.
+    `softcap` is the attribute that holds c of c tanh(logit / c), and `layer_type` the attribute that
+    the rotation is asked with (where layers of one model rotate differently).
+    """
+
     out: str
     q: str | None = None
     k: str | None = None
     v: str | None = None
     qkv: str | None = None
+    interleaved: bool = False
     scaling: str | None = "scaling"
     q_norm: str | None = None
     k_norm: str | None = None
+    softcap: str | None = None
+    layer_type: str | None = None
+    causal: bool = True
 
 
-@dataclass(frozen=True)
-class Mlp:
-    """Names inside one layer: down(act(up x)), or down(act(gate x) * up x) with a gate."""
+@dataclass(frozen=True, kw_only=True)
+class Mlp(Branch):
+    """down(act(up x)), or down(act(gate x) * up x); `gate_up` is one map with the gate's rows first."""
 
-    module: str
-    norm: str
-    up: str
     down: str
     act: str
+    up: str | None = None
     gate: str | None = None
+    gate_up: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One family of pre-norm decoders: x <- x + attention(norm x); x <- x + mlp(norm x).
+    """One family: tables -> [entry] -> layers -> [final norm] -> [readout] -> head.
 
-    Paths are relative to the model (`layers`, `tokens`, `positions`, `final_norm`, `head`,
-    `rotary`), to a layer (`attention.module`, `norm`) or to the attention or MLP module. `heads`
-    and `kv_heads` name attributes of `model.config`.
+    Paths are relative to the model. What enters the first block is the sum of one row of each table
+    (`tokens`, mapped by `token_map`, times `embedding_scale`; `positions`; `types`), normed by
+    `entry_norm`; or of an image `patches` (a convolution without overlap) behind the row `first`,
+    plus `positions`. Tables are embedding modules, or bare Parameters. `readout` lists the steps
+    between the last norm slot and the head as (kind, path): "dense", "act", "norm", or "first", which
+    keeps the first token only.
+
+    Attributes:
+        parallel: both branches of a layer read the same x, and their sum is added.
+        heads, kv_heads: attributes of `model.config`.
+        embedding_scale: attributes that multiply the token rows; the forward reads the first.
+        residual_scale: attribute of a layer that multiplies its branches.
+        logits_divisor, softcap: attributes of `model.config`: logits / divisor, c tanh(logits / c).
+        unused: Parameters that no forward reads.
     """
 
     name: str
     layers: str
-    tokens: str
-    final_norm: str
-    head: str
     attention: Attention
     mlp: Mlp
+    head: str
+    tokens: str | None = None
+    token_map: str | None = None
     positions: str | None = None
+    types: str | None = None
+    entry_norm: str | None = None
+    patches: str | None = None
+    first: str | None = None
+    final_norm: str | None = None
+    readout: tuple[tuple[str, str], ...] = ()
+    parallel: bool = False
     rotary: str | None = None
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
+    embedding_scale: tuple[str, ...] = ()
+    residual_scale: str | None = None
+    logits_divisor: str | None = None
+    softcap: str | None = None
+    unused: tuple[str, ...] = ()
+
+
+def _model_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits of a Hugging Face model; a classifier's [batch, labels] become [batch, 1, labels]."""
+    logits = model(inputs).logits
+    return logits if logits.dim() == 3 else logits.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +130,8 @@ class Family:
     Attributes:
         matches: whether a model is of this family (reads attributes, never raises).
         is_pretrained: whether the model's weights were loaded from somewhere.
-        logits: runs the model on token ids [batch, tokens], gives logits [batch, tokens, vocabulary].
+        logits: runs the model on what it takes (token ids [batch, tokens], or pixels [batch,
+            channels, height, width]), gives logits [batch, tokens, vocabulary], or one token's.
         on_retrofit: called last by `retrofit` with (model, config), to record it in the model's
             own config; must not touch weights.
     """
@@ -85,7 +139,7 @@ class Family:
     architecture: Architecture
     matches: Callable[[nn.Module], bool]
     is_pretrained: Callable[[nn.Module], bool] = field(default=lambda model: False)
-    logits: Callable[[nn.Module, Tensor], Tensor] = field(default=lambda model, ids: model(ids).logits)
+    logits: Callable[[nn.Module, Tensor], Tensor] = field(default=_model_logits)
     on_retrofit: Callable[[nn.Module, Any], None] = field(default=lambda model, config: None)
 
 
@@ -118,7 +172,7 @@ def find_family(model: nn.Module) -> Family:
     _refuse_by_name(model, what)
     raise UnsupportedModelError(
         f"No architecture is described for {what}. Known: {', '.join(_FAMILIES) or 'none'}. "
-        "If it is a pre-norm decoder with plain Linear layers, describe it as in "
+        "If it is a transformer with plain Linear layers, describe it as in "
         "lip_plugin/integrations/hf_families.py and call lip_plugin.architecture.register_family."
     )
 
@@ -141,102 +195,3 @@ def _refuse_by_name(model: nn.Module, what: str) -> None:
                 f"{what}: {name} is {cls}. Mixture-of-experts and state-space layers have no rule here; "
                 f"known are {', '.join(_FAMILIES) or 'none'}."
             )
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """Full module names in one layer; `linears` maps roles to names, in running order."""
-
-    attention: str
-    attention_norm: str
-    attention_linears: dict[str, str]
-    qk_norms: tuple[str, ...]
-    mlp: str
-    mlp_norm: str
-    mlp_linears: dict[str, str]
-    act: str
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The full module names of one model."""
-
-    tokens: str
-    positions: str | None
-    layers: tuple[LayerParts, ...]
-    final_norm: str
-    head: str
-    rotary: str | None
-    n_heads: int
-    n_kv_heads: int
-
-    def linears(self) -> Iterator[tuple[str, str]]:
-        """(role, full name) of every linear map, head last."""
-        for layer in self.layers:
-            yield from layer.attention_linears.items()
-            yield from layer.mlp_linears.items()
-        yield "head", self.head
-
-    def norms(self) -> Iterator[str]:
-        """Full names of all norm slots."""
-        for layer in self.layers:
-            yield layer.attention_norm
-            yield layer.mlp_norm
-            yield from layer.qk_norms
-        yield self.final_norm
-
-
-def _join(*names: str) -> str:
-    return ".".join(n for n in names if n)
-
-
-def parts(model: nn.Module, architecture: Architecture) -> Parts:
-    """Resolve an architecture on a model; raises UnsupportedModelError naming a part that is missing."""
-    a, m = architecture.attention, architecture.mlp
-    count = len(_get(model, architecture.layers, architecture))
-    layers = []
-    for index in range(count):
-        layer = _join(architecture.layers, str(index))
-        attention, mlp = _join(layer, a.module), _join(layer, m.module)
-        roles = {"qkv": a.qkv} if a.qkv else {"q": a.q, "k": a.k, "v": a.v}
-        mlp_roles = {"gate": m.gate, "up": m.up, "down": m.down}
-        layers.append(
-            LayerParts(
-                attention=attention,
-                attention_norm=_join(layer, a.norm),
-                attention_linears={r: _join(attention, n) for r, n in {**roles, "out": a.out}.items() if n},
-                qk_norms=tuple(_join(attention, n) for n in (a.q_norm, a.k_norm) if n),
-                mlp=mlp,
-                mlp_norm=_join(layer, m.norm),
-                mlp_linears={r: _join(mlp, n) for r, n in mlp_roles.items() if n},
-                act=_join(mlp, m.act),
-            )
-        )
-    config = model.config
-    n_heads = int(getattr(config, architecture.heads))
-    kv = getattr(config, architecture.kv_heads, None) if architecture.kv_heads else None
-    found = Parts(
-        tokens=architecture.tokens,
-        positions=architecture.positions,
-        layers=tuple(layers),
-        final_norm=architecture.final_norm,
-        head=architecture.head,
-        rotary=architecture.rotary,
-        n_heads=n_heads,
-        n_kv_heads=int(kv or n_heads),
-    )
-    names = [found.tokens, found.positions, found.rotary, *found.norms(), *(n for _, n in found.linears())]
-    for name in [*names, *(n for layer in layers for n in (layer.attention, layer.mlp, layer.act))]:
-        if name:
-            _get(model, name, architecture)
-    return found
-
-
-def _get(model: nn.Module, name: str, architecture: Architecture) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} was taken for family {architecture.name!r}, but has no module {name!r}. "
-            "Retrofit the model with its language-model head (AutoModelForCausalLM), before any wrapper."
-        ) from error

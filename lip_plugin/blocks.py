@@ -1,6 +1,7 @@
 """Blocks: which parts of a weight are capped on their own, and how to see them as batches.
 
-A weight is read as a matrix [d_out, d_in] (a Conv1D's transposed). Its rows are cut into segments;
+A weight is read as a matrix [d_out, d_in] (a Conv1D's transposed, a patch convolution's flattened to
+[d, channels * p * p]). Its rows are cut into segments;
 a segment is `count` equal blocks below each other, so it is a view [count, d_out / count, d_in] of
 the weight, without a copy. One head of q is a block; so is a whole feed-forward matrix.
 
@@ -50,7 +51,12 @@ class Layout:
     segments: tuple[Segment, ...]
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as [d_out, d_in], a view."""
+        """The weight as [d_out, d_in], a view; of a table with leading axes of size 1, its rows.
+
+        Raises RuntimeError (torch's) where no view exists: a copy would lose what is written to it.
+        """
+        if weight.dim() > 2:
+            return weight.view(-1, weight.shape[-1]) if self.norm == ROW else weight.view(weight.shape[0], -1)
         return weight.t() if self.transposed else weight
 
     def views(self, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lip_plugin.architecture import Parts
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, NonFiniteError, TiedWeightsError, UnsupportedModelError
-from lip_plugin.modules import ConstantScale, ConstrainedEmbedding, activation_kind, is_linear
+from lip_plugin.modules import (
+    ConstantScale,
+    RowParameter,
+    activation_kind,
+    is_embedding,
+    is_linear,
+    is_patches,
+    table_of,
+)
+from lip_plugin.parts import Parts
 
 
 def check_model(
@@ -29,13 +37,36 @@ def check_model(
     _check_nothing_left_over(model, names)
     _check_overrides(names, config)
     if config.norms != "keep":
-        for layer in names.layers:
-            if activation_kind(model.get_submodule(layer.act)) is None:
-                act = model.get_submodule(layer.act)
-                raise UnsupportedModelError(
-                    f"{layer.act} is {act}: no proven slope is known for it. Use gelu, gelu_new, silu, relu "
-                    "or tanh, or keep the norms (norms='keep') if you need no certificate."
-                )
+        _check_recipe(model, names)
+
+
+def norms_are_gone(model: nn.Module, names: Parts) -> bool:
+    """Whether an earlier retrofit put constants in the norm slots."""
+    return any(isinstance(model.get_submodule(name), ConstantScale) for name in names.norms())
+
+
+def _check_recipe(model: nn.Module, names: Parts) -> None:
+    """What removing the norms needs besides: known activations, and a place for every constant."""
+    for name in names.activations():
+        act = model.get_submodule(name)
+        if activation_kind(act) is None:
+            raise UnsupportedModelError(
+                f"{name} is {act}: no proven slope is known for it. Use gelu, gelu_new, silu, relu "
+                "or tanh, or keep the norms (norms='keep') if you need no certificate."
+            )
+    branches = [branch for layer in names.layers for branch in layer.branches]
+    scaled = [model.get_submodule(branch.scale) for branch in branches]
+    if len(set(map(id, scaled))) < len(scaled):
+        raise UnsupportedModelError(
+            f"{branches[0].scale} and another layer's are one module: each branch needs a scale of its own. "
+            "Give every layer its own module."
+        )
+    telescoped = not any(branch.sum_norm for branch in branches)
+    if telescoped and not names.architecture.final_norm:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no norm behind its last block, so there is no slot for the last constant of "
+            "the residual. Build it with its final norm, or keep the norms (norms='keep')."
+        )
 
 
 def _check_values(model: nn.Module) -> None:
@@ -55,7 +86,7 @@ def _check_values(model: nn.Module) -> None:
 
 
 def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig, pretrained: bool) -> None:
-    removed = isinstance(model.get_submodule(names.final_norm), ConstantScale)
+    removed = norms_are_gone(model, names)
     if removed and config.norms == "keep":
         raise ConfigError(
             f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, and its weights were "
@@ -71,24 +102,32 @@ def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig,
 
 
 def _check_leaves(model: nn.Module, names: Parts) -> None:
-    for _, name in names.linears():
+    for role, name in names.linears():
         module = model.get_submodule(name)
         if hasattr(module, "base_layer"):
             raise UnsupportedModelError(
                 f"{name} is wrapped by an adapter already. Order: retrofit(model), then get_peft_model(model, ...)."
             )
-        if not is_linear(module):
+        if role == "patch" and not is_patches(module):
+            raise UnsupportedModelError(
+                f"{name} is {module}, not a plain Conv2d whose stride is its kernel: patches that overlap or are "
+                "padded have no rule here."
+            )
+        if role != "patch" and not is_linear(module):
             raise UnsupportedModelError(
                 f"{name} is {type(module).__module__}.{type(module).__name__}, not a plain Linear or Conv1D: "
                 "load the model unquantized and without mixture-of-experts layers."
             )
-    for name in filter(None, (names.tokens, names.positions)):
-        cls = type(model.get_submodule(name))
-        if cls not in (nn.Embedding, ConstrainedEmbedding):  # a subclass may scale what it looks up
+    for _, name in names.tables():
+        table = table_of(model, name)
+        if isinstance(table, RowParameter):
+            continue
+        cls = type(table)
+        if not is_embedding(table):  # a subclass may scale what it looks up
             raise UnsupportedModelError(
                 f"{name} is {cls.__module__}.{cls.__name__}, not a plain nn.Embedding; its rows cannot be bounded."
             )
-        if getattr(model.get_submodule(name), "max_norm", None) is not None:
+        if getattr(table, "max_norm", None) is not None:
             raise UnsupportedModelError(
                 f"{name} renormalizes itself at lookup (max_norm); set max_norm=None."
             )
@@ -97,11 +136,12 @@ def _check_leaves(model: nn.Module, names: Parts) -> None:
 def _check_ties(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(p), []).append(name)
+        if name not in names.architecture.unused:
+            owners.setdefault(id(p), []).append(name)
     for tied in owners.values():
         if len(tied) == 1:
             continue
-        if sorted(tied) != sorted([f"{names.tokens}.weight", f"{names.head}.weight"]):
+        if sorted(tied) != sorted([f"{names.architecture.tokens}.weight", f"{names.head}.weight"]):
             raise TiedWeightsError(
                 f"{' and '.join(tied)} are one Parameter: its blocks would need several caps at once. Untie them first."
             )
@@ -113,11 +153,13 @@ def _check_ties(model: nn.Module, names: Parts, config: LipschitzConfig) -> None
 
 
 def _check_nothing_left_over(model: nn.Module, names: Parts) -> None:
-    described = {name for _, name in names.linears()} | {names.tokens, *names.norms()}
-    described |= {names.positions} if names.positions else set()
+    described = {*(name for _, name in names.linears()), *names.norms()}
+    rows = [(name, table_of(model, name)) for _, name in names.tables()]
+    described |= {name for name, table in rows if not isinstance(table, RowParameter)}
+    bare = {name for name, table in rows if isinstance(table, RowParameter)} | {*names.architecture.unused}
     for name, _ in model.named_parameters():
         owner = name.rpartition(".")[0]
-        if owner not in described:
+        if owner not in described and name not in bare:
             raise UnsupportedModelError(
                 f"{owner or type(model).__name__} ({type(model.get_submodule(owner)).__name__}) has weights that the "
                 "architecture does not describe, so nothing could be proven about the model. Mixture-of-experts, "
@@ -126,7 +168,7 @@ def _check_nothing_left_over(model: nn.Module, names: Parts) -> None:
 
 
 def _check_overrides(names: Parts, config: LipschitzConfig) -> None:
-    known = [name for _, name in names.linears()] + [n for n in (names.tokens, names.positions) if n]
+    known = [name for _, name in (*names.linears(), *names.tables())]
     for key in config.overrides:
         if not any(name == key or name.endswith("." + key) for name in known):
             sample = ", ".join(known[:4])

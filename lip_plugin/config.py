@@ -46,11 +46,14 @@ class LipschitzConfig:
             `"keep"` (caps only; the certificate stays honest and is usually astronomically large).
             None means remove, but refuses a model whose weights were loaded from somewhere,
             because a pretrained model is a function of its norms.
-        residual: a in x <- (1-a) x + a f(x); None is the paper's 1/(2L) for L layers.
+        residual: a in x <- (1-a) x + a f(x); None is the paper's 1/(2L) for L layers, or 1/(L+1) where
+            attention and MLP run in parallel and their mean is f.
         attention_scale: attention logits are attention_scale * q.k / d_head.
         value_scale: factor on the attention branch's output (the paper's 1/3).
-        embedding_max: bound on the token norm of what enters the first block; token and learned
-            position tables share it equally.
+        embedding_max: bound on the token norm of what enters the first block; its tables (tokens,
+            learned positions, token types; of images patches and positions) share it equally.
+        pixel_max: bound on the absolute value of every entry of an image that the model is given
+            (so after normalization). The certificate takes it for granted and says so.
         biases: `"keep"` (measured, and part of the certificate) or `"drop"` (fixed at zero).
         untie_head: give a head that is tied to the embedding its own copy; the two have
             different constraints, so False refuses such a model.
@@ -70,6 +73,7 @@ class LipschitzConfig:
     attention_scale: float = 1.0
     value_scale: float = 1.0 / 3.0
     embedding_max: float = 1.0
+    pixel_max: float = 1.0
     biases: str = "keep"
     untie_head: bool = True
     init: str = "auto"
@@ -81,7 +85,7 @@ class LipschitzConfig:
                 raise ConfigError(
                     f"LipschitzConfig({name}={value!r}): choose one of {', '.join(map(repr, choices))}."
                 )
-        for name in ("w_max", "attention_scale", "value_scale", "embedding_max"):
+        for name in ("w_max", "attention_scale", "value_scale", "embedding_max", "pixel_max"):
             _check_positive(name, getattr(self, name))
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")

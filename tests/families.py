@@ -15,8 +15,6 @@ import torch
 from torch import nn
 
 _STANDIN = Path(__file__).parent / "nanogpt_standin" / "model.py"
-HF_FAMILIES = ("gpt2", "llama", "mistral", "qwen3")
-FAMILIES = (*HF_FAMILIES, "nanogpt") if _STANDIN.exists() else HF_FAMILIES
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 67,
@@ -25,13 +23,75 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-_LLAMA_LIKE: dict[str, Any] = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": None}
-_ROWS: dict[str, dict[str, Any]] = {
-    "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen3": {**_LLAMA_LIKE, "head_dim": 16},  # head_dim * heads is not hidden_size: as in Qwen3 itself
+_LLAMA_LIKE: dict[str, Any] = {
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "eos_token_id": 0,
 }
+# windows shorter than the comparison's 16 tokens; one layer of each kind
+_WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA: dict[str, Any] = {**_LLAMA_LIKE, "head_dim": 16, "query_pre_attn_scalar": 16, **_WINDOWS}
+_NEOX: dict[str, Any] = {
+    "intermediate_size": 48,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+_NEOX["rope_parameters"]["partial_rotary_factor"] = 0.5
+_OPT: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": None, "eos_token_id": 0}
+_BERT: dict[str, Any] = {"intermediate_size": 48, "type_vocab_size": 3}
+_VIT: dict[str, Any] = {"image_size": 12, "patch_size": 4, "num_channels": 2, "intermediate_size": 48}
+# family -> (model_type, auto class, fields)
+_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", "CausalLM", {"bos_token_id": 0, "eos_token_id": 0}),
+    "llama": ("llama", "CausalLM", _LLAMA_LIKE),
+    "mistral": ("mistral", "CausalLM", {**_LLAMA_LIKE, "sliding_window": 7}),
+    "qwen2": (
+        "qwen2",
+        "CausalLM",
+        {**_LLAMA_LIKE, "use_sliding_window": True, "max_window_layers": 1, **_WINDOWS},
+    ),
+    # head_dim * heads is not hidden_size: as in Qwen3 itself
+    "qwen3": ("qwen3", "CausalLM", {**_LLAMA_LIKE, "head_dim": 16}),
+    "granite": (
+        "granite",
+        "CausalLM",
+        {
+            **_LLAMA_LIKE,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 1.7,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "phi3": (
+        "phi3",
+        "CausalLM",
+        {
+            **_LLAMA_LIKE,
+            "sliding_window": 7,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        "CausalLM",
+        {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("gemma3_text", "CausalLM", _GEMMA),
+    "olmo2": ("olmo2", "CausalLM", _LLAMA_LIKE),
+    "gpt_neox": ("gpt_neox", "CausalLM", _NEOX),
+    "gpt_neox_sequential": ("gpt_neox", "CausalLM", {**_NEOX, "use_parallel_residual": False}),
+    "opt": ("opt", "CausalLM", _OPT),
+    "opt_post": ("opt", "CausalLM", {**_OPT, "do_layer_norm_before": False}),
+    "opt_projected": ("opt", "CausalLM", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "bert": ("bert", "MaskedLM", _BERT),
+    "bert_classifier": ("bert", "SequenceClassification", {**_BERT, "num_labels": 5}),
+    "vit": ("vit", "ImageClassification", {**_VIT, "num_labels": 5}),
+}
+HF_FAMILIES = tuple(_ROWS)
+FAMILIES = (*HF_FAMILIES, "nanogpt") if _STANDIN.exists() else HF_FAMILIES
+DECODERS = tuple(name for name, (_, auto, _) in _ROWS.items() if auto == "CausalLM")
+POST_NORM = ("opt_post", "opt_projected", "bert", "bert_classifier")
 _NANOGPT_NAMES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -47,10 +107,32 @@ def tiny(name: str, **overrides: Any) -> nn.Module:
         fields = {_NANOGPT_NAMES.get(k, k): v for k, v in {**_COMMON, **overrides}.items()}
         module = nanogpt_module()
         return module.GPT(module.GPTConfig(**fields)).eval()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(name, **{**_COMMON, **_ROWS[name], **overrides})
-    return AutoModelForCausalLM.from_config(config).eval()
+    model_type, _, row = _ROWS[name]
+    fields = {**_COMMON, **row, **overrides}
+    if "layer_types" in fields:
+        fields["layer_types"] = (fields["layer_types"] * fields["num_hidden_layers"])[
+            -fields["num_hidden_layers"] :
+        ]
+    if "word_embed_proj_dim" in fields and name != "opt_projected":
+        fields["word_embed_proj_dim"] = fields["hidden_size"]
+    config = AutoConfig.for_model(model_type, **fields)
+    return auto_class(name).from_config(config).eval()
+
+
+def auto_class(name: str) -> Any:
+    """The Auto class that builds and loads models of a Hugging Face family."""
+    import transformers
+
+    return getattr(transformers, f"AutoModelFor{_ROWS[name][1]}")
+
+
+def inputs_for(name: str, batch: int = 2, tokens: int = 12) -> torch.Tensor:
+    """Random inputs of a tiny model: token ids [batch, tokens], or pixels in [-1, 1]."""
+    if name == "vit":
+        return 2 * torch.rand(batch, 2, 12, 12) - 1
+    return torch.randint(67, (batch, tokens))
 
 
 def nanogpt_module() -> Any:

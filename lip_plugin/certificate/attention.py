@@ -52,7 +52,13 @@ class Projection:
 
 @dataclass
 class Attention:
-    """softmax(tau q k^T + mask) v for all heads, concatenated; q and k may be normed and rotated."""
+    """softmax(tau q k^T + mask) v for all heads, concatenated; q and k may be normed and rotated.
+
+    Attributes:
+        whole_norms: the norms of q and k are over all heads together, not over each.
+        softcap: c of c tanh(logit / c), for turned keys only; None for none.
+        causal, window: which tokens a query sees in `run`; no bound depends on it.
+    """
 
     name: str
     q: Projection
@@ -64,16 +70,20 @@ class Attention:
     q_norm: Norm | Scale | None = None
     k_norm: Norm | Scale | None = None
     rotary: Any = None
+    whole_norms: bool = False
+    softcap: float | None = None
+    causal: bool = True
+    window: int | None = None
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         outputs = {id(p.linear): p.linear for p in (self.q, self.k, self.v)}
         computed = {key: linear.run(x, watch) for key, linear in outputs.items()}
-        q, k, v = (
-            computed[id(p.linear)][..., p.start : p.stop].unflatten(-1, (p.heads, self.d_head))
-            for p in (self.q, self.k, self.v)
-        )
-        q = q if self.q_norm is None else self.q_norm.run(q)
-        k = k if self.k_norm is None else self.k_norm.run(k)
+        q, k, v = (computed[id(p.linear)][..., p.start : p.stop] for p in (self.q, self.k, self.v))
+        if self.whole_norms:
+            q, k = self._normed(q, k)
+        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in (q, k, v))
+        if not self.whole_norms:
+            q, k = self._normed(q, k)
         q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
         if self.rotary is not None:
             positions = torch.arange(x.shape[-2], device=x.device)[None]
@@ -82,11 +92,22 @@ class Attention:
         group = self.q.heads // self.k.heads
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
         logits = self.tau * q @ k.transpose(-1, -2)
-        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        weights = logits.masked_fill(self._hidden(logits), float("-inf")).softmax(-1)
         if watch is not None:
             watch.attention(weights)
         return (weights @ v).transpose(-3, -2).flatten(-2)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q = q if self.q_norm is None else self.q_norm.run(q)
+        return q, k if self.k_norm is None else self.k_norm.run(k)
+
+    def _hidden(self, logits: Tensor) -> Tensor:
+        """Which keys each query does not see [tokens, tokens]."""
+        everything = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
+        hidden = everything.triu(1) if self.causal else ~everything
+        return hidden if self.window is None else hidden | everything.tril(-self.window)
 
     def sizes(self, p: Projection, r: Decimal, norms: Norms, post: Norm | Scale | None) -> _Sizes:
         """2-norm bounds on one of q, k, v at input token norm r, each kv head repeated for its group."""
@@ -101,7 +122,12 @@ class Attention:
         sizes = [add(mul(s, radius), b) for s, b in zip(constants, biases, strict=True)]
         whole = table.whole[p.role]
         whole_size = min(add(mul(whole, radius), norm2(biases)), norm2(sizes))
-        if post is not None:
+        if post is not None and self.whole_norms:  # every head is part of one normed vector
+            full = root(up(self.d_head * p.heads))
+            b = post.bound(div(whole_size, below(full)), norms)
+            whole, whole_size = mul(whole, b.lipschitz), mul(b.radius, full)
+            constants, sizes = [whole] * p.heads, [whole_size] * p.heads
+        elif post is not None:
             bounds = [post.bound(div(s, below(width)), norms) for s in sizes]
             sizes = [mul(b.radius, width) for b in bounds]
             constants = [mul(c, b.lipschitz) for c, b in zip(constants, bounds, strict=True)]
@@ -172,10 +198,12 @@ def _sum(values: list[Decimal]) -> Decimal:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, halves convention: pairs (x_i, x_(i + d/2)) turned by their angle."""
+    """Rotary positions, halves convention: pairs (x_i, x_(i + w/2)) of the first w coordinates turned."""
     cos, sin = cos.to(x.dtype).unsqueeze(-3), sin.to(x.dtype).unsqueeze(-3)
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1)
 
 
 def smallest_entropy_lower(logit_bound: float, visible: int) -> float:

@@ -11,28 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.architecture import Family, LayerParts, Parts, find_family, parts
+from lip_plugin.architecture import Family, find_family
 from lip_plugin.certificate.attention import Attention, Projection
-from lip_plugin.certificate.graph import (
-    Activation,
-    Chain,
-    Gate,
-    Linear,
-    Node,
-    Norm,
-    Residual,
-    Scale,
-)
+from lip_plugin.certificate.entry import Entry, entry_of
+from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Node, Norm, Residual, Scale
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.nodes import First, Parallel, Rotary, Softcap
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
     activation_kind,
     branch_scale,
+    input_scale,
     is_linear,
+    is_patches,
     is_transposed,
+    table_of,
 )
-from lip_plugin.surgery import find_retrofit, head_dim
+from lip_plugin.parts import BranchParts, LayerParts, Parts, parts
+from lip_plugin.recipe import head_dim, owner_of
+from lip_plugin.surgery import find_retrofit
 
 # Readers of what a wrapped linear layer really multiplies with (an adapter's merged weight, stored
 # like the base layer's); they return None for a layer that is not theirs.
@@ -47,37 +45,49 @@ def register_weight_reader(reader: Callable[[nn.Module], Tensor | None]) -> None
 
 @dataclass
 class Graph:
-    """A model as nodes, from the embeddings that enter the first block to the logits.
+    """A model as nodes: `entry` from its inputs to the first block, `body` from there to the logits.
 
-    `only` restricts `linears` (so what is measured) to linear maps of these names: a layer at a time.
+    `only` restricts `linears` (so what is measured) to linear modules of these names: a layer at a time.
     """
 
     root: nn.Module
     family: Family
     parts: Parts
+    entry: Entry
     body: Chain
     only: frozenset[str] | None = None
 
-    def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """What enters the first block for token ids [batch, tokens]."""
-        x = self.root.get_submodule(self.parts.tokens).weight[ids].to(dtype)  # type: ignore[index]
-        if self.parts.positions:
-            positions = self.root.get_submodule(self.parts.positions).weight[: ids.shape[1]]  # type: ignore[index]
-            x = x + positions.to(dtype)
-        return x
+    @property
+    def patches(self) -> Linear | None:
+        """Image models: the patch convolution as a matrix, d_in = channels * p * p; else None.
+
+        A change of an image by eps in 2-norm changes what enters the first block by at most
+        sigma_max(matrix) * eps in 2-norm over all tokens together, so in each of them: patches do not overlap.
+        """
+        return self.entry.patches
+
+    def embed(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """What enters the first block for token ids [batch, tokens], or pixels [batch, channels, h, w]."""
+        return self.entry.run(inputs, dtype)
 
     def tables(self) -> list[str]:
         """Names of the embedding tables whose rows add up to the input of the first block."""
-        return [t for t in (self.parts.tokens, self.parts.positions) if t]
+        return [table.name for table in self.entry.tables.values()]
 
     def linears(self) -> list[tuple[str, str, nn.Module, Tensor]]:
-        """(role, name, plain base module, effective weight as stored) of every linear map."""
+        """(role, name of the node, plain base module, effective weight) of every linear map.
+
+        The weight is stored as the module's is ([d_in, d_out] for a Conv1D), but a convolution's as a
+        matrix, and rows of q, k and v in that order; a fused gate and up are two maps.
+        """
         found = []
         for role, name in self.parts.linears():
             if self.only is not None and name not in self.only:
                 continue
-            module, weight = _read(self.root.get_submodule(name), name)
-            found.append((role, name, module, weight()))
+            base = _read(self.root.get_submodule(name), name)[0]
+            interleaved = self.parts.n_heads if self.parts.architecture.attention.interleaved else None
+            for part, node, weight, _ in _maps(self.root, role, name, interleaved):
+                found.append((part, node, base, weight()))
         return found
 
 
@@ -89,13 +99,72 @@ def build(model: nn.Module) -> Graph:
     root = _root(model)
     family = find_family(root)
     names = parts(root, family.architecture)
+    architecture = names.architecture
     nodes: list[Node] = []
     for layer in names.layers:
-        nodes.append(_attention_block(root, family, names, layer))
-        nodes.append(_mlp_block(root, layer))
-    nodes.append(_slot(root, names.final_norm))
-    nodes.append(_linear(root, names.head))
-    return Graph(root, family, names, Chain("model", nodes))
+        chains = [_attention_branch(root, names, layer), _mlp_branch(root, names, layer)]
+        if architecture.parallel:
+            nodes.append(Parallel(layer.name, chains))
+            continue
+        for branch, chain, kind in zip(layer.branches, chains, (Residual, MlpResidual), strict=True):
+            nodes.append(kind(branch.module, chain))
+            if branch.sum_norm:
+                nodes.append(_slot(root, branch.sum_norm))
+    return Graph(root, family, names, _entry(root, names), Chain("model", nodes + _readout(root, names)))
+
+
+def _readout(root: nn.Module, names: Parts) -> list[Node]:
+    """From the last block to the logits."""
+    architecture, config = names.architecture, _config(root)
+    nodes: list[Node] = []
+    if architecture.final_norm:
+        nodes.append(_slot(root, architecture.final_norm))
+    for kind, path in architecture.readout:
+        if kind == "first":
+            nodes.append(First("first token"))
+        elif kind == "dense":
+            nodes.append(_linear(root, "dense", path))
+        elif kind == "act":
+            nodes += _activation(root, path)
+        else:
+            nodes.append(_slot(root, path))
+    nodes.append(_linear(root, "head", architecture.head))
+    divisor = float(getattr(config, architecture.logits_divisor)) if architecture.logits_divisor else 1.0
+    if divisor != 1.0:
+        nodes.append(Scale(f"1 / {architecture.logits_divisor}", 1.0 / divisor))
+    cap = getattr(config, architecture.softcap, None) if architecture.softcap else None
+    if cap is not None:
+        nodes.append(Softcap(str(architecture.softcap), float(cap)))
+    return nodes
+
+
+def _config(root: nn.Module) -> Any:
+    return root.config
+
+
+def _entry(root: nn.Module, names: Parts) -> Entry:
+    architecture, config = names.architecture, _config(root)
+    scale = 1.0
+    if architecture.embedding_scale:
+        owner, _, attribute = architecture.embedding_scale[0].rpartition(".")
+        value = getattr(root.get_submodule(owner), attribute)
+        if isinstance(value, Tensor):  # rounded to the table's dtype by the forward
+            value = value.to(table_of(root, str(architecture.tokens)).weight.dtype)
+        scale = float(value)
+    tables = [(role, name, table_of(root, name)) for role, name in names.tables()]
+    norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
+    entry = entry_of(
+        tables, scale, lambda name: _linear(root, "token_map", name), architecture.token_map, norm
+    )
+    if architecture.patches:
+        conv: Any = root.get_submodule(architecture.patches)
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        entry.patches = _linear(root, "patch", architecture.patches)
+        entry.patch, entry.image = conv.kernel_size, (conv.in_channels, height, width)
+        found = find_retrofit(root)
+        entry.pixel_max = found[1].config.pixel_max if found is not None else 1.0
+    return entry
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -116,6 +185,8 @@ def _read(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
     if is_linear(module):
         return module, lambda: module.weight
+    if is_patches(module):
+        return module, lambda: module.weight.flatten(1)
     base = getattr(module, "base_layer", None)
     for reader in _WEIGHT_READERS:
         if base is not None and is_linear(base) and reader(module) is not None:
@@ -127,17 +198,56 @@ def _read(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     )
 
 
-def _linear(root: nn.Module, name: str) -> Linear:
+Reader = Callable[[], Any]
+
+
+def _maps(
+    root: nn.Module, role: str, name: str, interleaved: int | None
+) -> list[tuple[str, str, Reader, Reader]]:
+    """(role, node's name, reader of its weight, of its bias) of each map in a module, as stored.
+
+    A fused gate and up are two maps. Rows of `interleaved` heads are put in the order q, k, v.
+    """
     base, weight = _read(root.get_submodule(name), name)
+    dim = 1 if is_transposed(base) else 0
+    rows = base.weight.shape[dim]
+
+    def bias() -> Tensor | None:
+        return getattr(base, "bias", None)
+
+    def select(index: Tensor) -> tuple[Reader, Reader]:
+        def picked() -> Tensor | None:
+            b = bias()
+            return None if b is None else b[index.to(b.device)]
+
+        return lambda: weight().index_select(dim, index.to(base.weight.device)), picked
+
+    if role == "gate_up":
+        halves = torch.arange(rows).chunk(2)
+        return [(r, f"{name}[{r}]", *select(i)) for r, i in zip(("gate", "up"), halves, strict=True)]
+    if role == "qkv" and interleaved:
+        order = torch.arange(rows).view(interleaved, 3, -1).transpose(0, 1).flatten()
+        return [(role, name, *select(order))]
+    return [(role, name, weight, bias)]
+
+
+def _linears(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> list[Linear]:
+    base, _ = _read(root.get_submodule(name), name)
     transposed = is_transposed(base)
-    d_in, d_out = base.weight.shape if transposed else tuple(reversed(base.weight.shape))
-    return Linear(
-        name,
-        weight=(lambda: weight().t()) if transposed else weight,
-        bias=lambda: getattr(base, "bias", None),
-        d_out=int(d_out),
-        d_in=int(d_in),
-    )
+    found = []
+    for _, node, weight, bias in _maps(root, role, name, interleaved):
+        d_out, d_in = weight().t().shape if transposed else weight().shape
+        read = (lambda w=weight: w().t()) if transposed else weight
+        found.append(Linear(node, weight=read, bias=bias, d_out=int(d_out), d_in=int(d_in)))
+    return found
+
+
+def _linear(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> Linear:
+    return _linears(root, role, name, interleaved)[0]
+
+
+# RMSNorms whose gain is 1 + weight
+_ONE_PLUS = ("Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
 def _slot(root: nn.Module, name: str) -> Node:
@@ -152,30 +262,69 @@ def _slot(root: nn.Module, name: str) -> Node:
         return Norm(name, module, float(module.eps), True, weight, bias)
     if kind == "LayerNorm" and eps is None:  # nanoGPT's, whose eps is a literal in its forward
         return Norm(name, module, 1e-5, True, weight, bias)
+    if kind in _ONE_PLUS and type(module).__module__.startswith("transformers.models.gemma"):
+        # x * (1 + weight): the gain in float64, away from zero by one unit, as 1 + w may round
+        gain = 1.0 + weight.detach().double()
+        return Norm(name, module, float(module.eps), False, gain + gain * 2**-52, None)
     if kind.endswith("RMSNorm") and eps is not None and bias is None:
         return Norm(name, module, float(eps), False, weight, None)
     raise UnsupportedModelError(f"{name} is {kind}, a norm without a proven rule here.")
 
 
-def _attention_block(root: nn.Module, family: Family, names: Parts, layer: LayerParts) -> Residual:
-    architecture = family.architecture.attention
-    module: Any = root.get_submodule(layer.attention)
-    d_head = head_dim(root, layer, names)
+def _branch(
+    root: nn.Module, names: Parts, layer: LayerParts, branch: BranchParts, nodes: list[Node]
+) -> Chain:
+    """What is in front of f, f itself, and what is multiplied with it before it is added."""
+    before = (
+        _slot(root, branch.norm)
+        if branch.norm
+        else Scale(branch.module, input_scale(root.get_submodule(branch.module)))
+    )
+    chain = [before, *nodes]
+    if branch.scale != branch.act:
+        chain.append(Scale(branch.scale, branch_scale(root.get_submodule(branch.scale))))
+    if branch.branch_norm:
+        chain.append(_slot(root, branch.branch_norm))
+    attribute = names.architecture.residual_scale
+    factor = float(getattr(root.get_submodule(layer.name), attribute)) if attribute else 1.0
+    if factor != 1.0:
+        chain.append(Scale(f"{layer.name}.{attribute}", factor))
+    return Chain(branch.module, chain)
+
+
+def _projections(root: nn.Module, names: Parts, branch: BranchParts, d_head: int) -> dict[str, Projection]:
+    """q, k and v: rows of one fused map, or each of its own."""
     heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
-    projections = {}
-    if "qkv" in layer.attention_linears:
-        fused, start = _linear(root, layer.attention_linears["qkv"]), 0
-        for role, count in heads.items():
-            projections[role] = Projection(role, fused, start, start + count * d_head, count)
-            start += count * d_head
-    else:
-        for role, count in heads.items():
-            linear = _linear(root, layer.attention_linears[role])
-            projections[role] = Projection(role, linear, 0, count * d_head, count)
-    qk: list[Any] = [_slot(root, name) for name in layer.qk_norms] or [None, None]
-    tau = float(getattr(module, architecture.scaling)) if architecture.scaling else 1.0 / math.sqrt(d_head)
+    if "qkv" not in branch.linears:
+        maps = {role: _linear(root, role, branch.linears[role]) for role in heads}
+        return {r: Projection(r, maps[r], 0, count * d_head, count) for r, count in heads.items()}
+    interleaved = names.n_heads if names.architecture.attention.interleaved else None
+    fused, start, found = _linear(root, "qkv", branch.linears["qkv"], interleaved), 0, {}
+    for role, count in heads.items():
+        found[role] = Projection(role, fused, start, start + count * d_head, count)
+        start += count * d_head
+    return found
+
+
+def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
+    described, branch = names.architecture.attention, layer.attention
+    module: Any = root.get_submodule(branch.module)
+    d_head = head_dim(root, layer, names)
+    projections = _projections(root, names, branch, d_head)
+    tau = 1.0 / math.sqrt(d_head)
+    if described.scaling:
+        owner, attribute = owner_of(root, branch.module, described.scaling)
+        tau = float(getattr(owner, attribute))
+    softcap = getattr(module, described.softcap) if described.softcap else None
+    if softcap is not None and not names.rotary:
+        raise UnsupportedModelError(
+            f"{branch.module} caps logits of unturned keys: no rule is proven for that."
+        )
+    kind = getattr(module, described.layer_type) if described.layer_type else None
+    qk: list[Any] = [_slot(root, name) for name in branch.qk_norms] or [None, None]
+    widths = {n.weight.numel() for n in qk if isinstance(n, Norm) and n.weight is not None}
     attention = Attention(
-        layer.attention,
+        branch.module,
         projections["q"],
         projections["k"],
         projections["v"],
@@ -184,26 +333,47 @@ def _attention_block(root: nn.Module, family: Family, names: Parts, layer: Layer
         d_in=projections["q"].linear.d_in,
         q_norm=qk[0],
         k_norm=qk[1],
-        rotary=root.get_submodule(names.rotary) if names.rotary else None,
+        rotary=Rotary(root.get_submodule(names.rotary), kind) if names.rotary else None,
+        whole_norms=bool(widths - {d_head}),
+        softcap=None if softcap is None else float(softcap),
+        causal=described.causal,
+        window=_window(root, module),
     )
-    out = _linear(root, layer.attention_linears["out"])
-    scale = Scale(layer.attention, branch_scale(module))
-    through = AttentionOut(layer.attention, [attention, out])
-    return Residual(
-        layer.attention, Chain(layer.attention, [_slot(root, layer.attention_norm), through, scale])
-    )
+    out = _linear(root, "out", branch.linears["out"])
+    return _branch(root, names, layer, branch, [AttentionOut(branch.module, [attention, out])])
 
 
-def _mlp_block(root: nn.Module, layer: LayerParts) -> Residual:
-    act_module = root.get_submodule(layer.act)
-    kind = activation_kind(act_module)
+def _window(root: nn.Module, module: nn.Module) -> int | None:
+    """How many tokens back a query sees: the layer's own, or the model's, sliding window."""
+    config = _config(root)
+    window = getattr(module if hasattr(module, "sliding_window") else config, "sliding_window", None)
+    return None if window is None else int(window)
+
+
+def _activation(root: nn.Module, name: str) -> list[Node]:
+    """The activation, and the branch's scale if its output is where that is."""
+    module = root.get_submodule(name)
+    kind = activation_kind(module)
     if kind is None:
-        raise UnsupportedModelError(f"{layer.act} is {act_module}: no proven slope is known for it.")
-    act = Activation(layer.act, act_module, kind)
-    up_map = _linear(root, layer.mlp_linears["up"])
-    slot, down = _slot(root, layer.mlp_norm), _linear(root, layer.mlp_linears["down"])
-    scale = Scale(layer.mlp, branch_scale(root.get_submodule(layer.mlp)))
-    if "gate" in layer.mlp_linears:
-        gate = Gate(layer.mlp, _linear(root, layer.mlp_linears["gate"]), up_map, act)
-        return Residual(layer.mlp, Chain(layer.mlp, [slot, GatedMlp(layer.mlp, [gate, down]), scale]))
-    return MlpResidual(layer.mlp, Chain(layer.mlp, [slot, up_map, act, down, scale]))
+        raise UnsupportedModelError(f"{name} is {module}: no proven slope is known for it.")
+    nodes: list[Node] = [Activation(name, module, kind)]
+    if branch_scale(module) != 1.0:
+        nodes.append(Scale(name, branch_scale(module)))
+    return nodes
+
+
+def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
+    branch, linears = layer.mlp, layer.mlp.linears
+    act, *scale = _activation(root, str(branch.act))
+    assert isinstance(act, Activation)
+    gated: list[Linear] | None = None
+    if "gate_up" in linears:
+        gated = _linears(root, "gate_up", linears["gate_up"])
+    elif "gate" in linears:
+        gated = [_linear(root, role, linears[role]) for role in ("gate", "up")]
+    down = _linear(root, "down", linears["down"])
+    if gated is None:
+        return _branch(root, names, layer, branch, [_linear(root, "up", linears["up"]), act, *scale, down])
+    gate = Gate(branch.module, gated[0], gated[1], act)
+    assert not scale
+    return _branch(root, names, layer, branch, [GatedMlp(branch.module, [gate, down])])

@@ -17,8 +17,10 @@ from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.fingerprint import check_belongs, fingerprint, settings_of
-from lip_plugin.certificate.graph import Linear, Norms, Residual, Scale, walk
-from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, radius_of, refuse_non_finite, weight_norms
+from lip_plugin.certificate.graph import Linear, Norms, Scale, walk
+from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, refuse_non_finite, weight_norms
+from lip_plugin.certificate.nodes import attentions
+from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, div, log10, mul, root, to_float, up
 from lip_plugin.errors import CertificateError, ConfigError
 
@@ -198,10 +200,14 @@ def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | No
         else:
             difference = INF
         b = node.bound(radius, norms)
-        logit = max(logit, _logit_bound(node, radius, norms))
+        for before, attention in attentions([node]):
+            inner = before.bound(radius, norms).radius
+            logit = max(logit, attention.logit_bound(inner, norms))
         total = mul(total, b.lipschitz)
         rows.append(LayerBound(node.name, to_float(radius), to_float(b.lipschitz), log10(total)))
         radius = b.radius
+    d_out = _width(reversed(graph.body.nodes), "d_out")
+    difference = min(difference, mul(root(up(2 * d_out)), total))  # norm2(e_i - e_j) is sqrt(2)
     return Certificate(
         lipschitz=to_float(total),
         log10_lipschitz=log10(total),
@@ -211,7 +217,7 @@ def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | No
         layers=tuple(rows),
         logit_difference=to_float(difference),
         d_in=_width(graph.body.nodes, "d_in"),
-        d_out=_width(reversed(graph.body.nodes), "d_out"),
+        d_out=d_out,
         attention_logit=to_float(logit),
         assumptions=_assumptions(graph, source),
         model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
@@ -226,31 +232,23 @@ def _width(nodes: Iterable[Any], side: str) -> int:
     )
 
 
-def _logit_bound(node: Any, r: Decimal, norms: Norms) -> Decimal:
-    """Bound on the attention logits inside a node whose input has token norm r; 0 without attention."""
-    if isinstance(node, Attention):
-        return node.logit_bound(r, norms)
-    if isinstance(node, Residual):
-        return _logit_bound(node.branch, r, norms)
-    largest = Decimal(0)
-    for inner in getattr(node, "nodes", []):
-        largest = max(largest, _logit_bound(inner, r, norms))
-        r = inner.bound(r, norms).radius
-    return largest
-
-
 def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
     lines = [
         "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up",
         "inputs of the first block have token norm at most the radius, as every sum of one row from each "
-        "embedding table has (token types, or embeddings of another origin, may not)",
+        "embedding table has (embeddings of another origin may not)",
         "the graph's forward was compared with the model's own on random weights; attention functions and "
         "activations of the libraries are what they were then",
     ]
+    if graph.patches is not None:
+        lines[1] = (
+            "inputs of the first block have token norm at most the radius, as those of every image have whose "
+            f"pixel entries, after normalization, are at most {graph.entry.pixel_max:g} in absolute value"
+        )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")
         capped = {f"{name}.weight" for _, name in graph.parts.linears()}
-        capped |= {f"{name}.weight" for name in graph.tables()}
+        capped |= {n for name in graph.tables() for n in (name, f"{name}.weight")}
         free = [n for n, p in graph.root.named_parameters() if n not in capped and p.requires_grad]
         if free:
             lines.append(

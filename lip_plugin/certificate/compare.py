@@ -16,7 +16,7 @@ from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.graph import Activation, Gate, Node, Norm, walk
 from lip_plugin.errors import CertificateError
-from lip_plugin.modules import branch_scale
+from lip_plugin.modules import branch_scale, input_scale
 
 # Libraries compute norms, softmax and rotations in float32 inside (1e-7 each, 1e-6 seen over a whole
 # model); a structure that differs from the graph's is off by far more.
@@ -48,7 +48,7 @@ def _structure(name: str, module: nn.Module) -> tuple:
         (cls.__qualname__, id(cls), id(cls.forward)),
         module.extra_repr(),
         tuple(sorted(plain.items())),
-        (tuple(map(id, hooks)), branch_scale(module)),
+        (tuple(map(id, hooks)), branch_scale(module), input_scale(module)),
         patched,
     )
 
@@ -77,22 +77,20 @@ def check_graph(graph: Graph, tokens: int = 16) -> float:
     if _CHECKED.get(graph.root) == structure:
         return 0.0
     config = graph.root.config
-    limits = [getattr(config, k, None) for k in ("sliding_window", "max_position_embeddings", "block_size")]
+    limits = [getattr(config, k, None) for k in ("max_position_embeddings", "block_size")]
     tokens = min([tokens, *(int(v) for v in limits if v)])
     twin = _random_twin(graph.root)
     copied = build(twin)
-    generator = torch.Generator().manual_seed(0)
-    rows = twin.get_submodule(graph.parts.tokens).weight
-    ids = torch.randint(0, rows.shape[0], (2, tokens), generator=generator).to(rows.device)  # type: ignore[index,arg-type]
+    inputs = copied.entry.sample(tokens, torch.Generator().manual_seed(0), next(twin.parameters()).device)
     name = type(graph.root).__name__
     try:
-        expected = graph.family.logits(twin, ids).double()
+        expected = graph.family.logits(twin, inputs).double()
     except (RuntimeError, TypeError, ValueError) as error:
         raise CertificateError(
             f"{name} could not be compared with its graph: a float64 copy of it does not run ({error}). "
             "A patched forward that still calls the original module's does this; take it off, then certify."
         ) from error
-    got = copied.body.run(copied.embed(ids, torch.float64))
+    got = copied.body.run(copied.embed(inputs, torch.float64))
     difference = _difference(got, expected)
     if not difference <= TOLERANCE:
         raise CertificateError(
@@ -128,13 +126,17 @@ def _check_node(node: Node) -> None:
     """Norms near zero, where eps decides; activations over all of their range; rotations turn only."""
     generator = torch.Generator().manual_seed(2)
     if isinstance(node, Norm):
-        weight = next(node.module.parameters())
-        x = torch.randn(8, weight.shape[-1], generator=generator, dtype=torch.float64).to(weight.device)
+        weight = next(node.module.parameters(), None)
+        width: Any = node.module.normalized_shape[-1] if weight is None else weight.shape[-1]  # type: ignore[index]
+        x = torch.randn(8, width, generator=generator, dtype=torch.float64)
+        x = x if weight is None else x.to(weight.device)
         x = x * max(node.eps, 1e-12) ** 0.5
         difference = _difference(node.run(x), node.module(x).double())
     elif isinstance(node, Activation):
         x = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)
-        difference = _difference(node.run(x), node.act(x)) * 1e5  # no float32 inside: to 1e-9
+        # a branch's scale may sit on its output (OPT); any other hook is a difference
+        expected = node.act(x) / branch_scale(node.act)
+        difference = _difference(node.run(x), expected) * 1e5  # no float32 inside: to 1e-9
     elif isinstance(node, Attention) and node.rotary is not None:
         difference = _not_a_rotation(node)
     else:
@@ -151,11 +153,12 @@ def _not_a_rotation(node: Attention) -> float:
     positions = torch.tensor([[0, 1, 2, 7, 100, 1000, 4095]], device=node.q.linear.weight().device)
     x = torch.zeros(1, 7, node.d_in, dtype=torch.float64, device=positions.device)
     cos, sin = node.rotary(x, positions)
-    if cos.shape != (1, 7, node.d_head) or sin.shape != cos.shape:
+    half = cos.shape[-1] // 2
+    if cos.shape[:2] != (1, 7) or not 0 < 2 * half == cos.shape[-1] <= node.d_head or sin.shape != cos.shape:
         return math.inf
-    scale = float(getattr(node.rotary, "attention_scaling", 1.0)) ** 2
+    scale = node.rotary.scale**2
     off = ((cos.square() + sin.square()) / scale - 1.0).abs().max()
-    halves = max((t[..., : node.d_head // 2] - t[..., node.d_head // 2 :]).abs().max() for t in (cos, sin))
+    halves = max((t[..., :half] - t[..., half:]).abs().max() for t in (cos, sin))
     return float(torch.maximum(off, halves))
 
 

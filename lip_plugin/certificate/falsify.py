@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.graph import walk
-from lip_plugin.certificate.measure import radius_of, refuse_non_finite
+from lip_plugin.certificate.measure import refuse_non_finite
+from lip_plugin.certificate.nodes import attentions
+from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError, ConfigError
 from lip_plugin.linalg.norms import rms_norm
@@ -74,8 +73,7 @@ def falsify(
         radius = to_float(radius_of(graph, "weights"))
         if radius == 0:
             raise CertificateError("All embeddings are zero: there are no two inputs to compare.")
-        for table in graph.tables()[1:]:  # positions: a sequence cannot be longer than their table
-            tokens = min(tokens, graph.root.get_submodule(table).weight.shape[0])  # type: ignore
+        tokens = min(tokens, graph.entry.longest or tokens)
         inputs, directions = _starts(graph, restarts, tokens, seed)
     best, witness = -1.0, None
     step = _STEP * radius
@@ -141,8 +139,7 @@ def _starts(graph: Graph, restarts: int, tokens: int, seed: int) -> tuple[Tensor
     two opposite values, what attention fears, built for one head (those with the largest norms first)
     or of random values; near zero, where kept norms are steep; random.
     """
-    tokens_module: Any = graph.root.get_submodule(graph.parts.tokens)
-    d, device = tokens_module.weight.shape[1], tokens_module.weight.device
+    d, device = graph.entry.width, next(graph.root.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs = 2 * torch.randn(restarts, tokens, d, generator=generator, dtype=torch.float64)
     directions = torch.randn(restarts, tokens, d, generator=generator, dtype=torch.float64)
@@ -161,17 +158,16 @@ def _starts(graph: Graph, restarts: int, tokens: int, seed: int) -> tuple[Tensor
 def _heads(graph: Graph) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(q, k, v) rows of every head [d_head, d], largest product of Frobenius norms first."""
     found = []
-    for attention in walk(graph.body.nodes):
-        if isinstance(attention, Attention):
-            parts = [
-                p.linear.weight()[p.start : p.stop].detach().double().cpu().unflatten(0, (p.heads, -1))
-                for p in (attention.q, attention.k, attention.v)
-            ]
-            group = attention.q.heads // attention.k.heads
-            for h in range(attention.q.heads):
-                head = (parts[0][h], parts[1][h // group], parts[2][h // group])
-                size = torch.stack([w.norm() for w in head]).log().sum()
-                found.append((float(size.nan_to_num(neginf=-1e9)), head))
+    for _, attention in attentions(graph.body.nodes):
+        parts = [
+            p.linear.weight()[p.start : p.stop].detach().double().cpu().unflatten(0, (p.heads, -1))
+            for p in (attention.q, attention.k, attention.v)
+        ]
+        group = attention.q.heads // attention.k.heads
+        for h in range(attention.q.heads):
+            head = (parts[0][h], parts[1][h // group], parts[2][h // group])
+            size = torch.stack([w.norm() for w in head]).log().sum()
+            found.append((float(size.nan_to_num(neginf=-1e9)), head))
     return [head for _, head in sorted(found, key=lambda pair: -pair[0])]
 
 

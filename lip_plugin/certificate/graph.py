@@ -264,4 +264,9 @@ def walk(nodes: Iterable[Any]) -> Iterator[Any]:
     """All nodes, whatever contains them, containers first."""
     for node in nodes:
         yield node
-        yield from walk([node.branch] if isinstance(node, Residual) else getattr(node, "nodes", []))
+        yield from walk([*branches(node), *getattr(node, "nodes", [])])
+
+
+def branches(node: Any) -> Sequence[Chain]:
+    """The branches that a node adds to the residual stream; none for other nodes."""
+    return (node.branch,) if isinstance(node, Residual) else getattr(node, "branches", ())

@@ -204,44 +204,41 @@ class AffineNorms:
 
 @dataclass
 class MlpResidual(Residual):
-    """x + g (W_2 F f(W_1 c x + b_1) + b_2): f(z) = z / 2 + e(z) with e smaller and flatter than f."""
+    """x + g (m W_2 F f(W_1 c x + b_1) + b_2): f(z) = z / 2 + e(z) with e smaller and flatter than f."""
 
     def linear_names(self) -> list[str]:
         return linear_names(self)
 
-    def _parts(self) -> tuple[float, Linear, Activation, Linear, float] | None:
-        """(c, up, activation, down, g); None if there is more to the branch, a kept norm say."""
+    def _parts(self) -> tuple[Linear, Activation, Linear, list[float]] | None:
+        """(up, activation, down, [c, m, g]); None if there is more to the branch, a kept norm say."""
         kinds = [type(n) for n in self.branch.nodes if not isinstance(n, Scale)]
         if kinds != [Linear, Activation, Linear]:
             return None
-        before, after = 1.0, 1.0
         linears: list[Linear] = []
-        act = None
+        scales, act = [1.0, 1.0, 1.0], None
         for node in self.branch.nodes:
-            if isinstance(node, Scale) and linears:
-                after *= node.scale
-            elif isinstance(node, Scale):
-                before *= node.scale
+            if isinstance(node, Scale):
+                scales[len(linears)] *= node.scale
             elif isinstance(node, Linear):
                 linears.append(node)
             elif isinstance(node, Activation):
                 act = node
         assert act is not None
-        return before, linears[0], act, linears[1], after
+        return linears[0], act, linears[1], scales
 
     def measure(self, norms: Norms) -> AffineNorms | None:
         found = self._parts()
         if found is None:
             return None
-        c, first, act, second, g = found
-        half = 0.5 * g * c * float(act.factor)
+        first, act, second, (c, m, g) = found
+        half = 0.5 * g * m * c * float(act.factor)
         w1, w2 = Rounded.of(first.weight()), Rounded.of(second.weight())
         # the float `half` is a few roundings off, which moves the matrix by 1e-15 of half W_2 W_1 at most
         slip = mul(up(abs(half)), Decimal("1e-15"), norms[first.name].sigma, norms[second.name].sigma)
         linear = add((w2 @ w1).plus_identity(half).norm_upper(), slip)
         constant, bias = ZERO, first.bias()
         if bias is not None:
-            constant = mul(_HALF, act.factor, (w2 @ Rounded.of(bias[:, None])).size_upper())
+            constant = mul(_HALF, up(abs(m)), act.factor, (w2 @ Rounded.of(bias[:, None])).size_upper())
         constant = add(constant, mul(rms(second.bias()), root(up(second.d_out))))
         return AffineNorms(linear, mul(up(abs(g)), constant, _SLIP))
 
@@ -250,8 +247,8 @@ class MlpResidual(Residual):
         affine, found = norms.joint.get(self.name), self._parts()
         if not isinstance(affine, AffineNorms) or found is None:
             return plain
-        c, first, act, second, g = found
-        outer = mul(up(abs(g)), _SLIP, norms[second.name].sigma)
+        first, act, second, (c, m, g) = found
+        outer = mul(up(abs(g)), up(abs(m)), _SLIP, norms[second.name].sigma)
         inner = mul(up(abs(c)), _SLIP, norms[first.name].sigma)
         constant = add(affine.linear, mul(outer, inner, act.swing()))
         width = root(up(first.d_in))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from lip_plugin.blocks import RMS_TO_RMS, Layout, Segment
 from lip_plugin.certificate.build import Graph
 from lip_plugin.certificate.graph import LinearNorms, Norms, walk
-from lip_plugin.certificate.upper import add, div, mul, norm2, root, up
+from lip_plugin.certificate.upper import div, mul, norm2, root, up
 from lip_plugin.errors import CertificateError, NonFiniteError
-from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper, sum_rms_max_upper
+from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
 from lip_plugin.linalg.rows import row_distance_max_upper
-from lip_plugin.modules import Constrained, is_transposed
+from lip_plugin.modules import is_transposed
 from lip_plugin.optim.batches import batches
 from lip_plugin.surgery import linear_layout
 
@@ -42,12 +41,18 @@ def weight_norms(graph: Graph) -> Norms:
     norms = Norms()
     linears = graph.linears()
     layers = [
-        {*layer.attention_linears.values(), *layer.mlp_linears.values()} for layer in graph.parts.layers
+        {name for branch in layer.branches for name in branch.linears.values()}
+        for layer in graph.parts.layers
     ]
-    others = {name for _, name, _, _ in linears} - set().union(*layers)
+    others = {_module(name) for _, name, _, _ in linears} - set().union(*layers)
     for names in (*layers, *({name} for name in sorted(others))):
-        norms.take(_measured(graph, [linear for linear in linears if linear[1] in names]))
+        norms.take(_measured(graph, [linear for linear in linears if _module(linear[1]) in names]))
     return norms
+
+
+def _module(node: str) -> str:
+    """Full name of the module that a linear node is, or is a part of."""
+    return node.partition("[")[0]
 
 
 def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -> Norms:
@@ -115,26 +120,16 @@ def cap_norms(graph: Graph) -> Norms:
             )
         d_in = weight.shape[0 if layout.transposed else 1]
         heads = {s.role: s for s in linear_layout(module, role, 0.0, graph.parts, "head").segments}
+        # of a fused map with a node for each part, the segments of this part; else all of them
+        segments = [s for s in layout.segments if s.role == role] or list(layout.segments)
         # a block's cap in RMS->RMS norm is a cap on sigma_max of cap * sqrt(d_out / d_in)
-        sigma = {s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in layout.segments}
-        whole = {s.role: norm2([sigma[s.role]] * s.count) for s in layout.segments}
-        per_head = {r: [sigma[r]] * s.count for r, s in heads.items()}
+        sigma = {s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in segments}
+        counts = {r: sum(s.count for s in segments if s.role == r) for r in sigma}  # heads may be interleaved
+        whole = {r: norm2([sigma[r]] * count) for r, count in counts.items()}
+        per_head = {r: [sigma[r]] * s.count for r, s in heads.items() if r in sigma}
         total = norm2(whole.values())
         norms[name] = LinearNorms(total, max(sigma.values()), whole, per_head, mul(root(up(2)), total))
     for node in walk(graph.body.nodes):
         if hasattr(node, "from_caps"):
             norms.joint[node.name] = node.from_caps(norms)
     return norms
-
-
-def radius_of(graph: Graph, source: str) -> Decimal:
-    """Bound on the token norm of the embeddings that enter the first block."""
-    modules: list[tuple[str, Any]] = [(name, graph.root.get_submodule(name)) for name in graph.tables()]
-    if source == "weights":
-        return up(sum_rms_max_upper([module.weight.detach() for _, module in modules]))
-    rows = []
-    for name, module in modules:
-        if not isinstance(module, Constrained):
-            raise CertificateError(f"{name} has no cap; certify(model, source='weights') measures it.")
-        rows.append(mul(ROW_SLACK, up(module.layout.segments[0].cap)))  # type: ignore[arg-type]
-    return add(*rows)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.attention import Attention
-from lip_plugin.certificate.build import build
+from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.graph import (
     Activation,
     Chain,
@@ -32,9 +32,12 @@ from lip_plugin.certificate.graph import (
     Scale,
     largest,
 )
-from lip_plugin.certificate.measure import radius_of, refuse_non_finite, weight_norms
+from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
+from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, ZERO, add, div, exponential, mul, root, to_float, up
 from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.linalg.norms import sum_rms_max_upper
 
 _FUNCTION = (
     8  # units in the last place; torch documents none, float32 functions are within 4 (measured in the tests)
@@ -79,11 +82,24 @@ def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) ->
     refuse_non_finite(graph.root)
     norms, arithmetic = weight_norms(graph), Arithmetic.of(dtype, tokens)
     r = radius_of(graph, "weights")
-    # the embedding is a sum of stored rows
-    error, r = mul(r, arithmetic.units(len(graph.tables()))), r
+    error = _entry(graph, r, norms, arithmetic)
     for node in graph.body.nodes:
         error, r = rounding(node, r, error, norms, arithmetic), node.bound(r, norms).radius
     return to_float(error)
+
+
+def _entry(graph: Graph, r: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    """Of what enters the first block: a sum of stored rows, of mapped ones, or of mapped patches."""
+    entry = graph.entry
+    rows = [up(sum_rms_max_upper([t.read()])) for t in entry.tables.values()]
+    error = mul(a.units(2 * len(rows)), add(*rows))
+    if entry.patches is not None:
+        error = add(error, rounding(entry.patches, up(entry.pixel_max), ZERO, norms, a))
+    if entry.token_map is not None:
+        token = rows[list(entry.tables).index("token")]
+        error = add(error, rounding(entry.token_map, token, mul(a.units(2), token), norms, a))
+    error = add(error, mul(a.units(2), add(r, error)))
+    return error if entry.norm is None else rounding(entry.norm, add(*rows, r), error, norms, a)
 
 
 @singledispatch
@@ -144,6 +160,23 @@ def _(node: Residual, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> De
 
 
 @rounding.register
+def _(node: Parallel, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    parts = [rounding(branch, r, e, norms, a) for branch in node.branches]
+    radius = add(r, e, *parts, *(branch.bound(r, norms).radius for branch in node.branches))
+    return add(e, *parts, mul(a.units(2 * len(parts)), radius))
+
+
+@rounding.register
+def _(node: Softcap, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    return add(e, mul(a.units(_FUNCTION + 4), add(r, e)))
+
+
+@rounding.register
+def _(node: First, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    return e
+
+
+@rounding.register
 def _(node: Gate, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
     gate, value = (rounding(n, r, e, norms, a) for n in (node.gate, node.up))
     gate = rounding(node.act, node.gate.bound(r, norms).radius, gate, norms, a)
@@ -177,7 +210,7 @@ def _(node: Attention, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> D
     logits = add(
         mul(q, e_k), mul(k, e_q), mul(e_q, e_k), mul(a.sum_of(node.d_head), add(q, e_q), add(k, e_k))
     )
-    eps = mul(tau, add(logits, mul(a.units(4), add(q, e_q), add(k, e_k))))
+    eps = mul(tau, add(logits, mul(a.units(_FUNCTION + 8), add(q, e_q), add(k, e_k))))
     share = add(a.sum_of(a.tokens), a.units(_FUNCTION + 4))
     factor = mul(exponential(mul(up(2), eps)), add(ONE, share))
     moved = add(mul(v, add(factor, -ONE) if factor.is_finite() else INF), mul(factor, e_v))

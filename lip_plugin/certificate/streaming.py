@@ -24,7 +24,8 @@ from lip_plugin.certificate.certify import SOURCES, Certificate, bound_of
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.fingerprint import Fingerprint, capped, stored_tensors
 from lip_plugin.certificate.graph import Norms
-from lip_plugin.certificate.measure import cap_norms, radius_of, weight_norms
+from lip_plugin.certificate.measure import cap_norms, weight_norms
+from lip_plugin.certificate.radius import radius_of
 from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError
 
 _ROWS = 4096  # rows of an embedding table converted to float64 at a time
@@ -59,7 +60,7 @@ def certify_layers(
     for name in [n for n, t in shelf.tensors.items() if t.dim() < 2]:
         shelf.take(name)
     graph = build(skeleton)  # after the small tensors: kept norms hold on to their gains
-    tables = {f"{name}.weight" for name in graph.tables()}
+    entry = _entry_tensors(graph, shelf)
     norms = cap_norms(graph) if source == "caps" else Norms()
     radius = None
     for group in progress(_groups(graph, shelf)):
@@ -68,7 +69,7 @@ def certify_layers(
         if source == "weights":
             owners = frozenset(n.rpartition(".")[0] for name in group for n in shelf.homes[name])
             norms.take(weight_norms(replace(graph, only=owners)))
-        if not tables.isdisjoint(group):
+        if not entry.isdisjoint(group):
             radius = radius_of(graph, source)
         for name in group:
             shelf.put_back(name)
@@ -79,14 +80,25 @@ def certify_layers(
 def _groups(graph: Graph, shelf: _Shelf) -> list[list[str]]:
     """Names of all larger tensors, those of one layer together, tables together; head and what is left alone."""
     layers = [
-        {f"{n}.weight" for n in (*layer.attention_linears.values(), *layer.mlp_linears.values())}
+        {f"{n}.weight" for branch in layer.branches for n in branch.linears.values()}
         for layer in graph.parts.layers
     ]
-    layers.append({f"{name}.weight" for name in graph.tables()})
+    layers.append(_entry_tensors(graph, shelf))
     large = [name for name, t in shelf.tensors.items() if t.dim() >= 2]
     groups = [[name for name in large if name in layer] for layer in layers]
     grouped = {name for group in groups for name in group}
     return [*(g for g in groups if g), *([name] for name in large if name not in grouped)]
+
+
+def _entry_tensors(graph: Graph, shelf: _Shelf) -> set[str]:
+    """Names of all that the radius is about: tables, and maps in front of the first block."""
+    maps = [linear.name for linear in (graph.entry.token_map, graph.entry.patches) if linear]
+    owners = {*graph.tables(), *maps}
+    return {
+        name
+        for name, aliases in shelf.homes.items()
+        if any({a, a.rpartition(".")[0]} & owners for a in aliases)
+    }
 
 
 def _check_kinds(whole: Graph, small: Graph) -> None:
@@ -95,20 +107,14 @@ def _check_kinds(whole: Graph, small: Graph) -> None:
     for i, layer in enumerate(whole.parts.layers):
         if _kind(whole, i) not in known:
             raise CertificateError(
-                f"{layer.attention} and {layer.mlp} are of a kind that the small model, on which the graph is compared, "
+                f"{layer.name} is of a kind that the small model, on which the graph is compared, "
                 "lacks. Load the whole model and call certify(model)."
             )
 
 
 def _kind(graph: Graph, index: int) -> list[tuple[str, str]]:
     """Classes of all modules inside one layer, by their names relative to it."""
-    layer = graph.parts.layers[index]
-    prefix = f"{graph.family.architecture.layers}.{index}"
-    container = graph.root.get_submodule(prefix)
-    if not layer.attention.startswith(prefix + "."):
-        raise CertificateError(
-            f"{layer.attention} is not inside {prefix}: load the model and call certify(model)."
-        )
+    container = graph.root.get_submodule(graph.parts.layers[index].name)
     return [(name, f"{type(m).__module__}.{type(m).__qualname__}") for name, m in container.named_modules()]
 
 

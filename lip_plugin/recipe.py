@@ -1,0 +1,166 @@
+"""The recipe of arXiv 2507.13338 as constants in a model's own slots: x <- (1-a) x + a f(x).
+
+The residual needs no new forward. With c_k = (1-a)^k, the model carries u_k = x_k / c_k instead of
+x_k, so the step becomes u <- u + (a / c_(k+1)) f(c_k u): what a sub-block reads is multiplied by c_k
+(in the norm slot in front of it, or on its module), its output by a / c_(k+1), and the final norm
+slot becomes the last c. Where the norm comes after the sum, norm(x + f(x)), it becomes the constant
+1-a, and the branch is multiplied by a / (1-a). See docs/maths.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.modules import (
+    ConstantScale,
+    ScaledActivation,
+    activation_kind,
+    is_transposed,
+    set_branch_scale_,
+    set_input_scale_,
+)
+from lip_plugin.parts import BranchParts, Knob, LayerParts, Parts
+from lip_plugin.plan import Plan
+
+
+def step_size(config: LipschitzConfig, names: Parts) -> float:
+    """a in x <- (1-a) x + a f(x): the config's, or by default 1/(2L); 1/(L+1) with parallel branches."""
+    if config.residual is not None:
+        return config.residual
+    layers = len(names.layers)
+    return 1.0 / (layers + 1) if names.architecture.parallel else 1.0 / (2 * layers)
+
+
+def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
+    """Width of one attention head."""
+    linears = layer.attention.linears
+    module: Any = model.get_submodule(linears.get("qkv") or linears["q"])
+    module = getattr(module, "base_layer", module)  # an adapter may wrap it
+    rows = module.weight.shape[1 if is_transposed(module) else 0]
+    total = names.n_heads + 2 * names.n_kv_heads if "qkv" in linears else names.n_heads
+    return rows // total
+
+
+def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
+    """Every norm slot, branch, logit scale and activation of the model becomes the recipe's."""
+    architecture = names.architecture
+    a = step_size(config, names)
+    if architecture.entry_norm:
+        _plan_slot(plan, model, architecture.entry_norm, 1.0)
+    k = 0
+    for layer in names.layers:
+        scaling = architecture.attention.scaling
+        d_head = head_dim(model, layer, names)
+        # Without a scaling attribute the forward divides by sqrt(d_head). Scaling the input of q, k
+        # and v by s gives logits s^2 q.k / sqrt(d_head) = attention_scale q.k / d_head; the values'
+        # s is taken off again behind the output map. Nothing is hooked inside, so peft stays exact.
+        s = 1.0 if scaling else math.sqrt(config.attention_scale / math.sqrt(d_head))
+        for branch, reads, gain in ((layer.attention, s, config.value_scale / s), (layer.mlp, 1.0, 1.0)):
+            # in parallel the two branches share one step: (1-a) x + a (attention + mlp) / 2
+            gain = gain / 2 if architecture.parallel else gain
+            _plan_branch(plan, model, branch, a, k, reads, gain)
+            k += 0 if architecture.parallel else 1
+        k += 1 if architecture.parallel else 0
+        if scaling:
+            _plan_scaling(plan, model, layer.attention.module, scaling, config.attention_scale / d_head)
+        for name in layer.attention.qk_norms:
+            _plan_slot(plan, model, name, 1.0)
+    if architecture.final_norm:
+        _plan_slot(plan, model, architecture.final_norm, (1.0 - a) ** k)
+    for kind, path in architecture.readout:
+        if kind == "norm":
+            _plan_slot(plan, model, path, 1.0)
+        if kind == "act":
+            _plan_activation(plan, model, path)
+    for knob in names.knobs:
+        _plan_knob(plan, model, knob)
+
+
+def _plan_branch(
+    plan: Plan, model: nn.Module, branch: BranchParts, a: float, k: int, reads: float, gain: float
+) -> None:
+    """Step number k: what the branch reads is multiplied by c_k * reads, its output by a / c_(k+1) * gain."""
+    if branch.act:
+        _plan_activation(plan, model, branch.act)  # first: its output may be where the scale goes
+    if branch.sum_norm:
+        before, after = reads, a / (1.0 - a) * gain
+        _plan_slot(plan, model, branch.sum_norm, 1.0 - a)
+    else:
+        before, after = (1.0 - a) ** k * reads, a / (1.0 - a) ** (k + 1) * gain
+    if branch.norm:
+        _plan_slot(plan, model, branch.norm, before)
+    elif not branch.sum_norm or before != 1.0:
+        plan.add(
+            branch.module,
+            f"reads its input times {before:.6g}",
+            lambda: set_input_scale_(model.get_submodule(branch.module), before),
+        )
+    if branch.branch_norm:
+        _plan_slot(plan, model, branch.branch_norm, after)
+    else:
+        plan.add(
+            branch.scale,
+            f"branch scaled by {after:.6g}",
+            lambda: set_branch_scale_(model.get_submodule(branch.scale), after),
+        )
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one with this full name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _plan_slot(plan: Plan, model: nn.Module, name: str, scale: float) -> None:
+    training = model.get_submodule(name).training
+    plan.add(
+        name,
+        f"norm -> constant {scale:.6g}",
+        lambda: set_submodule(model, name, ConstantScale(scale).train(training)),
+    )
+
+
+def owner_of(model: nn.Module, module: str, path: str) -> tuple[Any, str]:
+    """(module, attribute) of a dotted attribute path relative to a module's full name."""
+    owner, _, attribute = f"{module}.{path}".rpartition(".")
+    return model.get_submodule(owner), attribute
+
+
+def _plan_scaling(plan: Plan, model: nn.Module, module: str, path: str, value: float) -> None:
+    owner, attribute = owner_of(model, module, path)
+    plan.add(module, f"logits scaled by {value:.6g}", lambda: setattr(owner, attribute, value))
+
+
+def _plan_activation(plan: Plan, model: nn.Module, name: str) -> None:
+    act = model.get_submodule(name)
+    if isinstance(act, ScaledActivation):
+        return
+    kind = activation_kind(act)
+    assert kind is not None  # check_model refused it otherwise
+    scaled = ScaledActivation(act, kind).train(act.training)
+    plan.add(name, f"{kind} scaled to slope 1", lambda: set_submodule(model, name, scaled))
+
+
+def _plan_knob(plan: Plan, model: nn.Module, knob: Knob) -> None:
+    """Take a multiplier or softcap out of the forward, and out of the config, so that saving keeps it."""
+    owner: Any = model.config if knob.owner is None else model.get_submodule(knob.owner)
+    value = getattr(owner, knob.attribute)
+    if not isinstance(value, Tensor):
+        if value == knob.neutral:
+            return
+
+        def do() -> None:
+            setattr(owner, knob.attribute, knob.neutral)
+    else:
+
+        def do() -> None:  # a buffer keeps its device and dtype
+            with torch.no_grad():
+                value.fill_(knob.neutral)
+
+    where = "config" if knob.owner is None else knob.owner
+    plan.add(f"{where}.{knob.attribute}", f"set to {knob.neutral}", do)
