@@ -211,6 +211,8 @@ class MlpResidual(Residual):
         linears: list[Linear] = []
         act = None
         for node in self.branch.nodes:
+            if isinstance(node, Scale) and len(linears) == 1:
+                return None  # a constant beside the activation: not the map of the proof
             if isinstance(node, Scale) and linears:
                 after *= node.scale
             elif isinstance(node, Scale):
