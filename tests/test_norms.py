@@ -293,7 +293,7 @@ def test_sums_of_rows_are_float64_whatever_autocast_and_tf32_say():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("order", sorted(set(permutations([1e10, 1 + 1.3e-6, -1e10, 1.0]))))
+@pytest.mark.parametrize("order", sorted(set(permutations([1e10, 1 + 5e-7, -1e10, 1.0]))))
 def test_sums_of_four_tables_carry_the_rounding_of_sums_that_cancel(order):
     """1e10 + x - 1e10 keeps six digits of x: what the sum of tables lost is added again."""
     assert_sum_bound([torch.tensor([[x]], dtype=torch.float64) for x in order], None)
