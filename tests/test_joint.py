@@ -1,4 +1,4 @@
-"""The rules for several maps together are theorems: attacked, attained, and seen to fail when weakened."""
+"""All heads through the output map, and all joint rules from caps: attacked, attained, weakened and exceeded."""
 
 from __future__ import annotations
 
@@ -7,181 +7,39 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from decimal import Decimal
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joint_nodes import (
+    EXACT,
+    TIGHT,
+    Turn,
+    attack,
+    attention_out,
+    joint_only,
+    plain_only,
+    rand,
+    rms,
+    secant,
+    unit,
+)
 from oracles import randomize_
-from torch import Tensor, nn
+from torch import Tensor
 
 from lip_plugin import LipschitzConfig, project_, retrofit
 from lip_plugin.certificate import joint
-from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.graph import (
-    Activation,
-    Bound,
-    Chain,
-    Gate,
-    Linear,
-    LinearNorms,
     Norms,
-    Residual,
     Scale,
     walk,
 )
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, HeadNorms, MlpResidual
 from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.upper import INF, to_float, up
-from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
-from lip_plugin.modules import ACTIVATIONS, SLOPE_UPPER, ScaledActivation
-
-EXACT = 1 + 1e-9  # secants over 2e-5 of the radius in float64, sizes near 1: good to 1e-10
-TIGHT = 1 + 1e-5  # sigma_max_upper of small matrices is 5e-7 high, and a rule has three such factors
-
-
-def rms(x: Tensor) -> Tensor:
-    return x.square().mean(-1).sqrt()
-
-
-def rand(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def unit(d: int, i: int) -> Tensor:
-    return torch.eye(d, dtype=torch.float64)[i]
-
-
-# ---- nodes from weights ----------------------------------------------------------------------------
-
-
-def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-    return Linear(name, lambda: weight, lambda: bias, weight.shape[0], weight.shape[1])
-
-
-def measured(node: Any, linears: dict[str, tuple[Linear, int]]) -> Norms:
-    """Proven norms of each linear map (of `heads` parts), and what the joint node measures of them."""
-    norms = Norms()
-    for role, (one, heads) in linears.items():
-        weight = one.weight()
-        sigma = up(float(sigma_max_upper(weight)))
-        row = up(float(row_rms_max_upper(weight)) * weight.shape[1] ** 0.5 * (1 + 1e-15))
-        parts = [up(float(s)) for s in sigma_max_upper(weight.unflatten(0, (heads, -1)))] if heads else []
-        norms[one.name] = LinearNorms(sigma, row, {role: sigma}, {role: parts})
-    norms.joint[node.name] = node.measure(norms)
-    return norms
-
-
-def attention_out(
-    w: dict[str, Tensor],
-    heads: int,
-    kv: int,
-    tau: float,
-    *,
-    bias: dict[str, Tensor] | None = None,
-    rotary: Any = None,
-    q_norm: Any = None,
-    k_norm: Any = None,
-) -> tuple[AttentionOut, Norms]:
-    """w: q, k, v [heads * d_head, d_in] and out [d_out, heads * d_head]."""
-    nodes = {role: linear(role, w[role], (bias or {}).get(role)) for role in ("q", "k", "v", "out")}
-    counts = {"q": heads, "k": kv, "v": kv}
-    parts = [Projection(r, nodes[r], 0, nodes[r].d_out, n) for r, n in counts.items()]
-    d_head = nodes["q"].d_out // heads
-    attention = Attention("a", *parts, tau, d_head, nodes["q"].d_in, q_norm, k_norm, rotary)
-    node = AttentionOut("o", [attention, nodes["out"]])
-    return node, measured(node, {r: (n, counts.get(r, 0)) for r, n in nodes.items()})
-
-
-def gated(g: Tensor, u: Tensor, d: Tensor, act: Activation, *b: Tensor | None) -> tuple[GatedMlp, Norms]:
-    bias = [*b, None, None, None][:3]
-    nodes = [linear(n, w, x) for n, w, x in zip(("gate", "up", "down"), (g, u, d), bias, strict=True)]
-    node = GatedMlp("m", [Gate("g", nodes[0], nodes[1], act), nodes[2]])
-    return node, measured(node, {n.name: (n, 0) for n in nodes})
-
-
-def mlp(
-    w1: Tensor, w2: Tensor, act: Activation, c: float, g: float, *b: Tensor | None
-) -> tuple[MlpResidual, Norms]:
-    bias = [*b, None, None][:2]
-    first, second = linear("up", w1, bias[0]), linear("down", w2, bias[1])
-    node = MlpResidual("m", Chain("c", [Scale("s", c), first, act, second, Scale("t", g)]))
-    return node, measured(node, {"up": (first, 0), "down": (second, 0)})
-
-
-def activation(kind: str, scaled: bool = False) -> Activation:
-    class Plain(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return ACTIVATIONS[kind](x)
-
-    return Activation("act", ScaledActivation(Plain(), kind) if scaled else Plain(), kind)
-
-
-def joint_only(node: Any, r: float, norms: Norms) -> tuple[float, float]:
-    """(radius, constant) by the joint rule alone: the old ones are made infinite."""
-    nothing = mock.Mock(return_value=Bound(INF, INF))
-    with mock.patch.object(Chain, "bound", nothing), mock.patch.object(Residual, "bound", nothing):
-        bound = node.bound(up(r), norms)
-    return to_float(bound.radius), to_float(bound.lipschitz)
-
-
-def plain_only(node: Any, r: float, norms: Norms) -> tuple[float, float]:
-    """(radius, constant) by the rules of single maps."""
-    single = Norms(norms)
-    single.joint[node.name] = () if isinstance(node, AttentionOut) else None
-    bound = node.bound(up(r), single)
-    return to_float(bound.radius), to_float(bound.lipschitz)
-
-
-def attack(node: Any, d: int, tokens: int, r: float, *, seed: int, steps: int = 20) -> tuple[float, float]:
-    """(size, slope) attained on the ball of radius r: Adam on inputs, steepest directions, token norms.
-
-    The slope less 1e-10 of size / r: a forward off by 1e-15, over ends that are 2e-5 r apart.
-    """
-    h = 1e-5 * r
-    start = 2 * rand(6, tokens, d, seed=seed)
-    start[::2] *= torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0).double()[:, None]
-    start[1] = start[1, :1] * torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0).double()[:, None]
-    x = (start * r).requires_grad_(True)
-    v = rand(6, tokens, d, seed=seed + 1)
-    optimizer = torch.optim.Adam([x], lr=0.1 * r)
-    slope, size = 0.0, 0.0
-    for _ in range(steps):
-        e = x * ((r - h) / rms(x).clamp_min(1e-9 * r)).clamp_max(1.0).unsqueeze(-1)
-        v = (v / rms(v).unsqueeze(-1).clamp_min(1e-300)).detach().requires_grad_(True)
-        out = node.run(torch.cat([e + h * v, e - h * v]))
-        size = max(size, float(rms(out.detach()).max()))
-        plus, minus = out.chunk(2)
-        gains = rms(plus - minus).amax(-1) / (2 * h)
-        slope = max(slope, float(gains.detach().max()))
-        x.grad, turn = torch.autograd.grad(-gains.clamp_min(1e-300).log().sum(), [x, v])
-        optimizer.step()
-        v = torch.where(turn.abs().amax(-1, keepdim=True) > 0, -turn, v.detach())
-    return size, max(0.0, slope - 1e-10 * size / r)
-
-
-def secant(node: Any, x: Tensor, v: Tensor, h: float = 1e-6) -> float:
-    """Slope of the last token's output; v has token norm 1."""
-    assert float(rms(v).max()) == pytest.approx(1.0)
-    return float(rms(node.run((x + h * v)[None]) - node.run((x - h * v)[None]))[0, -1]) / (2 * h)
-
-
-class Turn(nn.Module):
-    """Rotary positions; angles grow with the position by `speed`, all pairs alike where `alike`."""
-
-    def __init__(self, d_head: int, scaling: float = 1.0, speed: float = 1.0, alike: bool = False) -> None:
-        super().__init__()
-        self.attention_scaling = scaling
-        steps = torch.arange(d_head // 2) * (0 if alike else 1)
-        self.speeds = speed * torch.cat([2.0**-steps, 2.0**-steps]).double()
-
-    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[..., None].double() * self.speeds
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
+from lip_plugin.certificate.upper import up
 
 # ---- attention through its output map: attained ----------------------------------------------------
 
@@ -438,160 +296,6 @@ def test_zero_matrices_are_bounded_and_still_not_beaten(zero: str, turned: bool)
     assert slope <= constant * EXACT
     if zero in ("v", "out", "all"):
         assert constant < 1e-100  # not exactly 0: a product of zeros carries a bound on its underflow
-
-
-# ---- MLP with its residual -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", sorted(SLOPE_UPPER))
-def test_odd_parts_of_activations_are_as_small_and_flat_as_the_proof_says(kind: str) -> None:
-    """e(z) = f(z) - z / 2: abs(e) <= abs(z) / 2, and abs(e') <= slope - 1/2 on a grid of 1e-3."""
-    z = torch.linspace(-40, 40, 80001, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(ACTIVATIONS[kind](z).sum(), z)
-    e = (ACTIVATIONS[kind](z) - z / 2).detach()
-    assert bool((e.abs() <= z.detach().abs() / 2 * (1 + 1e-15)).all())
-    assert float((slope - 0.5).abs().max()) <= SLOPE_UPPER[kind] - 0.5 + 1e-15
-
-
-@pytest.mark.parametrize("kind", sorted(SLOPE_UPPER))
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_mlp_with_its_residual_is_attained_where_the_slope_is_extreme(
-    kind: str, scaled: bool, sign: float
-) -> None:
-    """c g W_2 W_1 = +-I: 1 + largest slope, and 1 - smallest one; relu at -I gives 1, where single norms say 2."""
-    act = activation(kind, scaled)
-    z = torch.linspace(-8, 8, 160001, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(act.run(z).sum(), z)
-    at = float(z[(sign * slope).argmax()].detach())
-    truth = 1 + float((sign * slope).max())
-    turn = torch.linalg.qr(rand(3, 3, seed=1)).Q
-    node, norms = mlp(2.0 * turn, turn.T.contiguous(), act, c=-0.5, g=-sign)
-    radius, constant = joint_only(node, 8.0, norms)
-    x = (turn.T @ torch.full((3,), -at, dtype=torch.float64))[None]
-    move = (turn.T @ torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))[None] * 3**0.5
-    seen = secant(node, x, move, h=1e-6 if kind != "relu" or abs(at) > 1e-3 else 1e-9)
-    assert seen == pytest.approx(truth, rel=1e-6)
-    assert seen <= constant * EXACT
-    assert constant <= truth * (1 + 1e-5)
-    size, _ = attack(node, 3, 1, 8.0, seed=2, steps=5)
-    assert size <= radius * EXACT
-    if kind == "relu" and not scaled and sign < 0:
-        assert plain_only(node, 8.0, norms)[1] > 1.99
-        assert radius == pytest.approx(8.0, rel=1e-5)
-        far = -x * (8.0 / float(rms(x)[0])) if at > 0 else x * (8.0 / max(float(rms(x)[0]), 1e-9))
-        assert max(float(rms(node.run(s * far))[0]) for s in (1, -1)) == pytest.approx(8.0, rel=1e-5)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(sorted(SLOPE_UPPER)),
-    st.booleans(),
-    st.integers(1, 7),
-    st.sampled_from([-1.3, 0.4, 1.0]),
-    st.sampled_from([-2.0, 0.7]),
-    st.sampled_from([0.0, 0.5, 5.0]),
-    st.floats(0.1, 4.0),
-    st.integers(0, 10**6),
-)
-def test_mlp_with_its_residual_holds_under_attack(
-    kind: str, scaled: bool, width: int, c: float, g: float, bias: float, r: float, seed: int
-) -> None:
-    w1 = rand(width, 4, seed=seed)
-    w2 = -w1.T.contiguous() if seed % 2 else rand(4, width, seed=seed + 1)
-    biases = [bias * rand(width, seed=seed + 2), bias * rand(4, seed=seed + 3)] if bias else []
-    node, norms = mlp(w1, w2, activation(kind, scaled), c, g, *biases)
-    size, slope = attack(node, 4, 1, r, seed=seed)
-    for radius, constant in (joint_only(node, r, norms), plain_only(node, r, norms)):
-        assert size <= radius * EXACT
-        assert slope <= constant * EXACT
-
-
-def test_a_weakened_mlp_rule_is_exceeded() -> None:
-    """The identity without the linear half of the branch, or a swing of half the size, fails for relu."""
-    eye = torch.eye(3, dtype=torch.float64)
-    on = torch.full((1, 3), 1.0, dtype=torch.float64)
-    node, norms = mlp(eye, eye, activation("relu"), 1.0, 1.0)
-    seen = secant(node, on, on)
-    assert seen == pytest.approx(2.0)
-    broken = Norms(norms)
-    broken.joint["m"] = replace(norms.joint["m"], linear=Decimal("1.000001"))
-    assert joint_only(node, 1.0, broken)[1] < seen
-    with mock.patch.object(Activation, "swing", return_value=Decimal("0.25")):
-        assert joint_only(node, 1.0, norms)[1] < seen
-    assert seen <= joint_only(node, 1.0, norms)[1] * EXACT
-
-
-def test_a_constant_beside_the_activation_is_not_measured() -> None:
-    """x + W_2 f(2 W_1 x) is not x + 2 W_2 f(W_1 x) where f is curved: such a branch gets the plain rule."""
-    eye = torch.eye(3, dtype=torch.float64)
-    first, second, act = linear("up", eye), linear("down", eye), activation("gelu")
-    for nodes in ([first, Scale("s", 2.0), act, second], [first, act, Scale("s", 2.0), second]):
-        node = MlpResidual("m", Chain("c", nodes))
-        assert measured(node, {"up": (first, 0), "down": (second, 0)}).joint["m"] is None
-
-
-# ---- gate through its output map -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("d", [1, 4, 9])
-def test_identity_gates_attain_two_roots_of_the_width(d: int) -> None:
-    """relu(x) * x along the first coordinate: x_1^2 has slope 2 sqrt(d), size sqrt(d)."""
-    eye = torch.eye(d, dtype=torch.float64)
-    node, norms = gated(eye, eye, eye, activation("relu"))
-    radius, constant = joint_only(node, 1.0, norms)
-    x = unit(d, 0)[None] * d**0.5
-    assert secant(node, x, x) == pytest.approx(2 * d**0.5)
-    assert 2 * d**0.5 <= constant <= 2 * d**0.5 * TIGHT
-    assert float(rms(node.run(x))[0]) <= radius <= d**0.5 * TIGHT
-    with mock.patch.object(joint, "_HADAMARD_UP_TO", d - 1):
-        assert node.measure(norms) is None, "too wide to square: the plain rule alone"
-
-
-def test_the_gate_rule_is_attained_where_single_norms_are_ten_times_too_large() -> None:
-    """Rows that are large in one map and small in the other: 10, where norms of single maps say 100."""
-    w_g, w_u = (torch.diag(torch.tensor(s, dtype=torch.float64)) for s in ([10.0, 1.0], [1.0, 10.0]))
-    node, norms = gated(w_g, w_u, torch.eye(2, dtype=torch.float64), activation("relu"))
-    radius, constant = joint_only(node, 1.0, norms)
-    x = unit(2, 0)[None] * 2**0.5
-    seen = secant(node, x, x)
-    assert seen == pytest.approx(20 * 2**0.5)
-    assert seen <= constant * EXACT <= seen * TIGHT
-    assert float(rms(node.run(x))[0]) <= radius * EXACT
-    assert plain_only(node, 1.0, norms)[1] > 9.9 * constant
-    broken = Norms(norms)
-    broken.joint["m"] = joint.GateNorms(norms.joint["m"].product / 2)
-    assert joint_only(node, 1.0, broken)[1] < seen
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(sorted(SLOPE_UPPER)),
-    st.booleans(),
-    st.integers(1, 7),
-    st.sampled_from(["random", "same", "rank one", "uneven"]),
-    st.sampled_from([0.0, 0.5, 5.0]),
-    st.floats(0.1, 4.0),
-    st.integers(0, 10**6),
-)
-def test_gate_through_its_output_map_holds_under_attack(
-    kind: str, scaled: bool, width: int, form: str, bias: float, r: float, seed: int
-) -> None:
-    w_g, w_u = rand(width, 4, seed=seed), rand(width, 4, seed=seed + 1)
-    w_d = rand(3, width, seed=seed + 2)
-    if form == "same":
-        w_u, w_d = w_g.clone(), w_g[:, :3].T.contiguous()
-    elif form == "rank one":
-        w_g, w_u = (w[:, :1] * unit(4, 1) for w in (w_g, w_u))
-    elif form == "uneven":
-        w_g[0] *= 20
-        w_d[:, -1] *= 20
-    biases = [bias * rand(n, seed=seed + 3 + i) for i, n in enumerate((width, width, 3))] if bias else []
-    node, norms = gated(w_g, w_u, w_d, activation(kind, scaled), *biases)
-    size, slope = attack(node, 4, 1, r, seed=seed)
-    for radius, constant in (joint_only(node, r, norms), plain_only(node, r, norms)):
-        assert size <= radius * EXACT
-        assert slope <= constant * EXACT
 
 
 # ---- from caps -------------------------------------------------------------------------------------
