@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from lip_plugin.linalg.norms import (
     sigma_max_upper,
     sigma_max_upper_gram,
     sigma_max_within,
+    sum_rms_max_upper,
 )
 
 ORACLE = 1e-13  # relative error of a float64 SVD of at most 512 x 2048 (about n u, measured 1e-14)
@@ -222,3 +225,90 @@ def test_row_bound_is_above_each_row_by_rounding_only():
     upper = row_rms_max_upper(w)
     assert (upper >= truth).all()
     assert (upper <= truth * (1 + 1e-12)).all()  # gamma_1008 = 1.1e-13
+
+
+def largest_sum(tables: list[torch.Tensor]) -> Fraction:
+    """Square of the largest RMS norm of a sum of rows, one from each table: all of them, exactly."""
+    exact = [[[Fraction(v) for v in row] for row in t.double().tolist()] for t in tables]
+    sums = ([sum(entries, Fraction(0)) for entries in zip(*rows, strict=True)] for rows in product(*exact))
+    return max(sum((v * v for v in row), Fraction(0)) / len(row) for row in sums)
+
+
+def assert_sum_bound(tables: list[torch.Tensor], tight: float | None = 1e-12) -> None:
+    """Never below the exact truth; for one or two tables above it by the rounding of sums of d squares."""
+    truth, upper = largest_sum(tables), Fraction(sum_rms_max_upper(tables)) ** 2
+    assert upper >= truth
+    if tight is not None:
+        assert upper <= truth * (1 + Fraction(tight)) ** 2
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    d=st.integers(1, 7),
+    sizes=st.lists(st.sampled_from([1.0, 1e-3, 1e-30, 1e30]), min_size=4, max_size=4),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_sums_of_rows_are_bounded_as_if_all_were_compared(rows, d, sizes, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tables = [
+        (torch.randn(n, d, generator=generator, dtype=torch.float64) * size).to(dtype)
+        for n, size in zip(rows, sizes, strict=False)
+    ]
+    # more tables in float64 may cancel after their sum was rounded: then it is no longer relative
+    assert_sum_bound(tables, 1e-12 if len(tables) <= 2 else None)
+    opposite = [*tables, -tables[0]]
+    assert_sum_bound(opposite, None)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-310, 1e-160, 1e160, 1e307])
+def test_sums_of_rows_at_the_ends_of_float64(scale):
+    tables = [torch.randn(n, 3, dtype=torch.float64).clamp(-3, 3) * scale for n in (2, 4)]
+    # in units of 5e-324 the bound itself may only be rounded to the nearest one
+    assert sum_rms_max_upper(tables) >= math.sqrt(largest_sum([t / scale for t in tables])) * scale * (
+        1 - 1e-14
+    )
+    assert math.isfinite(sum_rms_max_upper(tables))
+
+
+def test_sums_of_rows_beat_the_sum_of_norms_where_no_pair_lines_up():
+    a, b = torch.eye(6)[:2], torch.eye(6)[2:] * 3
+    assert sum_rms_max_upper([a, b]) == pytest.approx(math.sqrt(10 / 6), rel=1e-12)
+    assert sum_rms_max_upper([a, -a[:1]]) == pytest.approx(math.sqrt(2 / 6), rel=1e-12)
+    assert sum_rms_max_upper([a[:1], -a[:1]]) < 1e-7  # cancels: what rounding may have hidden is left
+    assert sum_rms_max_upper([torch.zeros(2, 6), torch.zeros(3, 6)]) == 0
+    assert sum_rms_max_upper([]) == 0
+
+
+def test_sums_of_rows_are_float64_whatever_autocast_and_tf32_say():
+    """Float32 products in bf16 were 5e-4 too low: one row of 1 + 2^-9 twice, where bf16 has 1."""
+    row = torch.full((1, 8), 1 + 2.0**-9)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_sum_bound([row, row])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("order", sorted(set(permutations([1e10, 1 + 5e-7, -1e10, 1.0]))))
+def test_sums_of_four_tables_carry_the_rounding_of_sums_that_cancel(order):
+    """1e10 + x - 1e10 keeps six digits of x: what the sum of tables lost is added again."""
+    assert_sum_bound([torch.tensor([[x]], dtype=torch.float64) for x in order], None)
+
+
+def test_more_tables_than_can_be_added_up_are_bounded_by_their_norms(monkeypatch):
+    tables = [torch.randn(n, 5) for n in (3, 4, 5)]
+    exact = sum_rms_max_upper(tables)
+    monkeypatch.setattr(norms, "_ROWS_ADDED", 11)
+    assert sum_rms_max_upper(tables) == pytest.approx(sum(float(row_rms_max_upper(t)) for t in tables))
+    assert exact <= sum_rms_max_upper(tables)
+    monkeypatch.setattr(norms, "_ROWS", 2)  # compared two rows at a time, the last one alone
+    assert_sum_bound(tables[1:])
+
+
+def test_sums_of_rows_refuse_what_is_not_finite():
+    with pytest.raises(NonFiniteError):
+        sum_rms_max_upper([torch.ones(2, 3), torch.tensor([[1.0, math.nan, 0.0]])])

@@ -190,7 +190,8 @@ class Activation:
 
     def swing(self) -> Decimal:
         """Largest slope of f(z) - F z / 2, F the factor: slopes lie in [F - slope, slope], as f(-z) = f(z) - F z."""
-        return mul(self.factor, Decimal(repr(SLOPE_UPPER[self.kind])) - Decimal("0.5"))
+        # not `-`: that rounds as the caller's decimal context says
+        return mul(self.factor, add(Decimal(repr(SLOPE_UPPER[self.kind])), Decimal("-0.5")))
 
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         return Bound(mul(self.factor, r), self.slope())

@@ -4,7 +4,7 @@
 A_h = W_q,h^T W_k,h. `MlpResidual` is x + g W_2 f(W_1 x), whose linear half is added to the identity
 before a norm is taken. `GatedMlp` is W_d (f(W_g x) * W_u x), bounded by entrywise products of Gram
 matrices. Each is a plain Chain or Residual as well, and takes the smaller bound. Everything in
-2-norms until the last line; proofs in docs/maths.md, section 5 and 6.
+2-norms until the last line; proofs in docs/maths.md, sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -217,6 +217,8 @@ class MlpResidual(Residual):
         linears: list[Linear] = []
         scales, act = [1.0, 1.0, 1.0], None
         for node in self.branch.nodes:
+            if isinstance(node, Scale) and len(linears) == 1 and act is None:
+                return None  # a constant in front of a curved function: not the map of the proof
             if isinstance(node, Scale):
                 scales[len(linears)] *= node.scale
             elif isinstance(node, Linear):

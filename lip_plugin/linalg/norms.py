@@ -274,32 +274,32 @@ def row_rms_max_upper(w: Tensor) -> Tensor:
 def sum_rms_max_upper(tables: list[Tensor]) -> float:
     """Proven upper bound of the largest RMS norm of a sum of one row from each table [n_i, d].
 
-    Two tables are compared row by row: RMS(a + b)^2 = (|a|^2 + 2 a.b + |b|^2) / d, with a.b by float32
-    products that are widened by their rounding, so at most 1e-4 too high for d = 768. Small tables are
-    added up first; where that would make too many rows, their largest norms are added instead. Raises
-    NonFiniteError.
+    Two tables are compared row by row: RMS(a + b)^2 = (|a|^2 + 2 a.b + |b|^2) / d, the products in float64,
+    whatever autocast or TF32 make of float32 ones; about 1e-13 too high. Small tables are added up first;
+    where that would make too many rows, their largest norms are added instead. Raises NonFiniteError.
     """
     tables = sorted(tables, key=len)
+    added = 0.0  # rounding of the sums of tables: half a unit of each entry
     while len(tables) > 2 and len(tables[0]) * len(tables[1]) <= _ROWS_ADDED:
         a, b, *rest = tables
         both = (a.double()[:, None] + b.double()[None]).flatten(0, 1)
+        added += U * float(row_rms_max_upper(both)) * SLACK
         tables = sorted([both, *rest], key=len)
-    apart = sum(float(row_rms_max_upper(t)) for t in tables) * SLACK
+    apart = (sum(float(row_rms_max_upper(t)) for t in tables) + added) * SLACK
     if len(tables) != 2 or apart == 0.0:
         return apart
     d = tables[0].shape[1]
-    scale = 2.0 ** -math.frexp(apart)[1]  # a power of two: exact, and float32 neither over- nor underflows
-    a, b = (t.double() * scale for t in tables)
+    # a power of two: exact, and no square over- or underflows
+    e = torch.full((1,), math.frexp(apart)[1], device=tables[0].device)
+    a, b = (_times_power_of_two(t.double()[None], -e)[0] for t in tables)
     squares_a, squares_b = a.square().sum(-1), b.square().sum(-1)
     product = float(squares_a.amax().sqrt() * squares_b.amax().sqrt()) * SLACK
     largest = torch.zeros((), dtype=torch.float64, device=a.device)
-    for rows, squares in zip(b.float().split(_ROWS), squares_b.split(_ROWS), strict=True):
-        dots = (a.float() @ rows.mT).double()
-        largest = torch.maximum(largest, (squares_a[:, None] + 2.0 * dots + squares[None]).amax())
-    # float32: two conversions and d roundings for each product; float64: the squares
-    rounding = 2.0 * product * _gamma32(d + 4) + (float(largest) + product) * gamma(4 * d + 16)
-    return min(apart, math.sqrt((float(largest) + rounding) / d) * SLACK / scale)
-
-
-def _gamma32(n: int) -> float:
-    return n * 2.0**-24 / (1.0 - n * 2.0**-24) * SLACK
+    twice = 2.0 * a
+    for rows, squares in zip(b.split(_ROWS), squares_b.split(_ROWS), strict=True):
+        sums = (rows @ twice.mT).add_(squares_a).add_(squares[:, None])
+        largest = torch.maximum(largest, sums.amax())
+    # |a|^2 + 2 |a.b| + |b|^2 is at most largest + 4 product; each sum is off by gamma_(d + 3) of it
+    rounding = (float(largest) + product) * gamma(4 * d + 16)
+    together = _times_power_of_two((largest + rounding).div(d).sqrt()[None] * SLACK, e)
+    return min(apart, (float(together) + added) * SLACK)

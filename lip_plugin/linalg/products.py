@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, Context, Decimal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.linalg.spectrum import SLACK, U, gamma, lambda_max_upper
 
 _UNDERFLOW = 1e-290  # entries that fall below the smallest float64, summed up: far less than this
+# of our own: the caller's decimal context may have few digits, or small exponents
+_DECIMAL = Context(prec=40, rounding=ROUND_CEILING, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,7 @@ class Rounded:
     @classmethod
     def of(cls, weight: Tensor) -> Rounded:
         """A stored weight, exactly."""
-        value = weight.detach().double()
-        largest = float(value.abs().amax()) if value.numel() else 0.0
-        exponent = math.frexp(largest)[1] if largest > 0 else 0
-        # in two steps, as 2^1074 itself is not a float64
-        value = value * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
+        value, exponent = _near_one(weight.detach().double())
         return cls(value, _UNDERFLOW if exponent else 0.0, exponent)
 
     @property
@@ -64,9 +62,11 @@ class Rounded:
     def times(self, factors: Tensor) -> Rounded:
         """Block h of [H, ...] times factors[h], floats that count as exact."""
         shape = factors.shape + (1,) * (self.value.dim() - factors.dim())
+        # entries stay near 1, or squares of them would underflow in the next Frobenius norm
+        factors, exponent = _near_one(factors.to(self.value))
         largest = float(factors.abs().amax())
         error = (self.error * largest + U * self.frobenius_upper() * largest) * (1.0 + 16 * U) + _UNDERFLOW
-        return Rounded(self.value * factors.to(self.value).reshape(shape), error, self.exponent)
+        return Rounded(self.value * factors.reshape(shape), error, self.exponent + exponent)
 
     def entrywise(self, other: Rounded) -> Rounded:
         """Entrywise product of two Gram matrices: positive semidefinite again (Schur)."""
@@ -82,7 +82,10 @@ class Rounded:
         """I + factor * this, for a square matrix; factor counts as exact."""
         eye = torch.eye(self.value.shape[-1], dtype=torch.float64, device=self.value.device)
         size = self.frobenius_upper()
-        scale = factor * 2.0**self.exponent  # a power of two: exact, but for under- and overflow
+        try:
+            scale = math.ldexp(factor, self.exponent)  # a power of two: exact, but for an underflow
+        except OverflowError:
+            scale = math.inf
         if not math.isfinite(scale * size):
             return Rounded(eye * math.inf, math.inf)
         error = self.error * abs(scale) + 4 * U * (abs(scale) * size + math.sqrt(len(eye)))
@@ -99,10 +102,15 @@ class Rounded:
         if not math.isfinite(self.error):
             return Decimal("Infinity")
         symmetric = (self.value + self.value.mT) * 0.5  # no farther from the true, symmetric matrix
-        slack = torch.full((1,), self.error * SLACK + U * self.frobenius_upper(), dtype=torch.float64)
-        top = lambda_max_upper(symmetric[None], slack.to(symmetric.device))
+        n, slack = len(symmetric), self.error * SLACK + U * self.frobenius_upper()
+        # a diagonal entry may be below 0, by the slack at most, all of them by sqrt(n) times it: what that
+        # adds to the trace in the proof of `proven_lambda_max`, and to the rounding of its diagonal
+        slack *= 1.0 + 2.0 * n * gamma(8 * (n + 1)) + 4 * U
+        top = float(lambda_max_upper(symmetric[None], symmetric.new_full((1,), slack)))
+        if not math.isfinite(top):
+            return Decimal("Infinity")
         exponent = self.exponent
-        root = math.sqrt(max(0.0, float(top)) * (2.0 if exponent % 2 else 1.0)) * SLACK
+        root = math.sqrt(max(0.0, top) * (2.0 if exponent % 2 else 1.0)) * SLACK
         return _scaled(root, (exponent - exponent % 2) // 2)
 
     def size_upper(self) -> Decimal:
@@ -110,6 +118,17 @@ class Rounded:
         return _scaled(self.frobenius_upper() * SLACK, self.exponent)
 
 
+def _near_one(value: Tensor) -> tuple[Tensor, int]:
+    """(value * 2^-e, e), the largest entry in [1/2, 1): exact, but for entries below 2^-1000 of it."""
+    largest = float(value.abs().amax()) if value.numel() else 0.0
+    exponent = math.frexp(largest)[1] if largest > 0 else 0
+    # in two steps, as 2^1074 itself is not a float64
+    return value * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2), exponent
+
+
 def _scaled(value: float, exponent: int) -> Decimal:
-    """value * 2^exponent; exact up to 28 digits, widened by a unit of the 25th."""
-    return Decimal(value) * Decimal(2) ** exponent * (1 + Decimal("1e-25"))
+    """value * 2^exponent; exact up to 40 digits, widened by a unit of the 25th; infinite if not a number."""
+    if not math.isfinite(value):
+        return Decimal("Infinity")
+    power = _DECIMAL.power(Decimal(2), Decimal(exponent))
+    return _DECIMAL.multiply(_DECIMAL.multiply(Decimal(value), power), Decimal("1.0000000000000000000000001"))

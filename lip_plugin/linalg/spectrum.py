@@ -105,7 +105,9 @@ def lambda_max_upper(g: Tensor, slack: Tensor) -> Tensor:
         at = (failed & trace.isfinite()).nonzero()[:, 0]
         if len(at):
             bound[at] = lambda_max_upper_slow(g[at], slack[at], 1.0019 * guess[at])
-    return torch.where(zero, torch.linalg.matrix_norm(g) * SLACK + slack, bound)
+    # no positive trace, so nothing but rounding: norm_F, with the n^2 roundings of its sum
+    n = g.shape[-1]
+    return torch.where(zero, torch.linalg.matrix_norm(g) * ((1.0 + gamma(n * n + 8)) * SLACK) + slack, bound)
 
 
 def lambda_max_upper_slow(g: Tensor, slack: Tensor, wide: Tensor) -> Tensor:
