@@ -92,6 +92,11 @@ _ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
 HF_FAMILIES = tuple(_ROWS)
 FAMILIES = (*HF_FAMILIES, "nanogpt") if _STANDIN.exists() else HF_FAMILIES
 DECODERS = tuple(name for name, (_, auto, _) in _ROWS.items() if auto == "CausalLM")
+HEADS = {
+    "bert": "predictions.decoder",
+    "bert_classifier": "classifier",
+    "vit": "classifier",
+}  # others: lm_head
 POST_NORM = ("opt_post", "opt_projected", "bert", "bert_classifier")
 _NANOGPT_NAMES = {
     "hidden_size": "n_embd",
