@@ -186,7 +186,7 @@ def unconstrain_(module: Any) -> None:
             module.owner.__dict__.pop(RowParameter.KEY, None)
     elif isinstance(module, Constrained):
         del module.layout
-        module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
+        module.__class__ = type(module).__mro__[2]
 
 
 def constrained_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

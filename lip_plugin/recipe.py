@@ -150,17 +150,15 @@ def _plan_knob(plan: Plan, model: nn.Module, knob: Knob) -> None:
     """Take a multiplier or softcap out of the forward, and out of the config, so that saving keeps it."""
     owner: Any = model.config if knob.owner is None else model.get_submodule(knob.owner)
     value = getattr(owner, knob.attribute)
-    if not isinstance(value, Tensor):
-        if value == knob.neutral:
-            return
+    if not isinstance(value, Tensor) and value == knob.neutral:
+        return
 
-        def do() -> None:
-            setattr(owner, knob.attribute, knob.neutral)
-    else:
-
-        def do() -> None:  # a buffer keeps its device and dtype
+    def do() -> None:
+        if isinstance(value, Tensor) and knob.neutral is not None:  # a buffer keeps its device and dtype
             with torch.no_grad():
                 value.fill_(knob.neutral)
+        else:
+            setattr(owner, knob.attribute, knob.neutral)
 
     where = "config" if knob.owner is None else knob.owner
     plan.add(f"{where}.{knob.attribute}", f"set to {knob.neutral}", do)

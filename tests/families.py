@@ -33,6 +33,7 @@ _LLAMA_LIKE: dict[str, Any] = {
 _WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _GEMMA: dict[str, Any] = {**_LLAMA_LIKE, "head_dim": 16, "query_pre_attn_scalar": 16, **_WINDOWS}
 _NEOX: dict[str, Any] = {
+    "eos_token_id": 0,
     "intermediate_size": 48,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
@@ -91,6 +92,11 @@ _ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
 HF_FAMILIES = tuple(_ROWS)
 FAMILIES = (*HF_FAMILIES, "nanogpt") if _STANDIN.exists() else HF_FAMILIES
 DECODERS = tuple(name for name, (_, auto, _) in _ROWS.items() if auto == "CausalLM")
+HEADS = {
+    "bert": "predictions.decoder",
+    "bert_classifier": "classifier",
+    "vit": "classifier",
+}  # others: lm_head
 POST_NORM = ("opt_post", "opt_projected", "bert", "bert_classifier")
 _NANOGPT_NAMES = {
     "hidden_size": "n_embd",
@@ -133,6 +139,23 @@ def inputs_for(name: str, batch: int = 2, tokens: int = 12) -> torch.Tensor:
     if name == "vit":
         return 2 * torch.rand(batch, 2, 12, 12) - 1
     return torch.randint(67, (batch, tokens))
+
+
+def data_for(name: str, rows: int = 32, tokens: int = 16) -> list[dict[str, Any]]:
+    """A data set that a few steps can learn, as Trainer takes it.
+
+    Periodic text, each row from another start; for classifiers the start's label; images of one
+    brightness for each label.
+    """
+    if name == "vit":
+        shades = torch.linspace(-1, 1, 5)
+        return [
+            {"pixel_values": shades[i % 5].expand(2, 12, 12).clone(), "labels": i % 5} for i in range(rows)
+        ]
+    texts = [[(start + t) % 7 for t in range(tokens)] for start in range(rows)]
+    if name == "bert_classifier":
+        return [{"input_ids": ids, "labels": ids[0] % 5} for ids in texts]
+    return [{"input_ids": ids, "labels": ids} for ids in texts]
 
 
 def nanogpt_module() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,13 +41,21 @@ def randomize_(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [batch, tokens, vocabulary] of a Hugging Face or nanoGPT model."""
-    return model(ids, ids)[0] if type(model).__name__ == "GPT" else model(ids).logits
+    """Logits [batch, tokens, vocabulary] of a Hugging Face or nanoGPT model; a classifier's [batch, 1, labels]."""
+    logits = model(ids, ids)[0] if type(model).__name__ == "GPT" else model(ids).logits
+    return logits if logits.dim() == 3 else logits.unsqueeze(1)
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Next-token cross entropy, by our own shift, so that both kinds of models agree on it."""
+    """Next-token cross entropy, by our own shift, so that all kinds of models agree on it.
+
+    Classifiers: of the labels 0, 1, 2, .. in turn; masked language models: of every token itself.
+    """
     logits = logits_of(model, ids)
+    if logits.shape[1] == 1:
+        return F.cross_entropy(logits[:, 0].float(), torch.arange(len(ids)) % logits.shape[-1])
+    if "Masked" in type(model).__name__:
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
@@ -85,18 +94,129 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
             assert torch.equal(value.nan_to_num(0.125), was.nan_to_num(0.125)), key
 
 
+GELU, GELU_TANH, SILU, RELU = "gelu", "gelu_tanh", "silu", "relu"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where the oracle finds a family's parameters; `mlp` and `attention` are prefixes inside a layer."""
+
+    layer: str
+    attention: str
+    mlp: str
+    qkv: tuple[str, ...]
+    out: str
+    up: tuple[str, ...]  # one map, or (gate, up)
+    down: str
+    act: str
+    head: str
+    rows: tuple[str, ...]  # tokens, positions, types
+    rotary: str | None = None
+    interleaved: bool = False
+    causal: bool = True
+    parallel: bool = False
+
+
+_LLAMA = Spec(
+    "model.layers.{}.",
+    "self_attn.",
+    "mlp.",
+    ("q_proj", "k_proj", "v_proj"),
+    "o_proj",
+    ("gate_proj", "up_proj"),
+    "down_proj",
+    SILU,
+    "lm_head",
+    ("model.embed_tokens",),
+    "model.rotary_emb",
+)
+_GPT2 = Spec(
+    "transformer.h.{}.",
+    "attn.",
+    "mlp.",
+    ("c_attn",),
+    "c_proj",
+    ("c_fc",),
+    "c_proj",
+    GELU_TANH,
+    "lm_head",
+    ("transformer.wte", "transformer.wpe"),
+)
+_NEOX = Spec(
+    "gpt_neox.layers.{}.",
+    "attention.",
+    "mlp.",
+    ("query_key_value",),
+    "dense",
+    ("dense_h_to_4h",),
+    "dense_4h_to_h",
+    GELU,
+    "lm_head",
+    ("gpt_neox.embed_in",),
+    "gpt_neox.rotary_emb",
+    interleaved=True,
+)
+_OPT = Spec(
+    "model.decoder.layers.{}.",
+    "self_attn.",
+    "",
+    ("q_proj", "k_proj", "v_proj"),
+    "out_proj",
+    ("fc1",),
+    "fc2",
+    RELU,
+    "lm_head",
+    ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+)
+_BERT = Spec(
+    "bert.encoder.layer.{}.",
+    "attention.",
+    "",
+    ("self.query", "self.key", "self.value"),
+    "output.dense",
+    ("intermediate.dense",),
+    "output.dense",
+    GELU,
+    "cls.predictions.decoder",
+    tuple(f"bert.embeddings.{t}_embeddings" for t in ("word", "position", "token_type")),
+    causal=False,
+)
+_VIT = Spec(
+    "vit.layers.{}.",
+    "attention.",
+    "mlp.",
+    ("q_proj", "k_proj", "v_proj"),
+    "o_proj",
+    ("fc1",),
+    "fc2",
+    GELU,
+    "classifier",
+    (),
+    causal=False,
+)
+_GEMMA = replace(_LLAMA, act=GELU_TANH)
+SPECS = {
+    "gpt2": _GPT2,
+    "nanogpt": replace(_GPT2, act=GELU),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3"), _GEMMA),
+    "phi3": replace(_LLAMA, qkv=("qkv_proj",), up=("gate_up_proj",)),
+    "gpt_neox": replace(_NEOX, parallel=True),
+    "gpt_neox_sequential": _NEOX,
+    **dict.fromkeys(("opt", "opt_post", "opt_projected"), _OPT),
+    "bert": _BERT,
+    "bert_classifier": replace(_BERT, head="classifier"),
+    "vit": _VIT,
+}
+
+
 class Recipe:
     """The transformer of arXiv 2507.13338 written out, straight from the parameters of a model.
 
     x <- (1-a) x + a f(x); logits attention_scale q.k / d_head; attention's output times value_scale;
-    activation over its largest slope; no norm anywhere. Nothing of lip_plugin is used.
+    activation over its largest slope; no norm, softcap or multiplier anywhere. Parallel branches: f is
+    their mean. Nothing of lip_plugin is used.
     """
-
-    NAMES = {
-        "gpt2": ("transformer.h.{}.attn.", "transformer.h.{}.mlp."),
-        "nanogpt": ("transformer.h.{}.attn.", "transformer.h.{}.mlp."),
-        "llama": ("model.layers.{}.self_attn.", "model.layers.{}.mlp."),
-    }
 
     def __init__(
         self,
@@ -107,68 +227,131 @@ class Recipe:
         logits: float = 1.0,
         values: float = 1 / 3,
     ) -> None:
-        self.family = family if family in self.NAMES else "llama"
-        self.model, self.w = model, dict(model.named_parameters())
+        self.family, self.spec = family, SPECS[family]
+        self.model, self.w = model, dict(model.named_parameters(remove_duplicate=False))
         c = model.config
-        self.heads = c.n_head if self.family != "llama" else c.num_attention_heads
-        self.kv_heads = self.heads if self.family != "llama" else c.num_key_value_heads
-        self.layers = c.n_layer if self.family != "llama" else c.num_hidden_layers
-        self.a = residual if residual is not None else 1.0 / (2 * self.layers)
+        old = family in ("gpt2", "nanogpt")
+        self.heads = c.n_head if old else c.num_attention_heads
+        self.kv_heads = (not old and getattr(c, "num_key_value_heads", None)) or self.heads
+        self.layers = c.n_layer if old else c.num_hidden_layers
+        default = 1.0 / (self.layers + 1) if self.spec.parallel else 1.0 / (2 * self.layers)
+        self.a = residual if residual is not None else default
         self.logits, self.values = logits, values
 
     def linear(self, name: str, x: Tensor, bias: float = 1.0) -> Tensor:
         w = self.w[f"{name}.weight"]
-        y = x @ w if self.family == "gpt2" else x @ w.T
+        y = x @ w if self.family == "gpt2" and "lm_head" not in name else x @ w.T
         return y + bias * self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        tokens, a = ids.shape[1], self.a
-        if self.family == "llama":
-            x = self.w["model.embed_tokens.weight"][ids]
-        else:
-            x = self.w["transformer.wte.weight"][ids] + self.w["transformer.wpe.weight"][:tokens]
+    def __call__(self, inputs: Tensor) -> Tensor:
+        a, x = self.a, self.enter(inputs)
         for i in range(self.layers):
-            attention, mlp = (name.format(i) for name in self.NAMES[self.family])
-            x = (1 - a) * x + a * self.values * self.attention(attention, x)
-            x = (1 - a) * x + a * self.mlp(mlp, x)
-        return x @ self.w["lm_head.weight"].T
+            layer = self.spec.layer.format(i)
+            if self.spec.parallel:
+                f = (self.values * self.attention(layer, x, i) + self.mlp(layer, x, i)) / 2
+                x = (1 - a) * x + a * f
+            else:
+                x = (1 - a) * x + a * self.values * self.attention(layer, x, i)
+                x = (1 - a) * x + a * self.mlp(layer, x, i)
+        return self.leave(x)
 
-    def attention(self, name: str, x: Tensor) -> Tensor:
+    def enter(self, inputs: Tensor) -> Tensor:
+        if self.family == "vit":
+            name = "vit.embeddings.patch_embeddings.projection"
+            weight, bias = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+            x = F.conv2d(inputs.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).mT
+            first = self.w["vit.embeddings.cls_token"].expand(len(x), -1, -1)
+            return torch.cat([first, x], 1) + self.w["vit.embeddings.position_embeddings"]
+        tables = [self.w[f"{name}.weight"] for name in self.spec.rows]
+        x = tables[0][inputs]
+        if self.family == "opt_projected":
+            x = self.linear("model.decoder.project_in", x)
+        if len(tables) > 1:  # OPT's positions begin at row 2
+            start = 2 if self.family.startswith("opt") else 0
+            x = x + tables[1][start : start + inputs.shape[1]]
+        return x + tables[2][0] if len(tables) > 2 else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        if self.family in ("vit", "bert_classifier"):
+            x = x[:, :1]
+        if self.family == "bert_classifier":
+            x = self.linear("bert.pooler.dense", x).tanh()
+        if self.family == "bert":
+            x = F.gelu(self.linear("cls.predictions.transform.dense", x)) / 1.12890415
+        if self.family == "opt_projected":
+            x = self.linear("model.decoder.project_out", x)
+        return self.linear(self.spec.head, x)
+
+    def split(self, layer: str, x: Tensor, bias: float) -> tuple[Tensor, ...]:
+        """q, k, v [batch, heads, tokens, d_head]."""
+        names = [f"{layer}{self.spec.attention}{name}" for name in self.spec.qkv]
+        maps = [self.linear(name, x, bias) for name in names]
+        if self.spec.interleaved:
+            q, k, v = maps[0].unflatten(-1, (self.heads, 3, -1)).unbind(-2)
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        if len(maps) == 1:
+            d_head = maps[0].shape[-1] // sum(heads)
+            maps = list(maps[0].split([h * d_head for h in heads], dim=-1))
+        return tuple(t.unflatten(-1, (h, -1)).transpose(1, 2) for t, h in zip(maps, heads, strict=True))
+
+    def attention(self, layer: str, x: Tensor, i: int) -> Tensor:
         # nanoGPT has no logit scale to set: its attention input is scaled by s instead, and the output
         # by 1/s, so a bias inside counts 1/s times. The others' biases count once.
         bias = 1.0
-        if self.family == "llama":
-            q, k, v = (self.linear(name + p, x) for p in ("q_proj", "k_proj", "v_proj"))
-        else:
-            d_head = x.shape[-1] // self.heads
-            bias = 1.0 if self.family == "gpt2" else (math.sqrt(d_head) / self.logits) ** 0.5
-            q, k, v = self.linear(name + "c_attn", x, bias).chunk(3, dim=-1)
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (t.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for t in (k, v))
-        if self.family == "llama":
-            q, k = self.rotate(q), self.rotate(k)
+        if self.family == "nanogpt":
+            bias = (math.sqrt(x.shape[-1] // self.heads) / self.logits) ** 0.5
+        q, k, v = self.split(layer, x, bias)
+        if self.spec.rotary:
+            q, k = self.rotate(q, i), self.rotate(k, i)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         scores = self.logits * (q @ k.mT) / q.shape[-1]
-        future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
-        mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-        out = "o_proj" if self.family == "llama" else "c_proj"
-        return self.linear(name + out, mixed.transpose(1, 2).flatten(2), bias)
+        mixed = scores.masked_fill(self.unseen(x.shape[1], i), -math.inf).softmax(-1) @ v
+        name = f"{layer}{self.spec.attention}{self.spec.out}"
+        return self.linear(name, mixed.transpose(1, 2).flatten(2), bias)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Pairs (j, j + d/2) turned by position * theta^(-2j/d); the table in float32, as theirs is."""
-        d, tokens = x.shape[-1], x.shape[-2]
-        speeds = self.model.model.rotary_emb.inv_freq.float()
-        angles = torch.arange(tokens, dtype=torch.float32)[:, None] * speeds
+    def unseen(self, tokens: int, i: int) -> Tensor:
+        """Key j is seen by query i if j <= i and i - j < window; by everybody in an encoder."""
+        behind = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        if not self.spec.causal:
+            return torch.zeros_like(behind).bool()
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
+        window = getattr(config, "sliding_window", None) if kinds[i] == "sliding_attention" else None
+        return (behind < 0) | (behind >= (window or tokens))
+
+    def rotate(self, x: Tensor, i: int) -> Tensor:
+        """Pairs (j, j + w/2) turned by position * speed; the table in float32, as theirs is."""
+        rotary = self.model.get_submodule(str(self.spec.rotary))
+        kind = f"{self.model.config.layer_types[i]}_" if self.family == "gemma3" else ""
+        speeds = getattr(rotary, f"{kind}inv_freq").float()
+        half = len(speeds)
+        angles = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * speeds
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x[..., : d // 2], x[..., d // 2 :]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
-    def mlp(self, name: str, x: Tensor) -> Tensor:
-        if self.family == "llama":
-            gate = F.silu(self.linear(name + "gate_proj", x)) / 1.09983933
-            return self.linear(name + "down_proj", gate * self.linear(name + "up_proj", x))
-        up = self.linear(name + "c_fc", x)
-        hidden = (
-            F.gelu(up, approximate="tanh") / 1.12899307 if self.family == "gpt2" else F.gelu(up) / 1.12890415
-        )
-        return self.linear(name + "c_proj", hidden)
+    def mlp(self, layer: str, x: Tensor, i: int) -> Tensor:
+        names = [f"{layer}{self.spec.mlp}{name}" for name in self.spec.up]
+        maps = [self.linear(name, x) for name in names]
+        if self.family == "phi3":
+            maps = list(maps[0].chunk(2, dim=-1))
+        hidden = self.act(maps[0])
+        if len(maps) == 2:
+            hidden = hidden * maps[1]
+        # OPT's branch is scaled at the activation, so its last bias is added as it is to what the
+        # model carries: x / c, or x itself with norms behind the sum
+        bias = 1.0
+        if self.family == "opt":
+            bias = (1 - self.a) ** (2 * i + 2) / self.a
+        elif self.family.startswith("opt"):
+            bias = (1 - self.a) / self.a
+        return self.linear(f"{layer}{self.spec.mlp}{self.spec.down}", hidden, bias)
+
+    def act(self, x: Tensor) -> Tensor:
+        return {
+            GELU: lambda: F.gelu(x) / 1.12890415,
+            GELU_TANH: lambda: F.gelu(x, approximate="tanh") / 1.12899307,
+            SILU: lambda: F.silu(x) / 1.09983933,
+            RELU: lambda: x.relu(),
+        }[self.spec.act]()

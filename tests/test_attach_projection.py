@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import FAMILIES, HEADS, tiny
 from oracles import CAP_TOLERANCE, assert_unchanged, fingerprint, loss_of, randomize_, worst_over_cap
 from torch import nn
 
@@ -163,7 +163,8 @@ def test_without_a_retrofit_there_is_an_error_and_not_silence(call):
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_project_returns_norms_that_bound_the_truth_and_are_within_the_caps(family, method):
-    model = randomize_(small(family, LipschitzConfig(w_max=0.7, overrides={"lm_head": 2.0})))
+    head = HEADS.get(family, "lm_head")
+    model = randomize_(small(family, LipschitzConfig(w_max=0.7, overrides={head: 2.0})))
     assert worst_over_cap(model) > 1.2
     report = project_(model, method)
     assert [b.name for b in report] == [n for n, _ in constrained_modules(model)]

@@ -7,23 +7,25 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, HF_FAMILIES, tiny
+from families import DECODERS, FAMILIES, HF_FAMILIES, POST_NORM, inputs_for, tiny
 from oracles import CAP_TOLERANCE, Recipe, fingerprint, logits_of, loss_of, randomize_, worst_over_cap
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, release, retrofit
-from lip_plugin.architecture import families, find_family, parts
+from lip_plugin.architecture import families, find_family
 from lip_plugin.errors import ConfigError
 from lip_plugin.integrations.hf_families import HF_ARCHITECTURES
 from lip_plugin.modules import ConstantScale, Constrained, constrained_modules
+from lip_plugin.parts import parts
 from lip_plugin.surgery import find_retrofit
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
-
-
-def ids(tokens: int = 12) -> torch.Tensor:
-    return torch.randint(67, (2, tokens))
+decoder = pytest.mark.parametrize("family", DECODERS)
+CLASSIFIERS = ("bert_classifier", "vit")
+with_tables = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in CLASSIFIERS])
+# gemma2's attention has no other form than the library's own, with its softmax in float32: 2^-24 and a few
+EXACT = {"gemma2": 1e-6}
 
 
 def retrofitted(family: str, config: LipschitzConfig | None = None, **overrides) -> nn.Module:
@@ -59,46 +61,52 @@ def test_the_forward_is_the_recipe_to_1e_10(family, recipe):
         residual=chosen.get("residual"),
         logits=chosen.get("attention_scale", 1.0),
         values=chosen.get("value_scale", 1 / 3),
-    )(x := ids())
+    )(x := inputs_for(family))
     got = logits_of(model, x)
     # both in float64: some hundred roundings of 1e-16, and powers of c up to 1 / 0.3
-    assert float((got - expected).detach().abs().max() / expected.detach().abs().max()) < 1e-10
-    assert float(expected.detach().std(1).mean()) > 0.05  # the network does depend on its input
+    off = (got - expected).detach().abs().max() / expected.detach().abs().max()
+    assert float(off) < EXACT.get(family, 1e-10)
+    assert float((expected[0] - expected[1]).detach().abs().mean()) > 0.05  # it does depend on its input
 
 
 @every_family
 def test_gradients_are_those_of_the_recipe(family):
     model = retrofitted(family).double()
-    x, towards = ids(), torch.randn(2, 12, 67, dtype=torch.float64)
+    x = inputs_for(family)
+    logits = logits_of(model, x)
+    towards = torch.randn_like(logits)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    got = torch.autograd.grad((logits_of(model, x) * towards).sum(), parameters)
+    got = torch.autograd.grad((logits * towards).sum(), parameters)
     expected = torch.autograd.grad((Recipe(family, model)(x) * towards).sum(), parameters)
+    # a key's bias has no gradient where softmax does not see it: what is there is rounding
+    least = max(float(e.abs().max()) for e in expected) * 1e-5
     for g, e in zip(got, expected, strict=True):
-        assert float((g - e).abs().max()) <= 1e-10 * float(e.abs().max())
+        assert float((g - e).abs().max()) <= EXACT.get(family, 1e-10) * max(float(e.abs().max()), least)
 
 
 @every_family
 def test_a_wrong_recipe_is_told_from_the_right_one(family):
     """The two tests above could not fail if the comparison did not see each constant."""
-    model, x = retrofitted(family).double(), ids()
+    model, x = retrofitted(family).double(), inputs_for(family)
     got = logits_of(model, x)
     for wrong in ({"residual": 0.26}, {"logits": 1.05}, {"values": 0.34}):
         expected = Recipe(family, model, **wrong)(x)
         assert float((got - expected).detach().abs().max() / expected.detach().abs().max()) > 1e-6
 
 
-@every_family
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in POST_NORM])
 def test_hidden_states_are_those_of_the_recipe_over_c_k(family):
     """u_k = x_k / c_k: what enters the final slot, times its constant, is what enters the head."""
-    model, x = retrofitted(family).double(), ids()
+    model, x = retrofitted(family).double(), inputs_for(family)
     names, seen = table_of(model), {}
-    slot, head = model.get_submodule(names.final_norm), model.get_submodule(names.head)
+    slot, head = model.get_submodule(names.architecture.final_norm), model.get_submodule(names.head)
     slot.register_forward_hook(lambda m, args, out: seen.update(u=args[0]))
     head.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
     logits_of(model, x)
-    a, steps = 1 / 4, 4
+    a, steps = (1 / 3, 2) if family == "gpt_neox" else (1 / 4, 4)
     assert slot.scale == pytest.approx((1 - a) ** steps, rel=1e-15)
-    assert torch.equal(seen["u"] * slot.scale, seen["x"])
+    last = seen["u"][:, 0] if family == "vit" else seen["u"]
+    assert torch.equal(last * slot.scale, seen["x"])
 
 
 @every_family
@@ -116,18 +124,19 @@ def test_the_parameters_are_the_very_same_objects(family):
     model = tiny(family)
     before = dict(model.named_parameters(remove_duplicate=False))
     cls, dtype = type(model), next(model.parameters()).dtype
-    was_tied = before["lm_head.weight"] is next(model.parameters())
+    head = f"{table_of(model).head}.weight"
+    was_tied = before[head] is next(model.parameters())
     retrofit(model)
     assert type(model) is cls
     for name, p in model.named_parameters(remove_duplicate=False):
         assert p.dtype == dtype
-        if name == "lm_head.weight" and was_tied:
+        if was_tied and name in (head, "cls.predictions.bias"):
             assert p is not before[name]  # the head got its own copy
         else:
             assert p is before[name]
 
 
-@every_family
+@with_tables
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_head_is_untied_by_an_equal_copy(family, tied):
     if family == "nanogpt":
@@ -137,7 +146,7 @@ def test_a_tied_head_is_untied_by_an_equal_copy(family, tied):
     else:
         model = tiny(family, tie_word_embeddings=tied)
     names = table_of(model)
-    head, tokens = model.get_submodule(names.head), model.get_submodule(names.tokens)
+    head, tokens = model.get_submodule(names.head), model.get_submodule(names.architecture.tokens)
     assert (head.weight is tokens.weight) == tied
     original, value = head.weight, head.weight.detach().clone()
     report = retrofit(model, LipschitzConfig(init="keep"))
@@ -176,11 +185,11 @@ def test_another_config_on_a_retrofitted_model_is_refused(family):
 @every_family
 def test_release_gives_plain_layers_and_the_same_logits_to_the_bit(family):
     plain = {n: type(m) for n, m in tiny(family).named_modules() if list(m.parameters(recurse=False))}
-    model, x = retrofitted(family), ids()
-    expected = logits_of(model, x)
-    assert len(release(model)) == len(
-        [n for n, m in model.named_modules() if n in plain and hasattr(m, "weight")]
-    )
+    model, x = retrofitted(family), inputs_for(family)
+    expected, capped = logits_of(model, x), [n for n, _ in constrained_modules(model)]
+    assert {n for n, m in model.named_modules() if n in plain and hasattr(m, "weight")} <= set(capped)
+    assert [n for n, _ in release(model).changes] == capped
+    assert not list(constrained_modules(model))
     assert not any(isinstance(m, Constrained) for m in model.modules())
     assert find_retrofit(model) is None
     for name, module in model.named_modules():
@@ -192,7 +201,7 @@ def test_release_gives_plain_layers_and_the_same_logits_to_the_bit(family):
 
 @every_family
 def test_a_released_model_can_be_retrofitted_again_and_keeps_its_function(family):
-    model, x = retrofitted(family), ids()
+    model, x = retrofitted(family), inputs_for(family)
     expected, modules = logits_of(model, x), fingerprint(model)["modules"]
     release(model)
     assert len(retrofit(model)) > 0
@@ -220,7 +229,7 @@ def test_a_fresh_model_starts_orthogonal_at_its_caps_with_zero_output_maps(famil
                 if segment.role in ("out", "down"):
                     assert not blocks.any(), name
                 else:
-                    target = min(1.0, cap)
+                    target = min(1.0, segment.cap)
                     assert torch.allclose(values, torch.full_like(values, target), rtol=1e-5, atol=0), name
         assert worst_over_cap(model) <= 1.0  # the start needs no tolerance
         assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias"))
@@ -238,19 +247,23 @@ def test_init_keep_leaves_every_weight(family):
 @pytest.mark.parametrize("granularity", ["head", "matrix"])
 def test_blocks_are_heads_or_whole_matrices(family, granularity):
     model = tiny(family)
+    if family.startswith("gpt_neox") and granularity == "matrix":
+        with pytest.raises(ConfigError, match="interleaved"):
+            retrofit(model, LipschitzConfig(granularity=granularity))
+        return
     retrofit(model, LipschitzConfig(granularity=granularity))
     names = table_of(model)
-    d_head = {"qwen3": 16}.get(family, 8)
-    kv = 4 if family in ("gpt2", "nanogpt") else 2
+    d_head = 16 if family in ("qwen3", "gemma2", "gemma3") else 8
+    kv = 2 if hasattr(model.config, "num_key_value_heads") else 4
     heads = {"q": 4, "k": kv, "v": kv}
     for layer in names.layers:
         found = {}
-        for name in layer.attention_linears.values():
+        for name in layer.attention.linears.values():
             module = model.get_submodule(name)
             assert module.layout.covers(module.weight)
             assert module.layout.transposed == (family == "gpt2")
             for s in module.layout.segments:
-                found[s.role] = (s.count, s.d_out)
+                found[s.role] = (found.get(s.role, (0, 0))[0] + s.count, s.d_out)
         for role, count in heads.items():
             expected = (count, d_head) if granularity == "head" else (1, count * d_head)
             assert found[role] == expected
@@ -263,18 +276,20 @@ def test_blocks_are_heads_or_whole_matrices(family, granularity):
 def test_overrides_name_layers_by_suffix_and_the_longest_wins(family):
     model = tiny(family)
     names = table_of(model)
-    first, second = (layer.mlp_linears["down"] for layer in names.layers)
-    suffix = ".".join(first.split(".")[-2:])
+    first, second = (layer.mlp.linears["down"] for layer in names.layers)
+    suffix = ".".join(first.split(".")[-3 if "output" in first else -2 :])  # bert has two output.dense
+    tokens = names.tables()[0][1]
     retrofit(
         model,
-        LipschitzConfig(w_max=2.0, overrides={suffix: 0.5, second: 0.25, names.head: 7.0, names.tokens: 0.1}),
+        LipschitzConfig(w_max=2.0, overrides={suffix: 0.5, second: 0.25, names.head: 7.0, tokens: 0.1}),
     )
     caps = {n: {s.cap for s in m.layout.segments} for n, m in constrained_modules(model)}
     assert caps[first] == {0.5}
     assert caps[second] == {0.25}
     assert caps[names.head] == {7.0}
-    assert caps[names.tokens] == {0.1}
-    others = set(caps) - {first, second, names.head, names.tokens, names.positions}
+    assert caps[tokens] == {0.1}
+    others = set(caps) - {first, second, names.head, names.architecture.patches}
+    others -= {name for _, name in names.tables()}
     assert all(caps[n] == {2.0} for n in others)
 
 
@@ -283,7 +298,11 @@ def test_embedding_tables_share_their_bound(family):
     model = tiny(family)
     retrofit(model, LipschitzConfig(embedding_max=0.8))
     names = table_of(model)
-    caps = [model.get_submodule(n).layout.segments[0].cap for n in (names.tokens, names.positions) if n]
+    layouts = {n: m.layout for n, m in constrained_modules(model)}
+    caps = {role: layouts[name].segments[0].cap for role, name in names.tables()}
+    if family == "vit":  # a patch and a position, or the first row and its position
+        assert layouts[names.architecture.patches].segments[0].cap == caps["first"]
+    caps = list(caps.values())
     assert sum(caps) == pytest.approx(0.8, rel=1e-15)
     assert len(set(caps)) == 1
 
@@ -293,9 +312,10 @@ def test_dropped_biases_are_zero_and_stay_so(family):
     model = tiny(family, attention_bias=True) if family in ("llama", "qwen3") else tiny(family)
     randomize_(model)
     retrofit(model, LipschitzConfig(biases="drop", init="keep"))
-    biases = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
-    assert bool(biases) == (family != "mistral")
-    optimizer, x = LipschitzMuon(model), ids()
+    biases = {n: p for n, p in model.named_parameters() if n.endswith("bias") and "predictions.bias" not in n}
+    none = ("mistral", "granite", "phi3", "gemma2", "gemma3", "olmo2")
+    assert bool(biases) == (family not in none)
+    optimizer, x = LipschitzMuon(model), inputs_for(family)
     for _ in range(3):
         loss_of(model, x).backward()
         optimizer.step()
@@ -305,7 +325,7 @@ def test_dropped_biases_are_zero_and_stay_so(family):
 
 @every_family
 def test_keeping_the_norms_changes_no_logit(family):
-    model, x = randomize_(tiny(family)), ids()
+    model, x = randomize_(tiny(family)), inputs_for(family)
     expected, keys = logits_of(model, x), list(model.state_dict())
     retrofit(model, LipschitzConfig(norms="keep"))
     assert torch.equal(logits_of(model, x), expected)
@@ -316,22 +336,24 @@ def test_keeping_the_norms_changes_no_logit(family):
 
 @hf_family
 def test_gradient_checkpointing_gives_the_same_gradients(family):
-    model, x = retrofitted(family).train(), ids()
+    model, x = retrofitted(family).train(), inputs_for(family)
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
+        if isinstance(getattr(m, "dropout", None), float):
+            m.dropout = 0.0
     loss_of(model, x).backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     loss_of(model, x).backward()
     for name, p in model.named_parameters():
-        assert torch.equal(p.grad, expected[name]), name
+        assert not p.requires_grad or torch.equal(p.grad, expected[name]), name
 
 
-@hf_family
+@decoder
 def test_generation_is_the_same_with_and_without_cache(family):
-    model, x = retrofitted(family), ids(5)
+    model, x = retrofitted(family), inputs_for(family, tokens=5)
     mask = torch.ones_like(x)
     options = {
         "max_new_tokens": 12,
@@ -349,10 +371,10 @@ def test_generation_is_the_same_with_and_without_cache(family):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)  # float32 in another order of sums
 
 
-@hf_family
+@decoder
 def test_padding_on_the_left_changes_no_logit(family):
     """The mask still reaches the attention: what is padded cannot be seen."""
-    model, x = retrofitted(family), ids(6)
+    model, x = retrofitted(family), inputs_for(family, tokens=6)
     padded = torch.cat([torch.full((2, 3), 5), x], dim=1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(x)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -366,10 +388,10 @@ def test_dtypes_are_kept(family, dtype):
     model = tiny(family).to(dtype)
     retrofit(model)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    assert logits_of(model, ids()).dtype == dtype
+    assert logits_of(model, inputs_for(family)).dtype == dtype
     # orthogonal blocks rounded to bf16: 2^-9 per entry at most, less for the norm of a matrix
     assert worst_over_cap(model) <= 1.0 + (4e-3 if dtype == torch.bfloat16 else 0.0)
-    optimizer, x = LipschitzMuon(model, lr=0.1), ids()
+    optimizer, x = LipschitzMuon(model, lr=0.1), inputs_for(family)
     for _ in range(3):
         loss_of(model, x).backward()
         optimizer.step()
@@ -380,7 +402,7 @@ def test_dtypes_are_kept(family, dtype):
 
 @every_family
 def test_bf16_autocast_gives_bf16_logits_near_the_float32_ones(family):
-    model, x = retrofitted(family), ids()
+    model, x = retrofitted(family), inputs_for(family)
     with torch.autocast("cpu", torch.bfloat16):
         got = logits_of(model, x)
     expected = logits_of(model, x)
@@ -389,9 +411,15 @@ def test_bf16_autocast_gives_bf16_logits_near_the_float32_ones(family):
     assert float((got.float() - expected).detach().abs().max() / expected.detach().abs().max()) < 0.1
 
 
-@every_family
+# one of each structure; the others trace the same code
+COMPILED = ("gpt2", "llama", "gemma2", "olmo2", "gpt_neox", "opt", "bert", "vit", "nanogpt")
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in COMPILED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_it_compiles_as_one_graph_with_the_same_values(family):
-    model, x = retrofitted(family), ids()
+    model, x = retrofitted(family), inputs_for(family)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -401,25 +429,30 @@ def test_it_compiles_as_one_graph_with_the_same_values(family):
 
 
 def logits_of_compiled(compiled, family: str, x: torch.Tensor) -> torch.Tensor:
-    return compiled(x, x)[0] if family == "nanogpt" else compiled(x, use_cache=False).logits
+    if family == "nanogpt":
+        return compiled(x, x)[0]
+    logits = (compiled(x, use_cache=False) if family in DECODERS else compiled(x)).logits
+    return logits if logits.dim() == 3 else logits.unsqueeze(1)
 
 
 @every_family
 def test_training_mode_devices_and_hooks_survive(family):
     model = tiny(family).train()
-    model.get_submodule(table_of(model).layers[1].mlp).eval()
+    model.get_submodule(table_of(model).layers[1].mlp.module).eval()
     flags = {n: m.training for n, m in model.named_modules()}
     calls = []
-    model.get_submodule(table_of(model).layers[0].attention).register_forward_hook(lambda *_: calls.append(1))
+    model.get_submodule(table_of(model).layers[0].attention.module).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     retrofit(model)
     assert all(m.training == flags.get(n, flags.get(n.rpartition(".")[0])) for n, m in model.named_modules())
-    logits_of(model, ids())
+    logits_of(model, inputs_for(family))
     assert calls == [1]
 
 
 @every_family
 def test_a_state_dict_moves_to_another_retrofitted_model(family):
-    model, x = retrofitted(family), ids()
+    model, x = retrofitted(family), inputs_for(family)
     other = tiny(family)
     retrofit(other)
     result = other.load_state_dict(model.state_dict())
@@ -430,7 +463,7 @@ def test_a_state_dict_moves_to_another_retrofitted_model(family):
 
 @every_family
 def test_a_deep_copy_is_retrofitted_and_independent(family):
-    model, x = retrofitted(family), ids()
+    model, x = retrofitted(family), inputs_for(family)
     twin = copy.deepcopy(model)
     assert find_retrofit(twin)[0] is twin
     assert torch.equal(logits_of(twin, x), logits_of(model, x))
@@ -444,7 +477,8 @@ def test_a_deep_copy_is_retrofitted_and_independent(family):
 def test_it_trains_within_its_caps_and_under_its_certificate(family):
     model = tiny(family)
     retrofit(model)
-    optimizer, x = LipschitzMuon(model, lr=0.1), torch.arange(24).remainder(7).repeat(2, 1)
+    x = inputs_for(family) if family in CLASSIFIERS else torch.arange(24).remainder(7).repeat(2, 1)
+    optimizer = LipschitzMuon(model, lr=0.1)
     losses = []
     for _ in range(25):
         loss = loss_of(model, x)
@@ -452,7 +486,7 @@ def test_it_trains_within_its_caps_and_under_its_certificate(family):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - (0.1 if family in CLASSIFIERS else 0.3)  # one token's five logits
     assert worst_over_cap(model) <= 1.0 + CAP_TOLERANCE
     from_weights, from_caps = certify(model), certify(model, "caps")
     # a bound on every step of the run lies above that of this one, biases aside (they have no cap)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import HF_FAMILIES, tiny
+from families import HF_FAMILIES, auto_class, inputs_for, tiny
 from oracles import CAP_TOLERANCE, logits_of, randomize_, worst_over_cap
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -21,12 +21,12 @@ from lip_plugin.modules import ConstantScale, constrained_modules
 from lip_plugin.surgery import find_retrofit
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
-CONFIG = LipschitzConfig(w_max=1.7, method="hard_cap", residual=0.3, overrides={"lm_head": 2.0})
+CONFIG = LipschitzConfig(w_max=1.7, method="hard_cap", residual=0.3)
 LOAD = """
 import warnings
 import torch
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained({path!r}, output_loading_info=True)
+import transformers
+model, info = transformers.{auto}.from_pretrained({path!r}, output_loading_info=True)
 assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
 logits = model.eval()(torch.load({ids!r})).logits
 torch.save(logits.detach(), {out!r})
@@ -39,7 +39,7 @@ def saved(family: str, folder: Path, config: LipschitzConfig = CONFIG, **overrid
     model = tiny(family, **overrides)
     retrofit(model, config)
     project_(randomize_(model))
-    ids = torch.randint(67, (2, 9))
+    ids = inputs_for(family, tokens=9)
     model.save_pretrained(folder)
     return model, ids, logits_of(model, ids)
 
@@ -59,22 +59,23 @@ def test_a_fresh_process_loads_every_family_to_the_last_bit_in_either_import_ord
         _, ids, expected[family] = saved(family, tmp_path / family)
         torch.save(ids, tmp_path / f"{family}.ids")
         paths = {"path": str(tmp_path / family), "ids": str(tmp_path / f"{family}.ids")}
+        paths["auto"] = auto_class(family).__name__
         code += LOAD.format(**paths, out=str(tmp_path / f"{family}.out"))
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("loaded") == len(HF_FAMILIES)
     for family, logits in expected.items():
-        assert torch.equal(torch.load(tmp_path / f"{family}.out"), logits), family
+        assert torch.equal(torch.load(tmp_path / f"{family}.out").reshape(logits.shape), logits), family
 
 
 @pytest.mark.parametrize("norms", ["remove", "keep"])
 def test_without_the_plugin_every_family_fails_closed(norms, tmp_path):
-    code = "from transformers import AutoModelForCausalLM\n"
+    code = "import transformers\n"
     for family in HF_FAMILIES:
         saved(family, tmp_path / family, LipschitzConfig(norms=norms))
         code += f"""
 try:
-    AutoModelForCausalLM.from_pretrained({str(tmp_path / family)!r})
+    transformers.{auto_class(family).__name__}.from_pretrained({str(tmp_path / family)!r})
 except Exception as error:
     print("refused", type(error).__name__, error)
 else:
@@ -93,7 +94,7 @@ else:
 @hf_family
 def test_it_loads_with_its_config_its_constants_and_its_caps(family, tmp_path):
     model, ids, expected = saved(family, tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = auto_class(family).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert torch.equal(logits_of(loaded, ids), expected)
     state = find_retrofit(loaded)[1]
@@ -110,7 +111,7 @@ def test_it_loads_with_its_config_its_constants_and_its_caps(family, tmp_path):
 @hf_family
 def test_a_loaded_model_bears_no_trace_of_quantization(family, tmp_path):
     saved(family, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = auto_class(family).from_pretrained(tmp_path)
     assert not getattr(loaded, "is_quantized", False)
     assert getattr(loaded, "hf_quantizer", None) is None
     assert not getattr(loaded, "quantization_method", None)
@@ -121,8 +122,8 @@ def test_a_loaded_model_bears_no_trace_of_quantization(family, tmp_path):
 @hf_family
 def test_saved_a_second_time_it_is_the_same_files(family, tmp_path):
     saved(family, tmp_path / "1")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "2").save_pretrained(tmp_path / "3")
+    auto_class(family).from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
+    auto_class(family).from_pretrained(tmp_path / "2").save_pretrained(tmp_path / "3")
     contents = [{p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in "123"]
     assert contents[0].keys() == contents[1].keys() == contents[2].keys()
     assert contents[1] == contents[2]
@@ -133,18 +134,21 @@ def test_saved_a_second_time_it_is_the_same_files(family, tmp_path):
 
 @hf_family
 def test_the_file_has_the_plain_keys_minus_the_norms(family, tmp_path):
-    model, _, _ = saved(family, tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        keys = set(file.keys())
-    assert keys == set(model.state_dict())
-    norms = ("ln_1", "ln_2", "ln_f", "layernorm", "model.norm", "q_norm", "k_norm")
-    assert keys == {k for k in tiny(family).state_dict() if not any(n in k for n in norms)}
+    """Compared with the file of a plain model: transformers renames some families' keys on the way."""
+    saved(family, tmp_path / "constrained", CONFIG, tie_word_embeddings=False)
+    tiny(family, tie_word_embeddings=False).save_pretrained(tmp_path / "plain")
+    keys = {}
+    for which in ("constrained", "plain"):
+        with safe_open(tmp_path / which / "model.safetensors", "pt") as file:
+            keys[which] = set(file.keys())
+    norms = ("ln_1", "ln_2", "ln_f", "layernorm", "layer_norm", "LayerNorm", "model.norm", "q_norm", "k_norm")
+    assert keys["constrained"] == {k for k in keys["plain"] if not any(n in k for n in norms)}
 
 
 @hf_family
 def test_it_loads_in_bfloat16(family, tmp_path):
     model, ids, expected = saved(family, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = auto_class(family).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert all(
         torch.equal(p, q.to(torch.bfloat16))
@@ -156,12 +160,12 @@ def test_it_loads_in_bfloat16(family, tmp_path):
     assert float((got.float() - expected).detach().abs().max() / expected.detach().abs().max()) < 0.1
 
 
-@hf_family
+@pytest.mark.parametrize("family", [f for f in HF_FAMILIES if f not in ("bert_classifier", "vit")])
 def test_a_tied_model_is_saved_with_a_head_of_its_own(family, tmp_path):
     model = tiny(family, tie_word_embeddings=True)
     retrofit(model)
     randomize_(model).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = auto_class(family).from_pretrained(tmp_path)
     assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
     assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
@@ -170,7 +174,7 @@ def test_a_tied_model_is_saved_with_a_head_of_its_own(family, tmp_path):
 @hf_family
 def test_kept_norms_are_saved_and_loaded(family, tmp_path):
     model, ids, expected = saved(family, tmp_path, LipschitzConfig(norms="keep"))
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = auto_class(family).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert torch.equal(logits_of(loaded, ids), expected)
     assert find_retrofit(loaded)[1].config.norms == "keep"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import HF_FAMILIES, tiny
+from families import HF_FAMILIES, data_for, tiny
 from oracles import CAP_TOLERANCE, assert_unchanged, fingerprint, randomize_, worst_over_cap
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -26,10 +26,8 @@ if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
 
 
-def data(rows: int = 32, tokens: int = 16) -> list[dict[str, list[int]]]:
-    """Periodic text, each row from another start: learnable within a few steps."""
-    texts = [[(start + t) % 7 for t in range(tokens)] for start in range(rows)]
-    return [{"input_ids": ids, "labels": ids} for ids in texts]
+def data(rows: int = 32) -> list[dict]:
+    return data_for("gpt2", rows)
 
 
 def arguments(folder: Path, **fields) -> TrainingArguments:
@@ -38,10 +36,14 @@ def arguments(folder: Path, **fields) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**plain, **fields})
 
 
-def trainer_of(folder: Path, model: nn.Module, callback: TrainerCallback | None = None, **fields) -> Trainer:
+def trainer_of(
+    folder: Path, model: nn.Module, callback: TrainerCallback | None = None, family: str = "gpt2", **fields
+) -> Trainer:
     """The three lines of the README."""
     callbacks = [callback or LipschitzCallback()]
-    return Trainer(model=model, args=arguments(folder, **fields), train_dataset=data(), callbacks=callbacks)
+    return Trainer(
+        model=model, args=arguments(folder, **fields), train_dataset=data_for(family), callbacks=callbacks
+    )
 
 
 def inner(trainer: Trainer) -> torch.optim.Optimizer:
@@ -76,15 +78,16 @@ def losses(trainer: Trainer) -> list[float]:
 
 @pytest.mark.parametrize("family", HF_FAMILIES)
 def test_a_lone_callback_retrofits_trains_logs_and_certifies(family, tmp_path):
-    trainer = trainer_of(
-        tmp_path, tiny(family, **SMALL), max_steps=24, logging_steps=4, save_strategy="steps", save_steps=8
-    )
+    schedule = {"max_steps": 24, "logging_steps": 4, "save_strategy": "steps", "save_steps": 8}
+    trainer = trainer_of(tmp_path, tiny(family, **SMALL), family=family, **schedule)
     each = AfterEveryStep()
     trainer.add_callback(each)
     assert find_retrofit(trainer.model) is not None
     trainer.train()
     assert isinstance(inner(trainer), LipschitzMuon)
-    assert losses(trainer)[-1] < losses(trainer)[0] - 0.5
+    # of five labels and one token there is less to win in as many steps; bert has one map more to the logits
+    less = {"bert_classifier": 0.02, "vit": 0.02, "bert": 0.3}
+    assert losses(trainer)[-1] < losses(trainer)[0] - less.get(family, 0.5)
     entries = [e for e in trainer.state.log_history if "loss" in e]
     assert [e["step"] for e in entries] == [4, 8, 12, 16, 20, 24]
     assert_metrics(entries)

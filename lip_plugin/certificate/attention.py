@@ -203,7 +203,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     a, b = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
-    return torch.cat((turned, kept), dim=-1)
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
 def smallest_entropy_lower(logit_bound: float, visible: int) -> float:

@@ -237,9 +237,13 @@ def _linears(root: nn.Module, role: str, name: str, interleaved: int | None = No
     found = []
     for _, node, weight, bias in _maps(root, role, name, interleaved):
         d_out, d_in = weight().t().shape if transposed else weight().shape
-        read = (lambda w=weight: w().t()) if transposed else weight
+        read = partial(_transposed, weight) if transposed else weight
         found.append(Linear(node, weight=read, bias=bias, d_out=int(d_out), d_in=int(d_in)))
     return found
+
+
+def _transposed(weight: Reader) -> Tensor:
+    return weight().t()
 
 
 def _linear(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> Linear:
@@ -262,7 +266,11 @@ def _slot(root: nn.Module, name: str) -> Node:
         return Norm(name, module, float(module.eps), True, weight, bias)
     if kind == "LayerNorm" and eps is None:  # nanoGPT's, whose eps is a literal in its forward
         return Norm(name, module, 1e-5, True, weight, bias)
-    if kind in _ONE_PLUS and type(module).__module__.startswith("transformers.models.gemma"):
+    if (
+        kind in _ONE_PLUS
+        and weight is not None
+        and type(module).__module__.startswith("transformers.models.gemma")
+    ):
         # x * (1 + weight): the gain in float64, away from zero by one unit, as 1 + w may round
         gain = 1.0 + weight.detach().double()
         return Norm(name, module, float(module.eps), False, gain + gain * 2**-52, None)

@@ -242,8 +242,9 @@ def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
     ]
     if graph.patches is not None:
         lines[1] = (
-            "inputs of the first block have token norm at most the radius, as those of every image have whose "
-            f"pixel entries, after normalization, are at most {graph.entry.pixel_max:g} in absolute value"
+            "inputs of the first block have token norm at most the radius, as those of every image of the size that "
+            "the model was built for have, whose pixel entries, after normalization, are at most "
+            f"{graph.entry.pixel_max:g} in absolute value"
         )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")

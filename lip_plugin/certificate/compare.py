@@ -127,7 +127,8 @@ def _check_node(node: Node) -> None:
     generator = torch.Generator().manual_seed(2)
     if isinstance(node, Norm):
         weight = next(node.module.parameters(), None)
-        width: Any = node.module.normalized_shape[-1] if weight is None else weight.shape[-1]  # type: ignore[index]
+        shape: Any = node.module.normalized_shape if weight is None else weight.shape
+        width = int(shape[-1])
         x = torch.randn(8, width, generator=generator, dtype=torch.float64)
         x = x if weight is None else x.to(weight.device)
         x = x * max(node.eps, 1e-12) ** 0.5
