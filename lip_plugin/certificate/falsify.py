@@ -92,7 +92,7 @@ def falsify(
     Args:
         restarts: starts that are followed to the end; four times as many are tried shortly.
         steps: ascent steps of each.
-        tokens: length of the sequence, or several; by default 17, and with fewer restarts 1, 2, 3
+        tokens: length of the sequence, or several; by default 17, and with fewer restarts and steps 1, 2, 3
             and 48, as far as the model's positions (and its attention window) reach.
         lr: Adam's first rate, in units of the radius; it falls along a cosine.
         seed: of all random starts.
@@ -194,18 +194,17 @@ def _search(
     ascended: list[Ascended] = []
     for i, tokens in enumerate(lengths):
         restarts = budget.restarts if i == 0 else max(1, budget.restarts // 4)
+        steps = budget.steps if i == 0 else max(1, budget.steps // 2)
         count = 4 * restarts + 8
         starts = structured(
             node.run, node, count, tokens, d, radius, seed=budget.seed + 1000 * i, device=device
         )
         chunk = _chunk(node, tokens)
-        short = max(2, budget.steps // 8)
+        short = max(2, steps // 8)
         screened = ascend(node.run, starts, radius, short, budget.lr, warm=short // 2, chunk=chunk)
         rows = _survivors(screened, restarts)
         ascended.append(
-            ascend(
-                node.run, screened.starts.take(rows), radius, budget.steps, budget.lr, chunk=chunk, tick=tick
-            )
+            ascend(node.run, screened.starts.take(rows), radius, steps, budget.lr, chunk=chunk, tick=tick)
         )
     tops = [(float(a.slopes[row]), a, row) for a in ascended for row in a.best(2)]
     tops = sorted(tops, key=lambda top: -top[0])[: max(1, budget.restarts // 4)]
@@ -291,5 +290,5 @@ def _bar(budget: _Budget, lengths: int) -> tuple[Callable[[], Any], Callable[[],
     from tqdm.auto import tqdm
 
     refined = max(1, budget.restarts // 4)
-    bar = tqdm(total=(lengths + refined) * (budget.steps + 1), desc="falsify", unit="step")
+    bar = tqdm(total=((lengths + 1) // 2 + refined) * (budget.steps + 1), desc="falsify", unit="step")
     return bar.update, bar.close

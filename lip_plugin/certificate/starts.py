@@ -152,10 +152,7 @@ def _linearized(space: _Space) -> Iterator[_Start]:
     """The input that the linearized map stretches most, moved along itself: at zero, then at random."""
     for share in (0.0, 1.0):
         e = share * in_ball(space.random(), space.radius)
-        try:
-            v = jacobian_direction(space.run, e, space.random())
-        except (RuntimeError, NotImplementedError):  # a map without forward derivatives: others start
-            return
+        v = jacobian_direction(space.run, e, space.random())
         if bool(v.isfinite().all()) and bool(v.any()):
             name = "linearized at zero" if share == 0 else "linearized"
             yield _Start(name, 2 * v, v)
@@ -163,29 +160,40 @@ def _linearized(space: _Space) -> Iterator[_Start]:
                 yield _Start(name, v, v, 1e-3)
 
 
-@torch.no_grad()
 def jacobian_direction(
     run: Callable[[Tensor], Tensor], e: Tensor, v: Tensor, rounds: int = 12, exact: int = 256
 ) -> Tensor:
     """Steepest direction [tokens, d], token norm 1, of the exact Jacobian at e [tokens, d], for the last token.
 
-    Power iteration by forward and reverse derivatives; one token of at most `exact` entries: by SVD.
+    Power iteration with exact products; one token of at most `exact` entries: by SVD.
     """
-
-    def last(x: Tensor) -> Tensor:
-        return run(x[None])[0, -1]
-
     if e.shape[0] == 1 and e.shape[1] <= exact:
-        jacobian = torch.func.jacrev(last)(e)[:, 0]  # [d_out, d]
-        return steepest(torch.linalg.svd(jacobian, full_matrices=False).Vh[:1])
-    _, pull = torch.func.vjp(last, e)
+        basis = torch.eye(e.shape[1], dtype=e.dtype, device=e.device)[:, None]
+        columns = _products(run, e.expand(len(basis), -1, -1), basis)[0]  # [d, d_out]
+        if not bool(columns.isfinite().all()):
+            return steepest(v)
+        return steepest(torch.linalg.svd(columns.T, full_matrices=False).Vh[:1])
     v = steepest(v)
     for _ in range(rounds):
-        _, moved = torch.func.jvp(last, (e,), (v,))
-        (gradient,) = pull(moved)
+        gradient = _products(run, e[None], v[None])[1][0]
         seen = gradient.abs().amax(-1, keepdim=True) > 0
         v = torch.where(seen, steepest(gradient), v)
     return v
+
+
+@torch.enable_grad()
+def _products(run: Callable[[Tensor], Tensor], e: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(J v [n, d_out], J^T J v [n, tokens, d]) for the last token's output at each input of a batch.
+
+    J v is the derivative of w -> J^T w in the direction v: two reverse passes.
+    """
+    x = e.detach().requires_grad_(True)
+    out = run(x)[:, -1]
+    w = torch.zeros_like(out, requires_grad=True)
+    (pulled,) = torch.autograd.grad(out, x, w, create_graph=True)
+    (moved,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
+    (back,) = torch.autograd.grad(out, x, moved)
+    return moved, back
 
 
 def _cancelled(space: _Space, node: Any) -> Iterator[_Start]:
@@ -225,7 +233,7 @@ def _one_head(space: _Space) -> Iterator[_Start]:
 
 def _heads(space: _Space) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(q, k, v) rows of every head [d_head, d] in float64, largest product of Frobenius norms first."""
-    found = []
+    found: list[tuple[float, int, int, Attention]] = []
     for node in space.nodes:
         if isinstance(node, Attention) and node.q.linear.d_in <= _WIDE:
             sizes = [_rows(p).norm(dim=(-2, -1)).log() for p in (node.q, node.k, node.v)]
