@@ -37,7 +37,7 @@ from lip_plugin.optim.groups import param_groups
 
 
 def load(folder: str) -> Any:
-    import lip_plugin.integrations.hf_persistence  # noqa: F401  (from_pretrained re-applies the retrofit)
+    """A saved model; from_pretrained re-applies a retrofit, because lip_plugin is imported."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).eval()
