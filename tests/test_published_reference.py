@@ -113,27 +113,23 @@ def test_hand_made_weights_exceed_the_formula(layers: int, heads: int) -> None:
     assert attained <= ours
 
 
-@pytest.mark.parametrize(
-    ("heads", "start", "excess"), [(4, "disturbed", 1.3), (8, "random", 1.05), (12, "random", 1.2)]
-)
-def test_weights_found_by_ascent_within_the_caps_exceed_the_formula(
-    heads: int, start: str, excess: float
-) -> None:
-    """Weights moved up the slope between two inputs, and projected onto the caps after each step.
+@pytest.mark.parametrize(("heads", "excess"), [(8, 1.05), (12, 1.2)])
+def test_weights_found_by_ascent_within_the_caps_exceed_the_formula(heads: int, excess: float) -> None:
+    """Random weights moved up the slope between two inputs, and projected onto the caps after each step.
 
     Inputs and directions are ascended along with the weights. What comes out lies in the very set that
     the training keeps weights in: every whole matrix within its cap of 1. Feed-forward parts are zero,
-    which the formula is told. With 8 and 12 heads random weights get there; with 4 heads the ascent from
-    random weights stops below the claim (0.88 of it), and starts from the hand-made ones, disturbed.
+    which the formula is told. With 4 heads this ascent stops at 0.88 of the claim: there the hand-made
+    weights above exceed it, found ones do not.
     """
-    model = adversarial_weights(heads, start)
+    model = adversarial_weights(heads)
     assert worst_over_cap(model) <= 1 + CAP_TOLERANCE
     claim, attained, ours = compare(model)
     assert attained > excess * claim
     assert attained <= ours
 
 
-def adversarial_weights(heads: int, start: str, steps: int = 150) -> Any:
+def adversarial_weights(heads: int, steps: int = 150) -> Any:
     """One-layer GPT-2 of that many heads, its weights ascended to a steep place within the caps.
 
     LipschitzMuon moves the weights and projects them, Adam the inputs, and the direction goes to the
@@ -141,15 +137,9 @@ def adversarial_weights(heads: int, start: str, steps: int = 150) -> Any:
     """
     width, tokens, h = 4 * heads, 17, 1e-3
     generator = torch.Generator().manual_seed(heads)
-    if start == "random":
-        model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
-        retrofit(model, LipschitzConfig(granularity="matrix", biases="drop", init="keep"))
-        x = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
-        noise = 1.0
-    else:
-        model = layered_gpt2(heads, 1, width)
-        x = falsify(model, restarts=2, steps=30, tokens=tokens).witness.embeddings
-        noise = 0.05
+    model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
+    retrofit(model, LipschitzConfig(granularity="matrix", biases="drop", init="keep"))
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64).requires_grad_(True)
     v = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     moved = ("c_attn.weight", "attn.c_proj.weight", "lm_head.weight")
     with torch.no_grad():
@@ -160,14 +150,13 @@ def adversarial_weights(heads: int, start: str, steps: int = 150) -> Any:
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith(moved))
             if name.endswith(moved):
-                p.add_(noise * torch.randn(p.shape, generator=generator) / p.shape[0] ** 0.5)
+                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[0] ** 0.5)
             elif ".mlp." in name:
                 p.zero_()
     project_(model)
-    body, rate = build(model).body, 0.1 if start == "random" else 0.005
+    body, rate = build(model).body, 0.1
     weights = LipschitzMuon(param_groups(model, rate, rate, 1e-3), lr=rate)
-    x = x.clone().requires_grad_(True)
-    inputs = torch.optim.Adam([x], lr=rate / 2)
+    inputs = torch.optim.Adam([x], lr=0.05)
     for i in range(steps):
         weights.param_groups[0]["lr"] = rate * (1 - i / steps) + 1e-3
         e = x / _rms(x)[:, None] * (1 - h)
