@@ -25,7 +25,7 @@ def affine_slope(node: Any, d: int) -> float:
     """
     zero = torch.zeros(1, d, dtype=torch.float64)
     v = jacobian_direction(node.run, zero, zero + 1.0, rounds=500, exact=4096)
-    moved = node.run(v[None]) - node.run(zero[None])
+    moved = (node.run(v[None]) - node.run(zero[None])).detach()
     return float(moved.square().mean().sqrt() / v.square().mean().sqrt())
 
 
