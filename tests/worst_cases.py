@@ -71,3 +71,20 @@ def published_claim(model: Any) -> float:
     attention = w * norm["v"] * (1 + 2 * norm["q"] * norm["k"]) / 3
     a = 0.5
     return ((1 - a) + a * attention) * (1 - a)
+
+
+def layered_gpt2(heads: int, layers: int, width: int = 48) -> Any:
+    """GPT-2 of any depth: `one_head_rows` in every attention, feed-forward parts zero, every norm 1 or 0."""
+    model: Any = tiny("gpt2", num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
+    retrofit(model, LipschitzConfig(granularity="matrix"))
+    one = one_head_gpt2(heads, width)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        for layer in model.transformer.h:
+            for part in ("c_attn", "c_proj"):
+                source = one.transformer.h[0].attn.get_submodule(part).weight
+                layer.attn.get_submodule(part).weight.copy_(source)
+        model.lm_head.weight.copy_(one.lm_head.weight)
+        model.transformer.wte.weight.copy_(one.transformer.wte.weight)
+    return model

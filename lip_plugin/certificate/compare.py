@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
-from lip_plugin.certificate.graph import Activation, Gate, Node, Norm, walk
+from lip_plugin.certificate.graph import Activation, Node, Norm, walk
 from lip_plugin.errors import CertificateError
 from lip_plugin.modules import branch_scale, input_scale
 
@@ -114,9 +114,7 @@ def _difference(got: Tensor, expected: Tensor) -> float:
 def _nodes(nodes: Any) -> Iterator[Node]:
     """All nodes whose rule rests on more than weights, whatever contains them."""
     for node in walk(nodes):
-        if isinstance(node, Gate):
-            yield node.act
-        elif isinstance(node, Attention):
+        if isinstance(node, Attention):
             yield from (n for n in (node.q_norm, node.k_norm, node) if n is not None)
         else:
             yield node

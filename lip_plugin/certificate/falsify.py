@@ -1,41 +1,76 @@
-"""falsify(model): attack the certificate from below, by gradient ascent over inputs and directions."""
+"""falsify(model): attack the certificate from below; falsify_node: attack one of its rules alone."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lip_plugin.certificate.ascent import (
+    Ascended,
+    Starts,
+    Witness,
+    ascend,
+    grow,
+    in_ball,
+    secant,
+    witness_of,
+)
+from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
+from lip_plugin.certificate.graph import Linear, walk
 from lip_plugin.certificate.measure import refuse_non_finite
-from lip_plugin.certificate.nodes import attentions
 from lip_plugin.certificate.radius import radius_of
+from lip_plugin.certificate.starts import d_in_of, structured
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError, ConfigError
-from lip_plugin.linalg.norms import rms_norm
 
-_STEP = 1e-5  # half distance of the two ends, over the radius: steep places of kept norms are 1e-3 wide
-_NOISE = 1e-13  # of the output's size: what a float64 forward may be off by, generously
+__all__ = ["Falsification", "NodeFalsification", "Witness", "attained", "falsify", "falsify_node"]
 
-
-@dataclass(frozen=True)
-class Witness:
-    """The pair of inputs embeddings +- step * direction that attains a lower bound; [tokens, d], float64."""
-
-    embeddings: Tensor
-    direction: Tensor
-    step: float
+# The first length gets all restarts. Odd is best: pairs of opposite values, and one that asks.
+_LENGTHS = (17, 1, 2, 3, 48)
+_BYTES = 2**30  # of activations that an ascent may keep at a time
 
 
 @dataclass(frozen=True)
 class Falsification:
-    """What an attack found: `lower_bound` is attained by `witness`, so no true constant is below it."""
+    """What an attack found: `lower_bound` is attained by `witness`, so no true constant is below it.
+
+    Attributes:
+        lower_bound: the witness's secant slope, token norm to token norm, rounding taken off.
+        witness: the two inputs.
+        radius: token norm that both ends stay within.
+        start: the kind of start that won (see `lip_plugin.certificate.starts`).
+        tokens: length of the winning sequence.
+    """
 
     lower_bound: float
     witness: Witness
     radius: float
+    start: str = ""
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class NodeFalsification:
+    """What an attack on one node found on the ball of `radius`: slope and output size, both attained.
+
+    Attributes:
+        lipschitz_lower: the witness's secant slope, token norm to token norm.
+        radius_lower: largest token norm of an output that was seen, at `largest_input` [tokens, d].
+    """
+
+    lipschitz_lower: float
+    radius_lower: float
+    radius: float
+    witness: Witness
+    largest_input: Tensor
+    start: str
 
 
 def falsify(
@@ -43,28 +78,33 @@ def falsify(
     restarts: int = 8,
     steps: int = 100,
     *,
-    tokens: int = 17,
-    lr: float = 0.05,
+    tokens: int | Sequence[int] | None = None,
+    lr: float = 0.3,
     seed: int = 0,
+    progress: bool = False,
 ) -> Falsification:
     """Largest secant slope found between two inputs of the certificate's ball, token norm to token norm.
 
     A secant norm(F(e + h v) - F(e - h v)) / norm(2 h v) is a lower bound of the Lipschitz constant
-    whatever h is. It is ascended, in float64, over inputs e and directions v [tokens, d], from random
-    and structured starts side by side: Adam moves e, and v goes to the steepest direction in every
-    token (a power iteration in the token norm, which never descends for a linear map). Both ends
-    stay in the ball that the certificate is about.
+    whatever h is. It is ascended, in float64, over inputs e and directions v [tokens, d]: many
+    structured and random starts shortly, the most promising (and the best of each kind) for `steps`,
+    the best of those once more, finer. Both ends stay in the ball that the certificate is about.
 
     Args:
-        restarts: starts run side by side; steps: ascent steps.
-        tokens: length of the sequence; odd is best (pairs of opposite values, and one that asks).
-        lr: Adam's rate, in units of the radius.
+        restarts: starts that are followed to the end; four times as many are tried shortly.
+        steps: ascent steps of each.
+        tokens: length of the sequence, or several; by default 17, and with fewer restarts and steps 1, 2, 3
+            and 48, as far as the model's positions (and its attention window) reach.
+        lr: Adam's first rate, in units of the radius; it falls along a cosine.
+        seed: of all random starts.
+        progress: show a progress bar (needs tqdm).
 
     Raises:
         ConfigError: counts below 1.
         CertificateError: the graph does not reproduce the model, or all embeddings are zero.
     """
-    if min(restarts, steps, tokens) < 1:
+    lengths = _lengths(tokens)
+    if min(restarts, steps, *lengths) < 1:
         raise ConfigError("falsify: restarts, steps and tokens must be at least 1.")
     with torch.no_grad():
         graph = build(model)
@@ -73,110 +113,179 @@ def falsify(
         radius = to_float(radius_of(graph, "weights"))
         if radius == 0:
             raise CertificateError("All embeddings are zero: there are no two inputs to compare.")
-        tokens = min(tokens, graph.entry.longest or tokens)
-        inputs, directions = _starts(graph, restarts, tokens, seed)
-    best, witness = -1.0, None
-    step = _STEP * radius
-    inputs.requires_grad_(True)
-    optimizer = torch.optim.Adam([inputs], lr=lr)
-    for i in range(steps + 1):
-        e = _in_ball(inputs, 1.0) * (radius * (1 - 1e-12) - step)
-        v = _steepest(directions).requires_grad_(True)
-        by_token = _gains(graph, e, v, step)
-        gains = by_token.amax(-1)
-        found = gains.detach()
-        top = int(found.argmax())
-        if float(found[top]) > best:
-            best = float(found[top])
-            witness = Witness(e[top].detach().clone(), v[top].detach().clone(), step)
-        # not backward(): the model's own gradients may be in the middle of a training step
-        # First the directions alone, so that a good start is not left for a bad direction, and for the
-        # last token, which sees all others: an early one would soon be steepest and hide them.
-        warm = i < steps // 5
-        goal = (by_token[:, -1] if warm else gains).clamp_min(1e-300).log().sum()
-        inputs.grad, slope = torch.autograd.grad(-goal, [inputs, v])
-        if not warm:
-            optimizer.step()
-        # tokens that the output cannot see have no gradient and keep their direction
-        seen = slope.abs().amax(-1, keepdim=True) > 0
-        directions = torch.where(seen, -slope, v.detach())
-    assert witness is not None
-    return Falsification(attained(graph, witness), witness, radius)
+        if not math.isfinite(radius):
+            raise CertificateError("The embeddings exceed floats: no pair of inputs could be computed.")
+        longest = _longest(graph)
+    lengths = tuple(dict.fromkeys(min(n, longest) for n in lengths))
+    budget = _Budget(restarts, steps, lr, seed, progress)
+    slope, witness, name = _search(graph.body, d_in_of(graph.body), radius, lengths, budget)
+    return Falsification(slope, witness, radius, name, len(witness.embeddings))
 
 
-@torch.no_grad()
 def attained(graph: Graph, witness: Witness) -> float:
     """Secant slope of a witness on the graph, token norm to token norm, less what rounding may have added."""
-    e, v, h = witness.embeddings, witness.direction, witness.step
-    ends = torch.stack([e + h * v, e - h * v])
-    out = graph.body.run(ends)
-    gap = rms_norm(ends[0] - ends[1]).amax()
-    noise = _NOISE * rms_norm(out).amax()
-    slope = (rms_norm(out[0] - out[1]).amax() - noise) / gap
-    return max(0.0, float(slope) * (1 - 1e-9))
+    return secant(graph.body, witness)
 
 
-def _gains(graph: Graph, e: Tensor, v: Tensor, step: float) -> Tensor:
-    """Secant slope of each start and output token [restarts, tokens]; v has token norm 1."""
-    out = graph.body.run(torch.cat([e + step * v, e - step * v]))
-    plus, minus = out.chunk(2)
-    return rms_norm(plus - minus) / (2 * step)
+def falsify_node(
+    node: Any,
+    radius: float,
+    d: int | None = None,
+    tokens: int | Sequence[int] = 17,
+    *,
+    restarts: int = 8,
+    steps: int = 60,
+    lr: float = 0.3,
+    seed: int = 0,
+) -> NodeFalsification:
+    """Attack one graph node (or a chain, a branch, a gate) alone, on its own ball of token norm `radius`.
 
+    Finds a large secant slope and a large output, each attained by a stated input; both are lower
+    bounds of what `node.bound(radius, norms)` proves from above.
 
-def _in_ball(x: Tensor, radius: float) -> Tensor:
-    """Each token scaled down to RMS norm at most `radius`."""
-    return x * (radius / rms_norm(x).clamp_min(1e-300)).clamp_max(1.0).unsqueeze(-1)
+    Args:
+        node: anything with `run`; d: width of its input, read from its first linear map if None.
+        tokens, restarts, steps, lr, seed: as in `falsify`.
 
-
-def _steepest(gradient: Tensor) -> Tensor:
-    """Each token scaled to RMS norm 1: the corner of the token norm's ball that a gradient points to."""
-    return (gradient / rms_norm(gradient).clamp_min(1e-300).unsqueeze(-1)).detach()
-
-
-def _starts(graph: Graph, restarts: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs and directions [restarts, tokens, d] in units of the radius, by turns:
-
-    two opposite values, what attention fears, built for one head (those with the largest norms first)
-    or of random values; near zero, where kept norms are steep; random.
+    Raises:
+        ConfigError: a radius that is not positive and finite, or counts below 1.
     """
-    d, device = graph.entry.width, next(graph.root.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    inputs = 2 * torch.randn(restarts, tokens, d, generator=generator, dtype=torch.float64)
-    directions = torch.randn(restarts, tokens, d, generator=generator, dtype=torch.float64)
-    signs = torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0).double()[:, None]
-    heads = _heads(graph)[: (restarts + 1) // 2]
-    for i in range(restarts):
-        if i % 5 == 1:
-            inputs[i] = signs * inputs[i, :1]
-        elif i % 5 == 3:
-            inputs[i] *= 1e-3
-        elif heads and i % 5 != 4:
-            inputs[i] = _opposite_values(*heads.pop(0), signs, inputs[i]) * d**0.5
-    return inputs.to(device), directions.to(device)
+    lengths = _lengths(tokens)
+    if min(restarts, steps, *lengths) < 1 or not 0 < radius < math.inf:
+        raise ConfigError("falsify_node: a positive finite radius, and counts of at least 1, please.")
+    d = d_in_of(node) if d is None else d
+    budget = _Budget(restarts, steps, lr, seed, False)
+    slope, witness, name = _search(node, d, radius, lengths, budget)
+    sizes, at = _largest(node, d, radius, lengths, budget, witness)
+    return NodeFalsification(slope, sizes, radius, witness, at, name)
 
 
-def _heads(graph: Graph) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(q, k, v) rows of every head [d_head, d], largest product of Frobenius norms first."""
-    found = []
-    for _, attention in attentions(graph.body.nodes):
-        parts = [
-            p.linear.weight()[p.start : p.stop].detach().double().cpu().unflatten(0, (p.heads, -1))
-            for p in (attention.q, attention.k, attention.v)
-        ]
-        group = attention.q.heads // attention.k.heads
-        for h in range(attention.q.heads):
-            head = (parts[0][h], parts[1][h // group], parts[2][h // group])
-            size = torch.stack([w.norm() for w in head]).log().sum()
-            found.append((float(size.nan_to_num(neginf=-1e9)), head))
-    return [head for _, head in sorted(found, key=lambda pair: -pair[0])]
+def _lengths(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+    if tokens is None:
+        return _LENGTHS
+    return (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
 
-def _opposite_values(q: Tensor, k: Tensor, v: Tensor, signs: Tensor, fallback: Tensor) -> Tensor:
-    """Tokens +-w, w what keys and values read best together; the last token what the query reads beside w."""
-    if min(float(w.norm()) for w in (q, k, v)) == 0:
-        return fallback
-    w = torch.linalg.svd(torch.cat([k / k.norm(), v / v.norm()]), full_matrices=False).Vh[0]
-    asks = torch.linalg.svd(q - (q @ w)[:, None] * w, full_matrices=False).Vh[0]
-    x = signs * w
-    x[len(x) - 2 + len(x) % 2 :] = asks  # an even number of tokens before: no sign prevails
-    return x
+def _longest(graph: Graph) -> int:
+    """The longest sequence that the model's positions stand for."""
+    config = getattr(graph.root, "config", None)
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "block_size")]
+    return min((int(n) for n in (*limits, graph.entry.longest) if n), default=1 << 30)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    restarts: int
+    steps: int
+    lr: float
+    seed: int
+    progress: bool
+
+
+def _search(
+    node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget
+) -> tuple[float, Witness, str]:
+    """Screen many starts, follow the promising, refine the best: (slope, witness, kind of start)."""
+    device = _device(node)
+    tick, close = _bar(budget, len(lengths))
+    ascended: list[Ascended] = []
+    for i, tokens in enumerate(lengths):
+        restarts = budget.restarts if i == 0 else max(1, budget.restarts // 4)
+        steps = budget.steps if i == 0 else max(1, budget.steps // 2)
+        count = 4 * restarts + 8
+        starts = structured(
+            node.run, node, count, tokens, d, radius, seed=budget.seed + 1000 * i, device=device
+        )
+        chunk = _chunk(node, tokens)
+        short = max(2, steps // 8)
+        screened = ascend(node.run, starts, radius, short, budget.lr, warm=short // 2, chunk=chunk)
+        rows = _survivors(screened, restarts)
+        ascended.append(
+            ascend(node.run, screened.starts.take(rows), radius, steps, budget.lr, chunk=chunk, tick=tick)
+        )
+    tops = [(float(a.slopes[row]), a, row) for a in ascended for row in a.best(2)]
+    tops = sorted(tops, key=lambda top: -top[0])[: max(1, budget.restarts // 4)]
+    best: tuple[float, Witness, str] | None = None
+    for _, a, row in tops:
+        fine = _refine(node, a.starts.take([row]), radius, budget, tick)
+        for found in (a.starts.take([row]), fine):
+            slope, witness = witness_of(node, found, 0, radius)
+            if best is None or slope > best[0]:
+                best = (slope, witness, found.names[0])
+    close()
+    assert best is not None
+    return best
+
+
+def _survivors(screened: Ascended, count: int) -> list[int]:
+    """The best start of each kind first, best kinds first; then the rest by slope."""
+    ranked, kinds, seen = screened.best(len(screened.starts)), [], set()
+    for row in ranked:
+        if screened.starts.names[row] not in seen:
+            seen.add(screened.starts.names[row])
+            kinds.append(row)
+    # half of the places by slope alone, half by kind
+    order = ranked[: (count + 1) // 2] + kinds + ranked
+    return list(dict.fromkeys(order))[:count]
+
+
+def _refine(node: Any, start: Starts, radius: float, budget: _Budget, tick: Callable[[], Any]) -> Starts:
+    """A start once more at small rates, beside two disturbed copies of it."""
+    generator = torch.Generator().manual_seed(budget.seed + 77)
+    copies = start.take([0, 0, 0])
+    noise = torch.randn(copies.inputs.shape, generator=generator, dtype=torch.float64).to(
+        copies.inputs.device
+    )
+    sizes = torch.tensor([0.0, 0.05, 0.3], dtype=torch.float64, device=noise.device)[:, None, None]
+    copies.inputs = in_ball(copies.inputs, 1.0) + sizes * noise
+    chunk = _chunk(node, start.inputs.shape[1])
+    found = ascend(node.run, copies, radius, budget.steps, 0.3 * budget.lr, chunk=chunk, tick=tick)
+    return found.starts.take(found.best(1))
+
+
+def _largest(
+    node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget, witness: Witness
+) -> tuple[float, Tensor]:
+    """Largest output: from structured starts of every length, and from the steepest place."""
+    device, best = _device(node), (-1.0, witness.embeddings)
+    batches = [witness.embeddings[None] / radius]
+    for tokens in lengths:
+        starts = structured(
+            node.run, node, 2 * budget.restarts + 4, tokens, d, radius, seed=budget.seed, device=device
+        )
+        batches.append(torch.cat([starts.inputs, -starts.inputs]))
+    for batch in batches:
+        for part in batch.split(_chunk(node, batch.shape[1])):
+            sizes, inputs = grow(node.run, part, radius, budget.steps, budget.lr)
+            row = int(sizes.argmax())
+            best = max(best, (float(sizes[row]), inputs[row]), key=lambda found: found[0])
+    return best
+
+
+def _device(node: Any) -> torch.device:
+    for inner in walk([node]):
+        linear = inner.q.linear if isinstance(inner, Attention) else inner
+        if isinstance(linear, Linear):
+            return linear.weight().device
+    return torch.device("cpu")
+
+
+def _chunk(node: Any, tokens: int) -> int:
+    """How many starts fit into `_BYTES`: both ends, three copies of every output that autograd keeps."""
+    floats = 0
+    for inner in walk([node]):
+        if isinstance(inner, Attention):
+            floats += 3 * inner.q.heads * (inner.d_head + tokens)
+        floats += getattr(inner, "d_out", 0)
+    return max(1, _BYTES // (8 * 2 * 3 * max(1, floats) * tokens))
+
+
+def _bar(budget: _Budget, lengths: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(tick, close) of a progress bar, or of nothing."""
+    if not budget.progress:
+        return (lambda: None), (lambda: None)
+    from tqdm.auto import tqdm
+
+    refined = max(1, budget.restarts // 4)
+    bar = tqdm(total=((lengths + 1) // 2 + refined) * (budget.steps + 1), desc="falsify", unit="step")
+    return bar.update, bar.close

@@ -265,6 +265,8 @@ def walk(nodes: Iterable[Any]) -> Iterator[Any]:
     """All nodes, whatever contains them, containers first."""
     for node in nodes:
         yield node
+        if isinstance(node, Gate):
+            yield from (node.gate, node.up, node.act)
         yield from walk([*branches(node), *getattr(node, "nodes", [])])
 
 

@@ -324,8 +324,7 @@ def linear_names(node: Chain | Residual) -> list[str]:
     names = []
     for inner in walk([node]):
         found = (inner.q, inner.k, inner.v) if isinstance(inner, Attention) else ()
-        maps = (inner.gate, inner.up) if isinstance(inner, Gate) else (inner,)
-        names += [p.linear.name for p in found] + [m.name for m in maps if isinstance(m, Linear)]
+        names += [p.linear.name for p in found] + ([inner.name] if isinstance(inner, Linear) else [])
     return names
 
 

@@ -1,0 +1,161 @@
+"""Where a certificate is loose: proven over attained, node by node, on a trained model.
+
+    python benchmarks/looseness.py --model runs/char_lm/model   # a folder that save_pretrained wrote
+    python benchmarks/looseness.py                              # a small model, trained on the spot
+    python benchmarks/looseness.py --smoke
+
+Every node (each sub-block, and inside it attention, matrices and activations) is attacked alone, on the
+ball that the certificate has for it: slopes and sizes are attained by an input that exists, but that the
+network before it may never produce. So a ratio near 1 says that the node's rule is tight on its ball; the
+last line, the whole model, also holds what composition loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
+from lip_plugin.certificate.build import Graph, build
+from lip_plugin.certificate.falsify import falsify_node
+from lip_plugin.certificate.graph import Residual
+from lip_plugin.certificate.measure import weight_norms
+from lip_plugin.certificate.radius import radius_of
+from lip_plugin.certificate.starts import d_in_of
+from lip_plugin.certificate.upper import to_float, up
+from lip_plugin.optim.groups import param_groups
+
+
+def load(folder: str) -> Any:
+    """A saved model; from_pretrained re-applies a retrofit, because lip_plugin is imported."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def train(steps: int) -> Any:
+    """A small GPT-2 that learned to continue arithmetic sequences modulo 31."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": 31}
+    model: Any = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    config = LipschitzConfig(w_max=2.0, biases="drop", attention_scale=4.0, overrides={"lm_head": 8.0})
+    retrofit(model, config)
+    optimizer = LipschitzMuon(param_groups(model, 0.05, 0.05, 1e-3), lr=0.05)
+    for _ in range(steps):
+        first, by = torch.randint(0, 31, (2, 32, 1))
+        ids = (first + by * torch.arange(24)) % 31
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def entries(graph: Graph) -> Iterator[tuple[str, Any, Decimal, int, Any]]:
+    """(label, node, radius in, width in, bound) of every node on the ball that the certificate has there."""
+    norms = weight_norms(graph)
+    radius, width = up(to_float(radius_of(graph, "weights"))), d_in_of(graph.body)
+    for node in graph.body.nodes:
+        bound = node.bound(radius, norms)
+        yield node.name, node, radius, width, bound
+        if isinstance(node, Residual):
+            inner, inner_width = radius, width
+            for part in node.branch.nodes:
+                part_bound = part.bound(inner, norms)
+                yield f"  {type(part).__name__} {part.name}", part, inner, inner_width, part_bound
+                inner, inner_width = part_bound.radius, width_out(part, inner_width)
+        radius, width = bound.radius, width_out(node, width)
+
+
+def width_out(node: Any, width: int) -> int:
+    with torch.no_grad():
+        x = torch.zeros(1, 1, width, dtype=torch.float64, device=device_of(node))
+        return int(node.run(x).shape[-1])
+
+
+def device_of(node: Any) -> torch.device:
+    from lip_plugin.certificate.falsify import _device
+
+    return _device(node)
+
+
+def ratio(proven: float, attained: float) -> float:
+    return proven / attained if attained > 0 else math.inf
+
+
+def measure(model: Any, restarts: int, steps: int) -> list[dict[str, Any]]:
+    graph, rows = build(model), []
+    for label, node, radius, width, bound in tqdm(list(entries(graph)), desc="nodes"):
+        found = falsify_node(node, to_float(radius), width, (17, 1), restarts=restarts, steps=steps)
+        rows.append(
+            row(label, to_float(radius), to_float(bound.lipschitz), found.lipschitz_lower)
+            | {"radius_proven": to_float(bound.radius), "radius_attained": found.radius_lower}
+            | {"radius_ratio": ratio(to_float(bound.radius), found.radius_lower)}
+        )
+    whole = falsify(model, restarts=2 * restarts, steps=2 * steps, progress=True)
+    rows.append(row("whole model", whole.radius, certify(model).lipschitz, whole.lower_bound))
+    return rows
+
+
+def row(name: str, radius: float, proven: float, attained: float) -> dict[str, Any]:
+    values = {"constant_proven": proven, "constant_attained": attained, "ratio": ratio(proven, attained)}
+    return {"name": name, "radius_in": radius, **values}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    titles = ("radius in", "proven", "attained", "ratio", "radius out", "attained", "ratio")
+    keys = ("radius_in", "constant_proven", "constant_attained", "ratio")
+    keys += ("radius_proven", "radius_attained", "radius_ratio")
+    width = max(len(r["name"]) for r in rows)
+    print(f"{'node':<{width}}" + "".join(f"{t:>11}" for t in titles))
+    for r in rows:
+        print(f"{r['name']:<{width}}" + "".join(f"{r[k]:>11.4g}" if k in r else f"{'':>11}" for k in keys))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="a folder written by save_pretrained; default: trained on the spot")
+    parser.add_argument("--restarts", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", help="write the JSON line to this file as well")
+    options = parser.parse_args()
+    if options.smoke:
+        options.restarts, options.steps = 1, 4
+    began = time.perf_counter()
+    model = load(options.model) if options.model else train(20 if options.smoke else 300)
+    rows = measure(model, options.restarts, options.steps)
+    show(rows)
+    line = json.dumps(
+        {
+            "benchmark": "looseness",
+            "model": Path(options.model).name if options.model else "trained on the spot",
+            "rows": rows,
+            "restarts": options.restarts,
+            "steps": options.steps,
+            "seconds": time.perf_counter() - began,
+            "device": platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+    )
+    if options.out:
+        Path(options.out).write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
