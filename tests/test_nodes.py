@@ -101,7 +101,7 @@ def test_every_rotary_scaling_is_an_isometry_times_its_factor_and_certified(kind
     randomize_(model)
     upper = certify(model)
     assert falsify(model, restarts=3, steps=12, tokens=9).lower_bound <= upper.lipschitz
-    factor = build(model).body.nodes[0].branch.nodes[1].rotary.attention_scaling
+    factor = next(attentions(build(model).body.nodes))[1].rotary.attention_scaling
     assert (factor > 1.1) == (kind in ("yarn", "longrope"))
     model.double()  # and beyond the length where longrope and dynamic change their frequencies
     x = torch.randint(67, (2, 70))
@@ -209,6 +209,18 @@ def test_kept_multipliers_of_the_embedding_are_in_the_radius(family: str, factor
     # the scale is stored in float32, row norms are rounded up
     assert seen == pytest.approx(factor * token_norm(table), rel=1e-6)
     assert seen <= float(radius_of(graph, "weights")) <= seen * 1.001
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite"])
+def test_the_multiplier_of_a_skeleton_is_that_of_the_loaded_model(family: str) -> None:
+    """On the meta device gemma's buffer has no value: the float that fills it is read instead."""
+    for config in (None, LipschitzConfig()):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = tiny(family).to(dtype)
+            if config is not None:
+                retrofit(model, config)
+            expected = build(model).entry.tables["token"].scale
+            assert build(model.to("meta")).entry.tables["token"].scale == expected
 
 
 def test_a_capped_attention_without_rotation_is_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.architecture import Family, find_family
+from lip_plugin.architecture import Architecture, Family, find_family
 from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.entry import Entry, entry_of
 from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Node, Norm, Residual, Scale
@@ -142,15 +142,28 @@ def _config(root: nn.Module) -> Any:
     return root.config
 
 
+def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
+    """What the forward multiplies the token rows with; 1 without a multiplier.
+
+    A buffer is rounded to the table's dtype, as the forward does; on the meta device it has no value, and
+    the float that a load fills it from has.
+    """
+    for path in architecture.embedding_scale:
+        owner, _, attribute = path.rpartition(".")
+        value = getattr(root.get_submodule(owner), attribute)
+        if isinstance(value, Tensor) and not value.is_meta:
+            return float(value.to(table_of(root, str(architecture.tokens)).weight.dtype))
+        if not isinstance(value, Tensor) and len(architecture.embedding_scale) == 1:
+            return float(value)
+        if not isinstance(value, Tensor):
+            dtype = table_of(root, str(architecture.tokens)).weight.dtype
+            return float(torch.tensor(value, dtype=torch.float32).to(dtype))
+    return 1.0
+
+
 def _entry(root: nn.Module, names: Parts) -> Entry:
     architecture, config = names.architecture, _config(root)
-    scale = 1.0
-    if architecture.embedding_scale:
-        owner, _, attribute = architecture.embedding_scale[0].rpartition(".")
-        value = getattr(root.get_submodule(owner), attribute)
-        if isinstance(value, Tensor):  # rounded to the table's dtype by the forward
-            value = value.to(table_of(root, str(architecture.tokens)).weight.dtype)
-        scale = float(value)
+    scale = _embedding_scale(root, architecture)
     tables = [(role, name, table_of(root, name)) for role, name in names.tables()]
     norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
     entry = entry_of(
