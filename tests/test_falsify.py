@@ -17,10 +17,10 @@ from lip_plugin.architecture import find_family
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.exact import affine_slope, dense_search
 from lip_plugin.certificate.falsify import attained, falsify_node
-from lip_plugin.certificate.graph import Chain, Gate, Residual
+from lip_plugin.certificate.graph import Gate, branches, walk
 from lip_plugin.certificate.measure import weight_norms
 from lip_plugin.certificate.radius import radius_of
-from lip_plugin.certificate.starts import d_in_of, structured, walk
+from lip_plugin.certificate.starts import d_in_of, structured
 from lip_plugin.certificate.upper import to_float, up
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError
 
@@ -192,16 +192,18 @@ def test_an_affine_network_is_attacked_exactly(name: str) -> None:
     truth = affine_slope(graph.body, d_in_of(graph.body))
     found = falsify(model, restarts=1, steps=2, tokens=1)
     assert truth * (1 - 1e-6) < found.lower_bound <= certify(model).lipschitz
-    assert found.start.startswith("linearized")
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_model_small_enough_to_search_densely_is_attacked_to_nine_tenths(tokens: int) -> None:
-    """Two dimensions a token: 1000 quasi-random inputs, the best ascended, know the constant; 0.96 was seen."""
+    """Two dimensions a token: 1000 quasi-random inputs, the best ascended, know the constant; 0.95 was seen.
+
+    With the default 8 restarts this very model gives 0.25 at two tokens: a lower bound is only that.
+    """
     model = randomize_(tiny("gpt2", hidden_size=2, num_attention_heads=1, num_hidden_layers=1, vocab_size=5))
     retrofit(model, LipschitzConfig(attention_scale=4.0))
     randomize_(model)
-    found = falsify(model, tokens=tokens)
+    found = falsify(model, restarts=32, tokens=tokens)
     truth = dense_search(build(model).body, 2, found.radius, tokens, points=1000)
     assert 0.9 * truth < found.lower_bound <= certify(model).lipschitz
     assert truth <= certify(model).lipschitz
@@ -229,7 +231,7 @@ def test_values_that_cancel_before_the_output_are_not_mistaken_for_slope() -> No
 
     The map is the identity times 1e-3; its rounding noise over ends 1e-5 apart is far larger than that.
     """
-    from lip_plugin.certificate.graph import Linear
+    from lip_plugin.certificate.graph import Gate, branches, walk
 
     eye = torch.eye(4, dtype=torch.float64)
     big = 1e12 * torch.ones(4, dtype=torch.float64)
@@ -261,9 +263,8 @@ def test_every_node_alone_stays_below_its_own_bound(name: str) -> None:
     graph = build(model)
     norms, radius = weight_norms(graph), up(to_float(radius_of(graph, "weights")))
     for node in graph.body.nodes[:2]:
-        assert isinstance(node, Residual)
-        inner = node.branch.nodes[0].bound(radius, norms).radius
-        gates = [(g, inner) for g in walk(node) if isinstance(g, Gate)]
+        inner = branches(node)[-1].nodes[0].bound(radius, norms).radius if branches(node) else radius
+        gates = [(g, inner) for g in walk([node]) if isinstance(g, Gate)]
         for one, r in [(node, radius), *gates]:
             bound = one.bound(r, norms)
             found = falsify_node(one, to_float(r), tokens=5, restarts=2, steps=10)
@@ -300,9 +301,9 @@ def test_starts_are_of_every_kind_and_in_order_of_kinds() -> None:
     assert float(rms(e + step * 1.0).max()) <= 0.5 * (1 + 1e-9)
 
 
-def test_lengths_are_tried_and_limited_by_positions_and_windows() -> None:
+def test_lengths_are_tried_and_limited_by_positions_but_not_by_windows() -> None:
     model = randomize_(tiny("mistral", sliding_window=3))
-    assert falsify(model, restarts=1, steps=2, tokens=9).tokens == 3
+    assert falsify(model, restarts=1, steps=2, tokens=9).tokens == 9
     found = falsify(randomize_(tiny("gpt2")), restarts=1, steps=2, tokens=(4, 100))
     assert found.tokens in (4, 64)
     with pytest.raises(ConfigError, match="at least 1"):
