@@ -26,7 +26,7 @@ from lip_plugin.certificate.certify import Certificate
 from lip_plugin.certificate.fingerprint import differences, settings_of, stored_tensors
 from lip_plugin.certificate.streaming import Progress, certify_layers
 from lip_plugin.config import LipschitzConfig
-from lip_plugin.errors import CheckpointError, LipschitzError, UnsupportedModelError
+from lip_plugin.errors import CheckpointError, ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.surgery import retrofit
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -55,7 +55,9 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
-            raise CheckpointError(f"{folder} does not fit its config: {what} {sorted(map(str, info[what]))[:4]}")
+            raise CheckpointError(
+                f"{folder} does not fit its config: {what} {sorted(map(str, info[what]))[:4]}"
+            )
     check_recorded_settings(shards.folder, model)
     return model.eval()
 
@@ -90,7 +92,9 @@ class Shards:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder. Give one that save_pretrained or a Trainer wrote.")
+            raise CheckpointError(
+                f"{folder} is not a folder. Give one that save_pretrained or a Trainer wrote."
+            )
         if not (self.folder / CONFIG).is_file():
             raise CheckpointError(f"{folder} has no {CONFIG}{_hint(self.folder)}")
         self.files: dict[str, Path] = {}
@@ -150,7 +154,9 @@ def read_config(folder: Path) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if kind is not None and kind not in transformers.CONFIG_MAPPING:
-            raise UnsupportedModelError(f"{folder}: model_type {kind!r} is not known to transformers.") from error
+            raise UnsupportedModelError(
+                f"{folder}: model_type {kind!r} is not known to transformers."
+            ) from error
         raise CheckpointError(f"{folder / CONFIG} is not a model's config: {_first_line(error)}") from error
     names = values.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
@@ -210,7 +216,10 @@ def _skeleton(cls: Any, config: Any) -> nn.Module:
         raise CheckpointError(f"{CONFIG} describes no {cls.__name__}: {_first_line(error)}") from error
     saved = _saved_retrofit(config)
     if saved is not None:
-        retrofit(model, saved, _loading=True)
+        try:
+            retrofit(model, saved, _loading=True)
+        except ConfigError as error:
+            raise CheckpointError(f"{CONFIG}: its retrofit does not fit its model: {error}") from error
     return model.eval()
 
 
@@ -223,7 +232,10 @@ def _saved_retrofit(config: Any) -> LipschitzConfig | None:
         raise UnsupportedModelError(
             f"this model is quantized ({found.get('quant_method')}): its weights have no norms here. Load it dequantized."
         )
-    return LipschitzConfig.from_dict(found["lipschitz"])
+    try:
+        return LipschitzConfig.from_dict(found["lipschitz"])
+    except ConfigError as error:
+        raise CheckpointError(f"{CONFIG}: its quantization_config was edited: {error}") from error
 
 
 def _twin(cls: Any, config: Any) -> nn.Module:
@@ -247,8 +259,8 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     twin = cls(small)
     saved = _saved_retrofit(config)
     if saved is not None:
-        values = {**saved.to_dict(), "overrides": {}, "init": "keep"}  # caps do not change what it computes
-        retrofit(twin, LipschitzConfig.from_dict(values))
+        plain = {**saved.to_dict(), "overrides": {}, "init": "keep"}  # caps do not change what it computes
+        retrofit(twin, LipschitzConfig.from_dict(plain))
     return twin.eval()
 
 

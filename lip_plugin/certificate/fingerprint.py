@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 # arithmetic, ids to logits). vocab_size is in the shapes of the weights already.
 _NO_EFFECT = frozenset(
     {
-        *("transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "vocab_size"),
+        *(
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "torch_dtype",
+            "quantization_config",
+            "vocab_size",
+        ),
         *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
         *("id2label", "label2id", "problem_type", "task_specific_params", "initializer_range", "auto_map"),
         *("dropout", "keys_to_ignore_at_inference"),

@@ -39,7 +39,9 @@ def weight_norms(graph: Graph) -> Norms:
     """
     norms: Norms = {}
     linears = graph.linears()
-    layers = [{*layer.attention_linears.values(), *layer.mlp_linears.values()} for layer in graph.parts.layers]
+    layers = [
+        {*layer.attention_linears.values(), *layer.mlp_linears.values()} for layer in graph.parts.layers
+    ]
     others = {name for _, name, _, _ in linears} - set().union(*layers)
     for names in (*layers, *({name} for name in sorted(others))):
         norms |= _measured(graph, [linear for linear in linears if linear[1] in names])

@@ -103,7 +103,9 @@ def _kind(graph: Graph, index: int) -> list[tuple[str, str]]:
     prefix = f"{graph.family.architecture.layers}.{index}"
     container = graph.root.get_submodule(prefix)
     if not layer.attention.startswith(prefix + "."):
-        raise CertificateError(f"{layer.attention} is not inside {prefix}: load the model and call certify(model).")
+        raise CertificateError(
+            f"{layer.attention} is not inside {prefix}: load the model and call certify(model)."
+        )
     return [(name, f"{type(m).__module__}.{type(m).__qualname__}") for name, m in container.named_modules()]
 
 
