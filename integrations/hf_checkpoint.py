@@ -153,7 +153,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
             raise UnsupportedModelError(
                 f"{folder}: model_type {kind!r} is not known to transformers."
             ) from error

@@ -269,7 +269,11 @@ def _report(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         norms = [(b.name, b.worst_over_cap) for b in block_norms(model)]
     except (CertificateError, NotRetrofittedError) as error:
         caps, norms = str(error), []
-    versions = {"date": time.strftime("%Y-%m-%d"), "model": str(args.path), **_versions()}
+    versions = {
+        "date": time.strftime("%Y-%m-%d"),
+        "model": folder_of(args.path).resolve().name,
+        **_versions(),
+    }
     page = Report(
         run.resolve().name,
         certificate,

@@ -28,9 +28,8 @@ th:first-child, td:first-child { text-align: left; } td.bar { width: 30%; text-a
 td.bar span { display: inline-block; height: .7rem; background: #1d4ed8; print-color-adjust: exact;
   -webkit-print-color-adjust: exact; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: #374151; }
-svg text.t { font-size: 13px; font-weight: 600; fill: #111827; } svg .g { stroke: #e5e7eb; }
-svg .l { stroke: #b91c1c; stroke-dasharray: 4 3; } .bad { color: #b91c1c; font-weight: 600; }
+svg { width: 100%; height: auto; } table.id td { white-space: normal; text-align: left; }
+.bad { color: #b91c1c; font-weight: 600; }
 code { font-size: 12px; word-break: break-all; }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } h2, tr, svg { break-inside: avoid; } }
 """
@@ -106,11 +105,11 @@ def render(report: Report) -> str:
 
 
 def bound_text(certificate: Certificate) -> str:
-    """The bound as a number, or as a power of ten from a million on."""
+    """The bound as a number, or as a power of ten from a million on; rounded up."""
     if certificate.log10_lipschitz < 6:
-        return number(certificate.lipschitz)
+        return number(certificate.lipschitz, "up")
     if math.isfinite(certificate.log10_lipschitz):
-        return f"10^{certificate.log10_lipschitz:.2f}"
+        return f"10^{math.ceil(certificate.log10_lipschitz * 100) / 100:.2f}"
     return "infinite: nothing is proven"
 
 
@@ -120,7 +119,7 @@ def _proven(report: Report) -> str:
     if isinstance(report.caps, Certificate):
         caps = (
             f"From the caps alone the bound is <b>{bound_text(report.caps)}</b> on token norms up to "
-            f"{number(report.caps.radius)}; it holds at every step of a run under these caps, under the assumptions below."
+            f"{report.caps.radius:.9g}; it holds at every step of a run under these caps, under the assumptions below."
         )
     else:
         caps = f"There is no bound from caps: {escape(report.caps)}"
@@ -131,13 +130,14 @@ def _proven(report: Report) -> str:
         f'<h2>What is proven</h2><p class="big">Lipschitz constant, embeddings to logits: at most '
         f"<b>{bound_text(c)}</b></p>"
         "<p>Take any two inputs of the first block, of the same length, in which every token has an RMS norm of at most "
-        f"{number(c.radius)}. Then no token's logits differ (in RMS norm) by more than {bound_text(c)} times the "
+        f"{c.radius!r}. Then no token's logits differ (in RMS norm) by more than {bound_text(c)} times the "
         "largest difference (in RMS norm) of a token of the inputs. Every input made of the model's own tokens is such an "
         "input. It holds for any attention mask, with or without a key-value cache.</p>"
         f"<p>{caps}</p>"
-        f"<p>All attention logits of a row lie, up to a shift that softmax does not see, within +-{number(c.attention_logit)}. "
+        f"<p>All attention logits of a row lie, up to a shift that softmax does not see, within +-"
+        f"{number(c.attention_logit, 'up')}. "
         f"So the entropy of an attention row over {visible} tokens is at least "
-        f"{number(c.smallest_entropy_lower(visible))} nats, of {number(math.log(visible))} possible.</p>"
+        f"{number(c.smallest_entropy_lower(visible), 'down')} nats, of {number(math.log(visible))} possible.</p>"
         "<p>What this takes for granted:</p><ul>"
         + "".join(f"<li>{escape(a)}</li>" for a in assumptions)
         + "</ul>"
@@ -157,8 +157,9 @@ def _attack(report: Report) -> str:
         ratio = c.log10_lipschitz - math.log10(lower) if lower > 0 else math.inf
         factor = number(10**ratio) if ratio < 6 else f"10^{ratio:.1f}"
         verdict = (
-            f"<p>An attack found two such inputs whose logits differ <b>{number(lower)}</b> times as much as they do. So the "
-            f"true constant lies between {number(lower)} and {bound_text(c)}, a factor of {factor} apart.</p>"
+            f"<p>An attack found two such inputs whose logits differ <b>{number(lower, 'down')}</b> times as much as "
+            f"they do. So the true constant lies between {number(lower, 'down')} and {bound_text(c)}, "
+            f"a factor of {factor} apart.</p>"
         )
     rows = [("attained by the attack", lower), ("proven from the weights", c.lipschitz)]
     logs = [(label, math.log10(value)) for label, value in rows if 0 < value < math.inf]
@@ -174,7 +175,7 @@ def _layers(certificate: Certificate) -> str:
     for row in certificate.layers:
         share = abs(row.log10_total) / top if math.isfinite(row.log10_total) else 1.0
         body.append(
-            f"<tr><td>{escape(row.name)}</td><td>{number(row.radius)}</td><td>{number(row.lipschitz)}</td>"
+            f"<tr><td>{escape(row.name)}</td><td>{number(row.radius, 'up')}</td><td>{number(row.lipschitz, 'up')}</td>"
             f'<td>{row.log10_total:.3f}</td><td class="bar"><span style="width:{100 * share:.1f}%"></span></td></tr>'
         )
     return (
@@ -189,7 +190,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     charts = []
     for title, keys, limit, dashed in _CHARTS:
         series = {label: _series(history, key) for label, key in keys.items()}
-        charts.append(lines(series, title, limit=limit, dashed=dashed))
+        charts.append(lines(series, title, limit=limit, dashed=dashed, from_zero=limit is not None))
     charts = [f"<div>{c}</div>" for c in charts if c]
     if not charts:
         return '<h2>The run</h2><p class="note">No log of a Trainer lies beside the model.</p>'
@@ -209,4 +210,4 @@ def _identity(report: Report) -> str:
     rows = [*report.versions.items(), ("fingerprint of the weights", report.certificate.weights)]
     rows += [(f"setting {k}", str(v)) for k, v in report.certificate.settings.items()]
     body = "".join(f"<tr><td>{escape(k)}</td><td><code>{escape(v)}</code></td></tr>" for k, v in rows)
-    return f"<h2>What this is about</h2><table><tbody>{body}</tbody></table>"
+    return f'<h2>What this is about</h2><table class="id"><tbody>{body}</tbody></table>'

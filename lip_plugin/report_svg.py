@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from html import escape
 
 Points = Sequence[tuple[float, float]]
@@ -12,9 +13,12 @@ _WIDTH, _HEIGHT = 520.0, 240.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 30.0, 40.0
 
 
-def number(value: float) -> str:
-    """Four significant digits, without trailing zeros."""
-    return f"{value:.4g}" if math.isfinite(value) else ("infinite" if value > 0 else str(value))
+def number(value: float, side: str = "nearest") -> str:
+    """Four significant digits, without trailing zeros; `side` "up" for upper bounds, "down" for lower ones."""
+    if not math.isfinite(value):
+        return "infinite" if value > 0 else str(value)
+    rounding = {"up": ROUND_CEILING, "down": ROUND_FLOOR, "nearest": ROUND_HALF_EVEN}[side]
+    return f"{float(Context(prec=4, rounding=rounding).create_decimal(Decimal(value))):.4g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -35,6 +39,7 @@ def lines(
     xlabel: str = "step",
     limit: tuple[str, float] | None = None,
     dashed: Sequence[str] = (),
+    from_zero: bool = False,
 ) -> str:
     """A line chart; points that are not finite are left out, and "" is given if none is left.
 
@@ -42,6 +47,7 @@ def lines(
         series: label -> points (x, y).
         limit: (label, y) of a red horizontal line.
         dashed: labels drawn with dashes.
+        from_zero: let the y axis begin at 0.
     """
     kept = {k: [(x, y) for x, y in v if math.isfinite(x) and math.isfinite(y)] for k, v in series.items()}
     kept = {k: v for k, v in kept.items() if v}
@@ -50,16 +56,16 @@ def lines(
     xs = [x for v in kept.values() for x, _ in v]
     ys = [y for v in kept.values() for _, y in v] + ([limit[1]] if limit else [])
     x0, x1 = _span(xs)
-    y0, y1 = _span(ys, margin=0.06)
+    y0, y1 = _span([*ys, 0.0] if from_zero else ys, margin=0.06)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
         return across, _HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
 
-    body = [_text(_LEFT, 14, title, "start", "t")]
+    body = [_text(_LEFT, 14, title, "start", "title")]
     for y in ticks(y0, y1):
         _, v = at(x0, y)
-        body.append(f'<line class="g" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>')
+        body.append(f'<line stroke="#e5e7eb" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>')
         body.append(_text(_LEFT - 6, v + 4, number(round(y, 12)), "end"))
     for x in ticks(x0, x1, 6):
         h, _ = at(x, y0)
@@ -67,7 +73,9 @@ def lines(
     body.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, xlabel, "middle"))
     if limit:
         _, v = at(x0, limit[1])
-        body.append(f'<line class="l" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>')
+        body.append(
+            f'<line stroke="#b91c1c" stroke-dasharray="4 3" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>'
+        )
         body.append(_text(_WIDTH - _RIGHT - 2, v - 4, limit[0], "end"))
     for i, (label, points) in enumerate(kept.items()):
         body.append(_curve([at(x, y) for x, y in points], COLORS[i % len(COLORS)], label in dashed))
@@ -89,17 +97,21 @@ def bars(
     left, row, width = 250.0, 17.0, 720.0
     room = width - left - 70
     height = 30 + row * len(rows) + (16 if limit else 4)
-    body = [_text(0, 14, title, "start", "t")]
+    body = [_text(0, 14, title, "start", "title")]
     for i, (label, value) in enumerate(rows):
         y = 26 + row * i
         length = room * (min(1.0, max(0.0, value / top)) if math.isfinite(value) else 1.0)
         body.append(_text(left - 6, y + 11, label[-40:], "end"))
         body.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{row - 5}" fill="{COLORS[0]}"/>')
         shown = ("10^" + f"{value:.2f}") if log and math.isfinite(value) else number(value)
-        body.append(_text(left + length + 5, y + 11, shown, "start"))
+        # beyond the limit's line, which would go through the number otherwise
+        end = left + max(length, room * limit[1] / top if limit else 0.0)
+        body.append(_text(end + 5, y + 11, shown, "start"))
     if limit:
         x, end = left + room * limit[1] / top, 26 + row * len(rows)
-        body.append(f'<line class="l" x1="{x:.1f}" x2="{x:.1f}" y1="22" y2="{end:.1f}"/>')
+        body.append(
+            f'<line stroke="#b91c1c" stroke-dasharray="4 3" x1="{x:.1f}" x2="{x:.1f}" y1="22" y2="{end:.1f}"/>'
+        )
         body.append(_text(x, end + 14, limit[0], "middle"))
     return _svg(width, height, title, body)
 
@@ -136,9 +148,10 @@ def _legend(labels: Sequence[str], dashed: Sequence[str]) -> list[str]:
     return body
 
 
-def _text(x: float, y: float, text: str, anchor: str, cls: str = "") -> str:
-    kind = f' class="{cls}"' if cls else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    style = 'font-size="13" font-weight="600" fill="#111827"' if kind else 'font-size="11" fill="#374151"'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {place} font-family="system-ui, sans-serif" {style}>{escape(text)}</text>'
 
 
 def _svg(width: float, height: float, title: str, body: Sequence[str]) -> str:
