@@ -246,7 +246,10 @@ def test_an_edited_certificate(folder, capsys):
     path.write_text(text[:-20])
     refused(folder, BAD_INPUT, capsys, "not JSON")
     for changes in (
-        {"lipschitz": 1.5, "log10_lipschitz": certificate.log10_lipschitz - 0.3},
+        {"lipschitz": certificate.lipschitz / 2},
+        {"log10_lipschitz": certificate.log10_lipschitz - 0.3},
+        {"lipschitz": 0.0, "log10_lipschitz": "-inf"},
+        {"attention_logit": certificate.attention_logit / 2},
         {"radius": certificate.radius / 2},
     ):
         path.write_text(resealed(certificate, **changes))

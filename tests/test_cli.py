@@ -127,6 +127,11 @@ def test_a_plain_model_is_attacked_below_what_is_proven_now(tmp_path, capsys):
     assert values["claim_from"] == "proven now"
 
 
+def test_the_installed_command_is_this_one():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '[project.scripts]\nlip-plugin = "lip_plugin.cli:main"\n' in text
+
+
 def test_every_exit_code_is_in_the_help(capsys):
     for arguments in (["--help"], ["certify", "--help"], ["falsify", "--help"], ["report", "--help"]):
         with pytest.raises(SystemExit) as raised:
