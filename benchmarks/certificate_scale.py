@@ -172,6 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--svd-layers", type=int, default=1, help="layers whose singular values are timed")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of streamed models")
     parser.add_argument("--folder", help="where the temporary files go; default: the system's place")
     parser.add_argument("--smoke", action="store_true", help="tiny models, seconds")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
@@ -180,6 +181,7 @@ def main() -> None:
         print(json.dumps(case(args.case)))
         return
     sizes, vocabulary = (SMOKE, 128) if args.smoke else (SIZES, 50257)
+    streamed = {name: shape for name, shape in sizes.items() if args.smoke or name in args.sizes}
     first = next(iter(sizes))
     threads, plain = str(args.threads), [*(str(n) for n in sizes[first]), str(vocabulary)]
     date = datetime.date.today().isoformat()
@@ -188,7 +190,7 @@ def main() -> None:
     print(f"{'case':<22}{head[0]:>11}" + "".join(f"{h:>12}" for h in head[1:]) + f"{'log10':>10}")
     results: dict[str, Any] = {"memory": run_case(["memory", threads, *plain])}
     show(f"in memory {first}", results["memory"])
-    for name, shape in sizes.items():
+    for name, shape in streamed.items():
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             parameters = write_model(Path(folder), *shape, vocabulary)
             layer = 12 * shape[1] ** 2 * 2 / MIB

@@ -30,7 +30,8 @@ from lip_plugin.errors import CheckpointError, ConfigError, LipschitzError, Unsu
 from lip_plugin.surgery import retrofit
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TWIN_VOCABULARY = 64  # tokens of the twin: embedding and head are the same code at any number
+# The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
+_TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128}
 
 
 def load_checkpoint(folder: str | Path) -> nn.Module:
@@ -239,7 +240,7 @@ def _saved_retrofit(config: Any) -> LipschitzConfig | None:
 
 
 def _twin(cls: Any, config: Any) -> nn.Module:
-    """A small random model of the same config: one layer of every kind, at least two, and few tokens."""
+    """A small random model of the same config: one layer of every kind, at least two; few tokens, narrow MLPs."""
     small = copy.deepcopy(config)
     count = config.num_hidden_layers
     by_layer = {k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == count}
@@ -251,8 +252,9 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     small.num_hidden_layers = len(chosen)
     for key, values in by_layer.items():
         setattr(small, key, [values[i] for i in chosen])
-    if getattr(small, "vocab_size", None):
-        small.vocab_size = min(small.vocab_size, _TWIN_VOCABULARY)
+    for key, size in _TWIN_SIZES.items():
+        if hasattr(small, key):
+            setattr(small, key, size)
     for key in [k for k in vars(small) if k.endswith("_token_id")]:
         setattr(small, key, None)
     small.dtype = torch.float32
