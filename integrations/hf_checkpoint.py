@@ -26,11 +26,12 @@ from lip_plugin.certificate.certify import Certificate
 from lip_plugin.certificate.fingerprint import differences, settings_of, stored_tensors
 from lip_plugin.certificate.streaming import Progress, certify_layers
 from lip_plugin.config import LipschitzConfig
-from lip_plugin.errors import CheckpointError, LipschitzError, UnsupportedModelError
+from lip_plugin.errors import CheckpointError, ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.surgery import retrofit
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TWIN_VOCABULARY = 64  # tokens of the twin: embedding and head are the same code at any number
+# The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
+_TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128}
 
 
 def load_checkpoint(folder: str | Path) -> nn.Module:
@@ -153,7 +154,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
             raise UnsupportedModelError(
                 f"{folder}: model_type {kind!r} is not known to transformers."
             ) from error
@@ -216,7 +217,10 @@ def _skeleton(cls: Any, config: Any) -> nn.Module:
         raise CheckpointError(f"{CONFIG} describes no {cls.__name__}: {_first_line(error)}") from error
     saved = _saved_retrofit(config)
     if saved is not None:
-        retrofit(model, saved, _loading=True)
+        try:
+            retrofit(model, saved, _loading=True)
+        except ConfigError as error:
+            raise CheckpointError(f"{CONFIG}: its retrofit does not fit its model: {error}") from error
     return model.eval()
 
 
@@ -229,11 +233,14 @@ def _saved_retrofit(config: Any) -> LipschitzConfig | None:
         raise UnsupportedModelError(
             f"this model is quantized ({found.get('quant_method')}): its weights have no norms here. Load it dequantized."
         )
-    return LipschitzConfig.from_dict(found["lipschitz"])
+    try:
+        return LipschitzConfig.from_dict(found["lipschitz"])
+    except ConfigError as error:
+        raise CheckpointError(f"{CONFIG}: its quantization_config was edited: {error}") from error
 
 
 def _twin(cls: Any, config: Any) -> nn.Module:
-    """A small random model of the same config: one layer of every kind, at least two, and few tokens."""
+    """A small random model of the same config: one layer of every kind, at least two; few tokens, narrow MLPs."""
     small = copy.deepcopy(config)
     count = config.num_hidden_layers
     by_layer = {k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == count}
@@ -243,22 +250,19 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     chosen = sorted(kinds.values())
     chosen += [i for i in range(count) if i not in chosen][: max(0, 2 - len(chosen))]
     small.num_hidden_layers = len(chosen)
-    for key, by_index in by_layer.items():
-        setattr(small, key, [by_index[i] for i in chosen])
-    if getattr(small, "vocab_size", None):
-        small.vocab_size = min(small.vocab_size, _TWIN_VOCABULARY)
+    for key, values in by_layer.items():
+        setattr(small, key, [values[i] for i in chosen])
+    for key, size in _TWIN_SIZES.items():
+        if hasattr(small, key):
+            setattr(small, key, size)
     for key in [k for k in vars(small) if k.endswith("_token_id")]:
         setattr(small, key, None)
     small.dtype = torch.float32
     twin = cls(small)
     saved = _saved_retrofit(config)
     if saved is not None:
-        values: dict[str, Any] = {
-            **saved.to_dict(),
-            "overrides": {},
-            "init": "keep",
-        }  # caps do not change what it computes
-        retrofit(twin, LipschitzConfig.from_dict(values))
+        plain = {**saved.to_dict(), "overrides": {}, "init": "keep"}  # caps do not change what it computes
+        retrofit(twin, LipschitzConfig.from_dict(plain))
     return twin.eval()
 
 

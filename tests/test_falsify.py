@@ -17,7 +17,7 @@ from lip_plugin.architecture import find_family
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.exact import affine_slope, dense_search
 from lip_plugin.certificate.falsify import attained, falsify_node
-from lip_plugin.certificate.graph import Gate, branches, walk
+from lip_plugin.certificate.graph import Chain, Gate, Linear, branches, walk
 from lip_plugin.certificate.measure import weight_norms
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.starts import d_in_of, structured
@@ -231,8 +231,6 @@ def test_values_that_cancel_before_the_output_are_not_mistaken_for_slope() -> No
 
     The map is the identity times 1e-3; its rounding noise over ends 1e-5 apart is far larger than that.
     """
-    from lip_plugin.certificate.graph import Gate, branches, walk
-
     eye = torch.eye(4, dtype=torch.float64)
     big = 1e12 * torch.ones(4, dtype=torch.float64)
     first = Linear("first", lambda: eye, lambda: big, 4, 4)

@@ -312,3 +312,20 @@ def test_more_tables_than_can_be_added_up_are_bounded_by_their_norms(monkeypatch
 def test_sums_of_rows_refuse_what_is_not_finite():
     with pytest.raises(NonFiniteError):
         sum_rms_max_upper([torch.ones(2, 3), torch.tensor([[1.0, math.nan, 0.0]])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_very_long_matrices_are_bounded_piece_by_piece(dtype, monkeypatch):
+    """A head's Gram matrix is summed over pieces of its rows, so that it is never all in float64 at once."""
+    import lip_plugin.linalg.norms as norms
+
+    w = (torch.randn(2, 1000, 40, dtype=torch.float64) * 1e-160).to(dtype)
+    if dtype != torch.float64:
+        w = torch.randn(2, 1000, 40).to(dtype)
+    whole = norms.sigma_max_upper(w)
+    monkeypatch.setattr(norms, "_CHUNK", 2000)  # pieces of 100 to 200 rows
+    for matrix in (w, w.mT):
+        upper, truth = norms.sigma_max_upper(matrix), norms.sigma_max_exact(matrix)
+        assert bool((upper >= truth * (1 - 1e-13)).all())  # 1e-13: rounding of the oracle's own SVD
+        assert bool((upper <= truth * 1.001).all())
+        assert torch.allclose(upper, whole, rtol=1e-6, atol=0.0)

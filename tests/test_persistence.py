@@ -108,6 +108,15 @@ def test_it_loads_with_its_config_its_constants_and_its_caps(family, tmp_path):
     assert type(loaded) is type(model)
 
 
+def test_dropped_biases_stay_fixed_after_loading(tmp_path):
+    """Loading makes new Parameters, which would train again."""
+    model, _, _ = saved("gpt2", tmp_path, LipschitzConfig(biases="drop"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    fixed = [{n for n, p in x.named_parameters() if not p.requires_grad} for x in (model, loaded)]
+    assert len(fixed[0]) == 8
+    assert fixed[0] == fixed[1]
+
+
 @hf_family
 def test_a_loaded_model_bears_no_trace_of_quantization(family, tmp_path):
     saved(family, tmp_path)

@@ -93,7 +93,12 @@ def run(examples: int) -> None:
     slow_data = (HealthCheck.too_slow, HealthCheck.data_too_large)
 
     @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=slow_data
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=slow_data,
+        report_multiple_bugs=False,  # one failure as itself, not a group of all
     )
     @given(drawn_models())
     def property_(drawn: dict[str, Any]) -> None:

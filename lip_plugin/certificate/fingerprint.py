@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,10 @@ _NO_EFFECT = frozenset(
     }
 )
 _NO_EFFECT_ENDINGS = ("_token_id", "_dropout", "_pdrop", "_dropout_prob")
+# By how much the log10 of a recomputed bound may exceed the stated one: this, and this share of it. Norms are
+# 0.1 % loose, and otherwise so on another machine, and a bound is a product of many of them. What is stated
+# below that was not computed from these weights by these rules.
+_REPRODUCED = 0.01
 
 
 class Fingerprint:
@@ -184,3 +189,28 @@ def check_fingerprint(certificate: Certificate, found: str) -> None:
             f"the certificate belongs to other {what}: it carries {certificate.weights[:23] or 'no fingerprint'}..., "
             f"the model has {found[:23]}... . Restore what it was computed from, or certify again."
         )
+
+
+def check_same(stated: Certificate, fresh: Certificate) -> None:
+    """Raise CertificateError unless a stated certificate is of the same model as a fresh one, and not below it."""
+    check_settings(stated, fresh.settings)
+    check_fingerprint(stated, fresh.weights)
+    pairs = [
+        (stated.log10_lipschitz, fresh.log10_lipschitz),
+        (_log10(stated.lipschitz), _log10(fresh.lipschitz)),
+        (_log10(stated.attention_logit), _log10(fresh.attention_logit)),
+    ]
+    if any(_below(a, b) for a, b in pairs) or stated.radius < fresh.radius * (1 - 1e-9):
+        raise CertificateError(
+            f"it states a bound of {stated.lipschitz:.6g} on radius {stated.radius:.4g}, and only {fresh.lipschitz:.6g} on "
+            f"{fresh.radius:.4g} can be proven: it was edited, or made by other rules."
+        )
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else -math.inf
+
+
+def _below(stated: float, fresh: float) -> bool:
+    """Whether a stated logarithm lies below the recomputed one by more than rounding may cause."""
+    return fresh - stated > (_REPRODUCED * (1 + abs(stated)) if math.isfinite(stated) else 0.0)

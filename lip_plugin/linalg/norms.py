@@ -72,12 +72,10 @@ def _times_power_of_two(x: Tensor, e: Tensor | None) -> Tensor:
 
 
 def _gram(b: Tensor) -> Tensor:
-    """Gram matrix on the smaller side, float64 [batch, n, n], exactly symmetric.
+    """b b^T, float64 [batch, n, n], exactly symmetric.
 
     Three block rows from n = 384 on: two thirds of the work of the full product.
     """
-    if b.shape[-2] > b.shape[-1]:
-        b = b.mT
     n = b.shape[-2]
     if n < 384:
         full = b @ b.mT
@@ -102,12 +100,26 @@ def _scaled_gram(w: Tensor) -> tuple[Tensor, Tensor | None]:
     count, d_out, d_in = w.shape
     per = max(1, _CHUNK // (d_out * d_in)) if w.device.type == "cpu" else count
     if per >= count:
-        return _gram(_times_power_of_two(w.double(), None if e is None else -e)), e
+        return _gram_of_smaller_side(w, e), e
     parts = [
-        _gram(_times_power_of_two(part.double(), None if e is None else -e[i * per : (i + 1) * per]))
+        _gram_of_smaller_side(part, None if e is None else e[i * per : (i + 1) * per])
         for i, part in enumerate(w.split(per))
     ]
     return torch.cat(parts), e
+
+
+def _gram_of_smaller_side(w: Tensor, e: Tensor | None) -> Tensor:
+    """Gram matrices of w * 2^-e; very long matrices (a head of 50,000 rows) are converted piece by piece."""
+    rows = w if w.shape[-2] <= w.shape[-1] else w.mT
+    width = rows.shape[-1]
+    if w.device.type == "cpu":
+        width = max(rows.shape[-2], 4 * _CHUNK // (len(w) * rows.shape[-2]))
+    total = None
+    for piece in rows.split(width, dim=-1):
+        g = _gram(_times_power_of_two(piece.double(), None if e is None else -e))
+        total = g if total is None else total.add_(g)
+    assert total is not None  # the norm of a matrix without entries is 0, and not asked here
+    return total
 
 
 def _gram_trace_slack(blocks: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
