@@ -41,12 +41,11 @@ def _(node: Attention, x: Tensor, movement: Movement, local: Local) -> tuple[Ten
     hidden = _hidden(node, x.shape[-2], x.device)
     logits = node.tau * q.centre @ k.centre.mT
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-    out = weights @ v.centre
-    y = out.transpose(-3, -2).flatten(-2)
+    y = (weights @ v.centre).transpose(-3, -2).flatten(-2)
     _compare(node, x, y)
     with torch.no_grad():
-        spread = _logit_moves(node, q, k, weights.detach(), movement, local).masked_fill(hidden, 0.0)
-        size, rest = _head(abs(node.tau), q, k, v, weights.detach(), hidden, spread)
+        moves = _logit_moves(node, q, k, weights.detach(), hidden, movement, local)
+        size, rest = _head(abs(node.tau), q, k, v, weights.detach(), hidden, moves)
     if local.remainders is not None:
         rest = rest.transpose(-1, -2)
         record(local, y, rest, rest * node.d_head**0.5)
@@ -106,38 +105,73 @@ def _rows(p: Projection, w: Tensor, term: Term, local: Local) -> tuple[Key, Matr
     return key, local.times(key, w, term), p.heads
 
 
+@dataclass(frozen=True)
+class _Moves:
+    """How far logits move, up to a shift common to a row: the largest, and the deviation under p; [..., heads, t]."""
+
+    most: Tensor
+    typical: Tensor
+
+
 def _logit_moves(
-    node: Attention, q: _Part, k: _Part, weights: Tensor, movement: Movement, local: Local
-) -> Tensor:
-    """lam: bounds on how far each logit moves, up to a shift common to its row, [eps, batch, heads, t, s]."""
+    node: Attention, q: _Part, k: _Part, p: Tensor, hidden: Tensor, movement: Movement, local: Local
+) -> _Moves:
     queries, keys = q.centre.detach(), k.centre.detach()
-    both = q.size.unsqueeze(-1) * k.size.unsqueeze(-2)
     if node.rotary is None and node.q_norm is None and node.k_norm is None:
-        by_query, by_key = _plain_moves(node, queries, keys, weights, movement, local)
+        by_query, by_key, deviation = _plain_moves(node, queries, keys, p, movement, local)
     else:
-        by_query = q.size.unsqueeze(-1) * _distances(keys, weights)
+        by_query = q.size.unsqueeze(-1) * _distances(keys, p)
         by_key = torch.linalg.vector_norm(queries, dim=-1).unsqueeze(-1) * k.size.unsqueeze(-2)
-    return abs(node.tau) * (by_query + by_key + both)
+        deviation = q.size * _top(_covariance(keys, p)).sqrt()
+    by_key = by_key + q.size.unsqueeze(-1) * k.size.unsqueeze(-2)
+    most = (by_query + by_key).masked_fill(hidden, 0.0).amax(-1)
+    typical = deviation + (p * by_key.square()).sum(-1).sqrt()
+    return _Moves(abs(node.tau) * most, abs(node.tau) * typical)
 
 
 def _plain_moves(
-    node: Attention, queries: Tensor, keys: Tensor, weights: Tensor, movement: Movement, local: Local
-) -> tuple[Tensor, Tensor]:
-    """The same for keys and queries that are linear in the input: q_t W_k A and k_s W_q A in place of norms."""
-    by_query, by_key = [], []
+    node: Attention, queries: Tensor, keys: Tensor, p: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for keys and queries that are linear in the input: q_t W_k A and k_s W_q A in place of norms.
+
+    (what the query's and the key's movement do to each logit, deviation of the first under p).
+    """
+    by_query, by_key, deviation = [], [], []
     group = node.q.heads // node.k.heads
+    covariance, lengths = _covariance(keys, p), torch.linalg.vector_norm(queries, dim=-1)
+    apart, top = _distances(keys, p), _top(covariance).sqrt()
     for t in movement.terms:
         _, a, _ = _rows(node.q, weight(node.q.linear)[node.q.start : node.q.stop], t, local)
         _, b, _ = _rows(node.k, weight(node.k.linear)[node.k.start : node.k.stop], t, local)
         assert a.value is not None
         assert b.value is not None
-        seen = keys @ a.value.unflatten(0, (node.q.heads, -1))  # k_s^T W_q A, [batch, heads, s, m]
+        # r r^T = W_q A A^T W_q^T: the same norms, in d_head dimensions
+        r = torch.linalg.qr(a.value.unflatten(0, (node.q.heads, -1)).mT).R.mT
+        seen = _distances(keys @ r, p) + a.error * apart
+        bent = _top(r.mT.unsqueeze(1) @ covariance @ r.unsqueeze(1)).sqrt() + a.error * top
         asks = queries @ b.value.unflatten(0, (node.k.heads, -1)).repeat_interleave(group, 0)
-        apart = _distances(seen, weights) + a.error * _distances(keys, weights)
-        length = torch.linalg.vector_norm(asks, dim=-1) + b.error * torch.linalg.vector_norm(queries, dim=-1)
-        by_query.append(t.size[:, :, None, :, None] * apart)
+        length = torch.linalg.vector_norm(asks, dim=-1) + b.error * lengths
+        by_query.append(t.size[:, :, None, :, None] * seen)
+        deviation.append(t.size[:, :, None, :] * bent)
         by_key.append(length.unsqueeze(-1) * t.size[:, :, None, None, :])
-    return sum_of(by_query), sum_of(by_key)
+    return sum_of(by_query), sum_of(by_key), sum_of(deviation)
+
+
+def _covariance(points: Tensor, p: Tensor) -> Tensor:
+    """Covariance under each row of weights, [batch, heads, t, d, d]."""
+    mean = p @ points
+    outer = (points.unsqueeze(-1) * points.unsqueeze(-2)).flatten(-2)
+    return (p @ outer).unflatten(-1, mean.shape[-1:] * 2) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def _top(c: Tensor) -> Tensor:
+    """lambda_max of positive semidefinite matrices [..., d, d], from above: norm_F(C^8)^(1/8)."""
+    trace = c.diagonal(dim1=-2, dim2=-1).sum(-1)
+    scaled = c / trace.clamp_min(1e-300)[..., None, None]
+    for _ in range(3):
+        scaled = scaled @ scaled
+    # 1e-12 of the trace: what cancellation in the covariance may have cost
+    return trace.clamp_min(0.0) * (torch.linalg.matrix_norm(scaled) ** 0.125 + 1e-12)
 
 
 def _distances(points: Tensor, weights: Tensor) -> Tensor:
@@ -149,16 +183,13 @@ def _distances(points: Tensor, weights: Tensor) -> Tensor:
 
 
 def _head(
-    tau: float, q: _Part, k: _Part, v: _Part, p: Tensor, hidden: Tensor, lam: Tensor
+    tau: float, q: _Part, k: _Part, v: _Part, p: Tensor, hidden: Tensor, moves: _Moves
 ) -> tuple[Tensor, Tensor]:
     """(movement, remainder) of every head's output, 2-norms, [eps, batch, heads, tokens]."""
-    values = v.centre.detach()
-    apart = _distances(values, p).masked_fill(hidden, 0.0)
-    radius = apart.amax(-1)
-    spread = (p * apart.square()).sum(-1).sqrt()  # deviation of the values under p
-    most = lam.amax(-1)
-    typical = (p * lam.square()).sum(-1).sqrt()
-    moved = v.size.unsqueeze(-2).expand_as(lam)
+    values, most, typical = v.centre.detach(), moves.most, moves.typical
+    radius = _distances(values, p).masked_fill(hidden, 0.0).amax(-1)
+    spread = _top(_covariance(values, p)).sqrt()  # largest deviation of the values in one direction
+    moved = v.size.unsqueeze(-2).expand(*v.size.shape, p.shape[-1])
     largest = moved.masked_fill(hidden, 0.0).amax(-1)
     least = moved.masked_fill(hidden, float("inf")).amin(-1)
     mean, square = (p * moved).sum(-1), (p * moved.square()).sum(-1)
@@ -190,7 +221,7 @@ def _second_order(tau: float, q: _Part, k: _Part, p: Tensor) -> Tensor:
     both = tau * q.size * moved
     if not bool(q.curved.any() | k.curved.any()):
         return both
-    apart = (p * _distances(k.centre.detach(), p).square()).sum(-1).sqrt()
+    apart = _top(_covariance(k.centre.detach(), p)).sqrt()
     bent = (p * k.curved.unsqueeze(-2).square()).sum(-1).sqrt()
     return both + tau * (q.curved * apart + torch.linalg.vector_norm(q.centre.detach(), dim=-1) * bent)
 

@@ -26,7 +26,7 @@ from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.graph import Chain, Linear, Norms, Scale
 from lip_plugin.certificate.local import move
 from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
-from lip_plugin.certificate.movement import Local, Movement, Remainder, weight
+from lip_plugin.certificate.movement import Local, Movement, Remainder, sum_of, weight
 from lip_plugin.certificate.pgd import attack
 from lip_plugin.certificate.progress import progress
 from lip_plugin.certificate.upper import to_float, up
@@ -92,14 +92,14 @@ def certified_radius(
         CertificateError: a node without a local rule, or a graph that does not reproduce the model.
         ConfigError: ids or labels of a wrong shape.
     """
-    graph = _checked(model)
     _check_batch(ids, labels)
+    graph = _checked(model)
     with torch.no_grad():
         top = float(rms_norm(graph.embed(ids, torch.float64)).amax())
     eps = torch.logspace(-6, 0, points, dtype=torch.float64) * top
     found = _Certifier(graph, eps, refine).run(ids, labels)
     steps = torch.cat([torch.zeros(1, dtype=torch.float64), eps])
-    radius = steps[found.count].where(found.correct, torch.zeros(()).double())
+    radius = steps[found.count.long()].where(found.correct, torch.zeros(()).double())
     return Radii(radius, found.prediction, found.correct)
 
 
@@ -171,6 +171,8 @@ def _check_batch(ids: Tensor, labels: Tensor | None) -> None:
             f"token ids are [batch, tokens] and labels of the same shape; got {tuple(ids.shape)}"
             + ("." if labels is None else f" and {tuple(labels.shape)}.")
         )
+    if ids.numel() == 0:
+        raise ConfigError("an empty batch has no predictions.")
 
 
 def _grid(eps: Sequence[float]) -> Tensor:
@@ -225,8 +227,6 @@ class _Certifier:
 
     def run(self, ids: Tensor, labels: Tensor | None) -> _Found:
         """How far down the grid each token's prediction is proven."""
-        if ids.shape[0] == 0 or ids.shape[1] == 0:
-            raise ConfigError("an empty batch has no predictions.")
         with torch.no_grad():
             x = self.graph.embed(ids, torch.float64)
             logits = self.head.run(self.body.run(x))
@@ -250,21 +250,26 @@ class _Certifier:
         counts = torch.zeros(need.shape, dtype=torch.int16)
         alive = torch.ones(need.shape, dtype=torch.bool)
         w = weight(self.head)
-        rows = [self._pair_norms(w, classes)]
+        rows = self._pair_norms(w, classes)
         with torch.no_grad():
-            for e in self.eps.split(1):
-                _, movement = move(self.body, x, self._ball(x, e), self.local)
+            for some in self._chunks_of_eps(x):
+                _, movement = move(self.body, x, self._ball(x, some), self.local)
                 pairs = [self._term_norms(w, classes, t) for t in movement.terms]
-                cap = rows[0] * self._global(x, float(e))
-                for b, t in ((b, t) for b in range(x.shape[0]) for t in _chunks(x.shape[1], w.shape[0])):
-                    at = present[b, t]
-                    moved = sum(p[at] * m.size[0, b, t, None] for p, m in zip(pairs, movement.terms))
-                    moved = torch.minimum(torch.as_tensor(moved), cap[at]) * (1 + _SLACK)
-                    alive[b, t] &= moved < need[b, t]
-                counts += alive
-                if not bool(alive.any()):
-                    break
+                for i, e in enumerate(some.tolist()):
+                    cap = rows * self._global(x, e)
+                    for b, t in ((b, t) for b in range(x.shape[0]) for t in _chunks(x.shape[1], w.shape[0])):
+                        at = present[b, t]
+                        moved = sum_of(
+                            [p[at] * m.size[i, b, t, None] for p, m in zip(pairs, movement.terms, strict=True)]
+                        )
+                        alive[b, t] &= torch.minimum(moved, cap[at]) * (1 + _SLACK) < need[b, t]
+                    counts += alive
         return counts
+
+    def _chunks_of_eps(self, x: Tensor) -> Sequence[Tensor]:
+        """The grid in parts whose attention logits fit in a temporary."""
+        heads = self.graph.parts.n_heads
+        return self.eps.split(max(1, _CHUNK // (4 * heads * x.shape[0] * x.shape[1] ** 2)))
 
     def _ball(self, x: Tensor, eps: Tensor) -> Movement:
         size = eps[:, None, None] * x.shape[-1] ** 0.5 * (1 + 1e-12)
@@ -318,16 +323,16 @@ class _Linearized:
         self.x = x.detach().requires_grad_(True)
         self.points: list[Remainder] = []
         two: list[list[Tensor]] = []
-        for i, e in enumerate(self.eps.split(1)):
+        for i, some in enumerate(certifier._chunks_of_eps(x)):
             certifier.local.remainders = []
             with torch.set_grad_enabled(i == 0):
-                y, _ = move(certifier.body, self.x, certifier._ball(x, e), certifier.local)
-            if i == 0:
-                self.points, self.logits = certifier.local.remainders, certifier.head.run(y)
-            two.append([torch.cat([r.two, r.one]).detach() for r in certifier.local.remainders])
+                y, _ = move(certifier.body, self.x, certifier._ball(x, some), certifier.local)
+                if i == 0:
+                    self.points, self.logits = certifier.local.remainders, certifier.head.run(y)
+            two.append([torch.stack([r.two, r.one]).detach() for r in certifier.local.remainders])
         certifier.local.remainders = None
         # per node [2, eps, batch, tokens, heads]: 2-norms and 1-norms
-        self.sizes = [torch.stack(list(of), 1) for of in zip(*two, strict=True)]
+        self.sizes = [torch.cat(of, 1) for of in zip(*two, strict=True)]
 
     def moved(self, picked: list[tuple[int, int, int]], prediction: Tensor) -> list[Tensor]:
         """Bound on the movement of z_i - z_j at (batch, token, j), one for each sequence at most, each [eps]."""
