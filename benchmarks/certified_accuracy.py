@@ -22,7 +22,14 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, attacked_accuracy, certified_accuracy, certify, retrofit
+from lip_plugin import (
+    LipschitzConfig,
+    LipschitzMuon,
+    attacked_accuracy,
+    certified_accuracy,
+    certify,
+    retrofit,
+)
 from lip_plugin.integrations.plots import plot_certified_accuracy
 
 EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -118,7 +125,9 @@ def main() -> None:
     }
     bound = certify(model).lipschitz
     plot_certified_accuracy({"": (certified, attacked)}, out / "certified_accuracy.png")
-    print(f"clean accuracy {certified.clean:.1%} on {certified.right.shape[1]} tokens; global bound {bound:.4g}")
+    print(
+        f"clean accuracy {certified.clean:.1%} on {certified.right.shape[1]} tokens; global bound {bound:.4g}"
+    )
     print(f"{'eps':>8} {'certified':>10} {'attacked':>10}")
     for eps, low, high in zip(EPS, certified.accuracy, attacked.accuracy, strict=True):
         print(f"{eps:>8} {low:>10.1%} {high:>10.1%}")

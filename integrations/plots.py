@@ -61,7 +61,9 @@ def plot_run(
 
 
 def plot_certified_accuracy(
-    curves: dict[str, tuple[Accuracies, Accuracies]], path: str | Path, baselines: dict[str, float] | None = None
+    curves: dict[str, tuple[Accuracies, Accuracies]],
+    path: str | Path,
+    baselines: dict[str, float] | None = None,
 ) -> None:
     """Draw proven and surviving accuracy over eps into `path`; the truth lies between the two curves.
 
@@ -79,7 +81,9 @@ def plot_certified_accuracy(
         color, label = f"C{i}", f"{name}: " if name else ""
         axes.plot(certified.eps, certified.accuracy, "o-", color=color, label=f"{label}proven")
         axes.plot(attacked.eps, attacked.accuracy, "s--", color=color, label=f"{label}survives the attack")
-        axes.axhline(attacked.clean, color=color, alpha=0.4, linewidth=1, label=f"{label}clean {attacked.clean:.1%}")
+        axes.axhline(
+            attacked.clean, color=color, alpha=0.4, linewidth=1, label=f"{label}clean {attacked.clean:.1%}"
+        )
         if certified.eps == attacked.eps:
             axes.fill_between(certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12)
     for name, value in (baselines or {}).items():

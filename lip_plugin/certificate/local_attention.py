@@ -101,7 +101,7 @@ def _turning(cos: Tensor, sin: Tensor) -> float:
 
 def _rows(p: Projection, w: Tensor, term: Term, local: Local) -> tuple[Key, Matrix, int]:
     """(key, matrix, heads) of a projection's rows times a term's matrix: arguments of `Local.sigma`."""
-    key = (f"{p.linear.name}/{p.role}", *term.key)
+    key = (id(p), *term.key)
     return key, local.times(key, w, term), p.heads
 
 

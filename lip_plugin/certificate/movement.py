@@ -17,7 +17,7 @@ from lip_plugin.certificate.graph import Linear
 from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
 from lip_plugin.linalg.spectrum import gamma
 
-Key = tuple[str, ...]
+Key = tuple[int, ...]  # ids of the nodes whose weights are in a product; names of fused maps may repeat
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Term:
-    """A_k, named by the weights in it, and the sizes of e_k."""
+    """A_k, keyed by the nodes whose weights are in it, and the sizes of e_k."""
 
     key: Key
     matrix: Matrix
@@ -66,7 +66,7 @@ class Local:
     def sigma(self, key: Key, matrix: Matrix, blocks: int = 1) -> Tensor:
         """Proven sigma_max of each of `blocks` equal row blocks, float64 [blocks]."""
         if matrix.value is None:
-            return torch.ones(1, dtype=torch.float64)
+            return torch.ones((), dtype=torch.float64)
         if ("sigma", blocks, key) not in self._norms:
             norms = sigma_max_upper(matrix.value.unflatten(0, (blocks, -1))) + matrix.error
             self._norms["sigma", blocks, key] = norms
@@ -120,7 +120,7 @@ class Movement:
         w = weight(node)
         terms = []
         for t in self.terms:
-            key = (node.name, *t.key)
+            key = (id(node), *t.key)
             terms.append(Term(key, local.times(key, w, t), t.size))
         return Movement(tuple(terms))
 

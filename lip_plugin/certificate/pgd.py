@@ -37,7 +37,7 @@ def attack(
     if min(restarts, steps) < 1:
         raise ConfigError("attack: restarts and steps must be at least 1.")
     generator = torch.Generator().manual_seed(seed)
-    broken = torch.zeros(len(eps), *targets.shape, dtype=torch.bool)
+    broken = torch.zeros(len(eps), *targets.shape, dtype=torch.bool, device=x.device)
     standing = targets.clone()
     with progress(len(eps) * restarts * steps, "attack") as bar:
         for i, e in enumerate(eps):
@@ -59,9 +59,9 @@ def _descend(
     bar: object,
 ) -> None:
     """One start; strikes out of `standing` what it broke."""
-    change = torch.randn(x.shape, generator=generator, dtype=torch.float32)
+    change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     change = into_ball(change, eps) if restart else change * 0.0
-    eighth = torch.rand(standing.shape, generator=generator) < 0.125
+    eighth = torch.rand(standing.shape, generator=generator).to(x.device) < 0.125
     for step in range(steps):
         bar.update(1)  # type: ignore[attr-defined]
         if not bool(standing.any()):

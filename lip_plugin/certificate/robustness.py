@@ -98,8 +98,8 @@ def certified_radius(
         top = float(rms_norm(graph.embed(ids, torch.float64)).amax())
     eps = torch.logspace(-6, 0, points, dtype=torch.float64) * top
     found = _Certifier(graph, eps, refine).run(ids, labels)
-    steps = torch.cat([torch.zeros(1, dtype=torch.float64), eps])
-    radius = steps[found.count.long()].where(found.correct, torch.zeros(()).double())
+    steps = torch.cat([torch.zeros(1, dtype=torch.float64), eps]).to(ids.device)
+    radius = steps[found.count.long()].where(found.correct, 0.0)
     return Radii(radius, found.prediction, found.correct)
 
 
@@ -124,7 +124,7 @@ def certified_accuracy(
     for ids, labels in map(_labelled, batches):
         found = certifier.run(ids, labels)
         counted = labels >= 0
-        order = torch.arange(1, len(grid) + 1)[:, None]
+        order = torch.arange(1, len(grid) + 1, device=ids.device)[:, None]
         right.append((found.count[counted] >= order) & found.correct[counted])
         clean.append(found.correct[counted])
     return _accuracies(grid, right, clean)
@@ -247,8 +247,8 @@ class _Certifier:
     def _from_sizes(self, x: Tensor, prediction: Tensor, need: Tensor) -> Tensor:
         """Number of eps proven for every pair, [batch, tokens, classes], from the sizes of movements."""
         classes, present = prediction.unique(return_inverse=True)
-        counts = torch.zeros(need.shape, dtype=torch.int16)
-        alive = torch.ones(need.shape, dtype=torch.bool)
+        counts = torch.zeros(need.shape, dtype=torch.int16, device=need.device)
+        alive = torch.ones_like(need, dtype=torch.bool)
         w = weight(self.head)
         rows = self._pair_norms(w, classes)
         with torch.no_grad():
@@ -260,7 +260,10 @@ class _Certifier:
                     for b, t in ((b, t) for b in range(x.shape[0]) for t in _chunks(x.shape[1], w.shape[0])):
                         at = present[b, t]
                         moved = sum_of(
-                            [p[at] * m.size[i, b, t, None] for p, m in zip(pairs, movement.terms, strict=True)]
+                            [
+                                p[at] * m.size[i, b, t, None]
+                                for p, m in zip(pairs, movement.terms, strict=True)
+                            ]
                         )
                         alive[b, t] &= torch.minimum(moved, cap[at]) * (1 + _SLACK) < need[b, t]
                     counts += alive
@@ -272,7 +275,7 @@ class _Certifier:
         return self.eps.split(max(1, _CHUNK // (4 * heads * x.shape[0] * x.shape[1] ** 2)))
 
     def _ball(self, x: Tensor, eps: Tensor) -> Movement:
-        size = eps[:, None, None] * x.shape[-1] ** 0.5 * (1 + 1e-12)
+        size = eps.to(x.device)[:, None, None] * x.shape[-1] ** 0.5 * (1 + 1e-12)
         return Movement.ball(size.expand(-1, *x.shape[:2]))
 
     def _global(self, x: Tensor, eps: float) -> float:
@@ -281,7 +284,7 @@ class _Certifier:
         return to_float(self.body.bound(radius, self.norms).lipschitz) * eps * self.head.d_in**0.5
 
     def _term_norms(self, w: Tensor, classes: Tensor, term: Any) -> Tensor:
-        matrix = self.local.times((self.head.name, *term.key), w, term)
+        matrix = self.local.times((id(self.head), *term.key), w, term)
         assert matrix.value is not None
         return self._pair_norms(matrix.value, classes) + 2.0 * matrix.error
 
@@ -297,7 +300,7 @@ class _Certifier:
         linear = _Linearized(self, x)
         open_ = correct & (counts.amin(-1) < len(self.eps))
         spent = torch.zeros(open_.shape, dtype=torch.int64)
-        seen = torch.zeros(need.shape, dtype=torch.bool)
+        seen = torch.zeros_like(need, dtype=torch.bool)
         with progress(int(open_.sum()) * self.refine, "certified radius") as bar:
             while bool(open_.any()):
                 at = [(b, int(row.nonzero()[0])) for b, row in enumerate(open_) if bool(row.any())]
@@ -319,7 +322,7 @@ class _Linearized:
     """The model linearized at a centre, with what that leaves out at each node, for the whole grid of eps."""
 
     def __init__(self, certifier: _Certifier, x: Tensor) -> None:
-        self.eps, self.width = certifier.eps, x.shape[-1] ** 0.5
+        self.eps, self.width = certifier.eps.to(x.device), x.shape[-1] ** 0.5
         self.x = x.detach().requires_grad_(True)
         self.points: list[Remainder] = []
         two: list[list[Tensor]] = []
