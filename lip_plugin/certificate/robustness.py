@@ -74,7 +74,7 @@ def certified_radius(
     labels: Tensor | None = None,
     *,
     refine: int = 4,
-    points: int = 48,
+    points: int = 64,
 ) -> Radii:
     """Largest proven eps, per token, at which the prediction stays what it is, in token norm of the embeddings.
 
