@@ -78,8 +78,8 @@ def train(ids: torch.Tensor, vocabulary: int, options: argparse.Namespace) -> GP
     sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    nothing["loss_type"] = "ForCausalLM"
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **nothing))
+    model.loss_type = "ForCausalLM"  # said outright: the default warns
     config = LipschitzConfig(
         w_max=options.w_max,
         overrides={"lm_head": options.head_max},

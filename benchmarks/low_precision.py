@@ -5,7 +5,7 @@
     python benchmarks/low_precision.py --smoke
 
 Both twins are the same GPT-2 shape, trained for the same steps on the same batches: one retrofitted (no norms, caps)
-under LipschitzMuon, one stock (LayerNorm) under AdamW at the best of a few learning rates. Then the weight and
+under LipschitzMuon, one stock (LayerNorm) under AdamW at the better of two learning rates. Then the weight and
 the input of every linear layer are rounded to a format, the product being exact in float32. Scale 1 casts them as they are, and
 saturates at the largest number of the format; amax divides each tensor by its largest entry first, which a
 real system has to measure at every step.
@@ -61,9 +61,10 @@ def fresh(vocabulary: int, options: argparse.Namespace) -> GPT2LMHeadModel:
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     config = GPT2Config(vocab_size=vocabulary, **sizes, **nothing, tie_word_embeddings=False)
-    config.loss_type = "ForCausalLM"
     torch.manual_seed(0)
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # said outright: the default warns
+    return model
 
 
 def train(
