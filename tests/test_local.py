@@ -241,6 +241,10 @@ def test_attention_that_does_more_than_its_rule_knows_is_refused(monkeypatch: py
     graph = graph_of("gpt2")
     x = graph.embed(torch.randint(0, 67, (1, 5)), torch.float64)
     plain = Attention.run
+    monkeypatch.setattr(Attention, "softcap", 50.0, raising=False)
+    with pytest.raises(CertificateError, match="softcap"):
+        move(graph.body, x, ball(x, 0.1), Local())
+    monkeypatch.setattr(Attention, "softcap", None)
     monkeypatch.setattr(Attention, "run", lambda self, x, watch=None: torch.tanh(plain(self, x, watch)))
     with pytest.raises(CertificateError, match="no local rule knows"):
         move(graph.body, x, ball(x, 0.1), Local())
