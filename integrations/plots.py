@@ -1,4 +1,4 @@
-"""One figure of a finished run: loss and accuracy, certificate over time, norms against caps by layer."""
+"""Figures: a finished run (loss, certificate, norms against caps), and certified against attacked accuracy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lip_plugin.certificate.robustness import Accuracies
 from lip_plugin.optim.projection import block_norms
 
 
@@ -55,5 +56,45 @@ def plot_run(
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=7)
     right.set(title="largest block norm over its cap", xlim=(0, 1.1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_certified_accuracy(
+    curves: dict[str, tuple[Accuracies, Accuracies]],
+    path: str | Path,
+    baselines: dict[str, float] | None = None,
+) -> None:
+    """Draw proven and surviving accuracy over eps into `path`; the truth lies between the two curves.
+
+    Args:
+        curves: for each model's name its (`certified_accuracy`, `attacked_accuracy`).
+        baselines: accuracies in [0, 1] to draw as dotted lines.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for i, (name, (certified, attacked)) in enumerate(curves.items()):
+        color, label = f"C{i}", f"{name}: " if name else ""
+        axes.plot(certified.eps, certified.accuracy, "o-", color=color, label=f"{label}proven")
+        axes.plot(attacked.eps, attacked.accuracy, "s--", color=color, label=f"{label}survives the attack")
+        axes.axhline(
+            attacked.clean, color=color, alpha=0.4, linewidth=1, label=f"{label}clean {attacked.clean:.1%}"
+        )
+        if certified.eps == attacked.eps:
+            axes.fill_between(certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12)
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, color="gray", linestyle=":", label=name)
+    axes.set(
+        xscale="log",
+        xlabel="eps: RMS norm that every token's embedding may move by",
+        ylabel="accuracy of the next token",
+        title="accuracy under any change of the embeddings",
+    )
+    axes.set_ylim(0, None)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

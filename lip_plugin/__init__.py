@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from lip_plugin.integrations import register_all as _register_all
 
 if TYPE_CHECKING:
+    from lip_plugin.certificate.activations import activation_report
     from lip_plugin.certificate.certify import Certificate, certify
     from lip_plugin.certificate.falsify import falsify
     from lip_plugin.certificate.planning import plan_caps
+    from lip_plugin.certificate.robustness import attacked_accuracy, certified_accuracy, certified_radius
     from lip_plugin.certificate.rounding import forward_rounding_upper
     from lip_plugin.config import LipschitzConfig
     from lip_plugin.integrations.hf_trainer import LipschitzCallback
@@ -40,6 +42,10 @@ _HOMES = {
     "falsify": "lip_plugin.certificate.falsify",
     "plan_caps": "lip_plugin.certificate.planning",
     "forward_rounding_upper": "lip_plugin.certificate.rounding",
+    "certified_radius": "lip_plugin.certificate.robustness",
+    "certified_accuracy": "lip_plugin.certificate.robustness",
+    "attacked_accuracy": "lip_plugin.certificate.robustness",
+    "activation_report": "lip_plugin.certificate.activations",
     "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
 }
 __all__ = [
@@ -47,7 +53,11 @@ __all__ = [
     "LipschitzCallback",
     "LipschitzConfig",
     "LipschitzMuon",
+    "activation_report",
     "attach_projection",
+    "attacked_accuracy",
+    "certified_accuracy",
+    "certified_radius",
     "certify",
     "falsify",
     "forward_rounding_upper",

@@ -1,0 +1,141 @@
+"""Local movement: how far each token's hidden state can move around a given input.
+
+`move(node, x, movement, local)` runs a node at the centre x [batch, tokens, d] (float64) and bounds, per token,
+how far its output moves when its input moves within `movement`, in 2-norms. Unlike a node's global constant it
+sees the values at the centre: denominators of kept norms, entries that a gate multiplies with, attention weights.
+It also records, for each node that is not linear, a bound on what its linearization at the centre leaves out
+(`Remainder`). Proofs: docs/maths.md, section 11. A node without a rule raises CertificateError.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Norm, Residual, Scale, largest
+from lip_plugin.certificate.movement import Local, Movement, Remainder
+from lip_plugin.certificate.upper import to_float
+from lip_plugin.errors import CertificateError
+
+# Largest second derivatives, rounded up; tests/test_local.py recomputes them in float64. gelu (both
+# forms) and silu at 0 (2 phi(0), sqrt(2/pi), 1/2), tanh at atanh(1/sqrt(3)) (4 / (3 sqrt(3))).
+CURVATURE_UPPER = {
+    "relu": math.inf,
+    "tanh": 0.76980036,
+    "gelu": 0.79788457,
+    "gelu_tanh": 0.79788457,
+    "silu": 0.5,
+}
+
+
+@singledispatch
+def move(node: Any, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    """(output at the centre, its movement). Raises CertificateError for a node without a proven rule."""
+    raise CertificateError(
+        f"{getattr(node, 'name', node)} is {type(node).__name__}: no local rule is proven for it. "
+        "certify(model) may still bound the model as a whole."
+    )
+
+
+@move.register
+def _(node: Linear, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    return node.run(x), movement.linear(node, local)
+
+
+@move.register
+def _(node: Scale, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    return node.run(x), movement.scaled(node.scale)
+
+
+@move.register
+def _(node: Chain, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    for part in node.nodes:
+        x, movement = move(part, x, movement, local)
+    return x, movement
+
+
+@move.register
+def _(node: Residual, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    y, branch = move(node.branch, x, movement, local)
+    both = movement.plus(branch)
+    return x + y, both if local.products else both.collapsed(local)
+
+
+@move.register
+def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    y, slope = node.run(x), to_float(node.slope())
+    size, entry = movement.total(local), movement.entry(local)
+    if local.remainders is not None:
+        two, one = _curved(node, x, size, entry)
+        record(local, y, two, one)
+    return y, Movement.ball(slope * size)
+
+
+def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+    """(2-norm, 1-norm) of f(z + dz) - f(z) - f'(z) dz, for norm2(dz) <= size, entries at most `entry`."""
+    slope, factor = to_float(node.slope()), to_float(node.factor)
+    if node.kind == "relu":  # only entries that can cross the kink, and by what they go beyond it
+        beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0)
+        one = beyond.sum(-1) * factor
+        return torch.minimum(torch.linalg.vector_norm(beyond, dim=-1) * factor, slope * size), one
+    half = 0.5 * CURVATURE_UPPER[node.kind] * factor
+    one = half * size.square()
+    return torch.minimum(half * entry * size, 2.0 * slope * size), one
+
+
+@move.register
+def _(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    g, u = node.gate.run(x), node.up.run(x)
+    f = node.act.run(g)
+    y, slope = f * u, to_float(node.act.slope())
+    moving_g, moving_u = movement.linear(node.gate, local), movement.linear(node.up, local)
+    size_g, size_u = moving_g.total(local), moving_u.total(local)
+    entry_g, entry_u = moving_g.entry(local), moving_u.entry(local)
+    largest_u, largest_f = u.detach().abs().amax(-1), f.detach().abs().amax(-1)
+    # f(g')u' - f(g)u = (f(g') - f(g)) u + f(g) (u' - u) + (f(g') - f(g)) (u' - u)
+    both = slope * torch.minimum(entry_g * size_u, size_g * entry_u)
+    size = slope * size_g * largest_u + largest_f * size_u + both
+    if local.remainders is not None:
+        two, one = _curved(node.act, g, size_g, entry_g)
+        record(local, y, largest_u * two + both, largest_u * one + slope * size_g * size_u)
+    return y, Movement.ball(size)
+
+
+@move.register
+def _(node: Norm, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    y = node.run(x)
+    size, two = norm_rule(node, x, movement.total(local))
+    if local.remainders is not None:
+        record(local, y, two, two * math.sqrt(x.shape[-1]))
+    return y, Movement.ball(size)
+
+
+def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """(movement, remainder) in 2-norm of a kept norm at x [..., d], for a movement `size` [eps, ...].
+
+    On the segment to x' the root s = sqrt(m + eps) of the mean square m is at least that of RMS - size / sqrt(d);
+    the first derivative is at most 1/s, the second (2 / sqrt(3)) / (sqrt(d) s^2).
+    """
+    width = math.sqrt(x.shape[-1])
+    x = x.detach()
+    centered = x - x.mean(-1, keepdim=True) if node.center else x
+    rms = torch.linalg.vector_norm(centered, dim=-1) / width
+    # 1 - 1e-12: what rounding of the root mean square may have added
+    here = (rms.square() + node.eps).sqrt() * (1 - 1e-12)
+    least = ((rms * (1 - 1e-12) - size / width).clamp_min(0.0).square() + node.eps).sqrt() * (1 - 1e-12)
+    gain = to_float(largest(node.weight)) if node.weight is not None else 1.0
+    moved = gain * torch.minimum(size / least, torch.full_like(size, 2.0 * width))
+    curved = gain * size.square() / (math.sqrt(3.0) * width * least.square())
+    return moved, torch.minimum(curved, moved + gain * size / here)
+
+
+def record(local: Local, y: Tensor, two: Tensor, one: Tensor) -> None:
+    """Remember a remainder; sizes without a head axis get one."""
+    assert local.remainders is not None
+    if two.dim() == 3:
+        two, one = two.unsqueeze(-1), one.unsqueeze(-1)
+    local.remainders.append(Remainder(y, two, one))

@@ -1,0 +1,200 @@
+"""Margins that hold: for which eps of a grid no change within it can turn a prediction.
+
+Two bounds, the smaller counts, for every pair (predicted class i, other class j) at every token t:
+
+    sizes       norms of (w_i - w_j) A_k times the sizes of the local movement before the head
+    gradients   eps times the gradient of z_i - z_j at the centre, plus, for each node that is not linear, the
+                gradient with respect to its output times what its linearization leaves out
+
+The first is one pass for all pairs; the second needs a backward pass for each pair, and is asked for those pairs
+that hold a token back. Proofs, and what is and is not proven about rounding: docs/maths.md, section 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lip_plugin.certificate.local_attention  # noqa: F401  its rule is registered on import
+from lip_plugin.certificate.build import Graph
+from lip_plugin.certificate.graph import Chain, Linear, Norms, Scale
+from lip_plugin.certificate.local import move
+from lip_plugin.certificate.measure import weight_norms
+from lip_plugin.certificate.movement import Local, Movement, Remainder, sum_of, weight
+from lip_plugin.certificate.progress import progress
+from lip_plugin.certificate.upper import to_float, up
+from lip_plugin.errors import CertificateError
+from lip_plugin.linalg.norms import rms_norm
+
+# Rounding of the centre's float64 pass and of sums of sizes: 1e-13 measured, 1e-9 taken off margins.
+_SLACK = 1e-9
+_CHUNK = 1 << 24  # float64 numbers of one temporary: 128 MB
+
+
+@dataclass(frozen=True)
+class Found:
+    """`count` [batch, tokens]: how many of the grid's eps are proven, in order, for the prediction."""
+
+    count: Tensor
+    prediction: Tensor
+    correct: Tensor
+
+
+class Certifier:
+    """Both bounds for batches of one model, on one grid of eps; norms of products are shared by all batches."""
+
+    def __init__(self, graph: Graph, eps: Tensor, refine: int) -> None:
+        nodes = list(graph.body.nodes)
+        while isinstance(nodes[-1], Scale) and nodes[-1].scale > 0:
+            nodes.pop()  # a positive factor on all logits changes no prediction
+        if not isinstance(nodes[-1], Linear):
+            raise CertificateError(
+                f"{graph.body.nodes[-1].name}: a certified radius needs a linear head as the last node."
+            )
+        self.graph, self.eps, self.refine = graph, eps, refine
+        self.head, self.body = nodes[-1], Chain("hidden", nodes[:-1])
+        self.local = Local()
+        self.norms: Norms = weight_norms(graph)
+
+    def run(self, ids: Tensor, labels: Tensor | None) -> Found:
+        """How far down the grid each token's prediction is proven."""
+        with torch.no_grad():
+            x = self.graph.embed(ids, torch.float64)
+            logits = self.head.run(self.body.run(x))
+        prediction = logits.argmax(-1)
+        correct = torch.ones_like(prediction, dtype=torch.bool) if labels is None else prediction == labels
+        need = self._margins(logits, prediction)
+        counts = self._from_sizes(x, prediction, need)
+        if self.refine:
+            self._from_gradients(x, prediction, correct, need, counts)
+        return Found(counts.amin(-1), prediction, correct)
+
+    def _margins(self, logits: Tensor, prediction: Tensor) -> Tensor:
+        """z_i - z_j, less what rounding may have added; inf for j = i. [batch, tokens, classes]"""
+        best = logits.gather(-1, prediction.unsqueeze(-1))
+        slack = _SLACK * (1.0 + logits.abs().amax(-1, keepdim=True))
+        return (best - logits - slack).scatter(-1, prediction.unsqueeze(-1), float("inf"))
+
+    def _from_sizes(self, x: Tensor, prediction: Tensor, need: Tensor) -> Tensor:
+        """Number of eps proven for every pair, [batch, tokens, classes], from the sizes of movements."""
+        classes, present = prediction.unique(return_inverse=True)
+        counts = torch.zeros(need.shape, dtype=torch.int16, device=need.device)
+        alive = torch.ones_like(need, dtype=torch.bool)
+        w = weight(self.head)
+        rows = self._pair_norms(w, classes)
+        with torch.no_grad():
+            for some in self.chunks_of_eps(x):
+                _, movement = move(self.body, x, self.ball(x, some), self.local)
+                pairs = [self._term_norms(w, classes, t) for t in movement.terms]
+                for i, e in enumerate(some.tolist()):
+                    cap = rows * self._global(x, e)
+                    for b, t in ((b, t) for b in range(x.shape[0]) for t in _chunks(x.shape[1], w.shape[0])):
+                        at = present[b, t]
+                        moved = sum_of(
+                            [
+                                p[at] * m.size[i, b, t, None]
+                                for p, m in zip(pairs, movement.terms, strict=True)
+                            ]
+                        )
+                        alive[b, t] &= torch.minimum(moved, cap[at]) * (1 + _SLACK) < need[b, t]
+                    counts += alive
+        return counts
+
+    def chunks_of_eps(self, x: Tensor) -> Sequence[Tensor]:
+        """The grid in parts whose attention logits fit in a temporary."""
+        heads = self.graph.parts.n_heads
+        return self.eps.split(max(1, _CHUNK // (4 * heads * x.shape[0] * x.shape[1] ** 2)))
+
+    def ball(self, x: Tensor, eps: Tensor) -> Movement:
+        """Any change of token norm at most eps [eps]."""
+        size = eps.to(x.device)[:, None, None] * x.shape[-1] ** 0.5 * (1 + 1e-12)
+        return Movement.ball(size.expand(-1, *x.shape[:2]))
+
+    def _global(self, x: Tensor, eps: float) -> float:
+        """2-norm that any token's hidden state can move by the global certificate on the ball around all."""
+        radius = up(float(rms_norm(x).amax()) * (1 + 1e-12) + eps)
+        return to_float(self.body.bound(radius, self.norms).lipschitz) * eps * self.head.d_in**0.5
+
+    def _term_norms(self, w: Tensor, classes: Tensor, term: Any) -> Tensor:
+        matrix = self.local.times((id(self.head), *term.key), w, term)
+        assert matrix.value is not None
+        return self._pair_norms(matrix.value, classes) + 2.0 * matrix.error
+
+    def _pair_norms(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """norm2 of the difference of each given row and every row, from above, [given, rows]."""
+        exact = torch.cdist(rows[classes], rows, compute_mode="donot_use_mm_for_euclid_dist")
+        return exact * (1 + 1e-12)
+
+    def _from_gradients(
+        self, x: Tensor, prediction: Tensor, correct: Tensor, need: Tensor, counts: Tensor
+    ) -> None:
+        """Raise `counts` of the pairs that hold a token back, one backward pass for a pair of each sequence."""
+        linear = Linearized(self, x)
+        open_ = correct & (counts.amin(-1) < len(self.eps))
+        spent = torch.zeros(open_.shape, dtype=torch.int64)
+        seen = torch.zeros_like(need, dtype=torch.bool)
+        with progress(int(open_.sum()) * self.refine, "certified radius") as bar:
+            while bool(open_.any()):
+                at = [(b, int(row.nonzero()[0])) for b, row in enumerate(open_) if bool(row.any())]
+                picked = [(b, t, int(counts[b, t].argmin())) for b, t in at]
+                found = linear.moved(picked, prediction)
+                for (b, t, j), moved in zip(picked, found, strict=True):
+                    alive = (moved * (1 + _SLACK) < need[b, t, j]).long().cumprod(0)
+                    counts[b, t, j] = max(int(counts[b, t, j]), int(alive.sum()))
+                    seen[b, t, j], spent[b, t] = True, spent[b, t] + 1
+                    worst = int(counts[b, t].argmin())
+                    done = bool(seen[b, t, worst]) or int(counts[b, t, worst]) == len(self.eps)
+                    if done or spent[b, t] >= self.refine:
+                        open_[b, t] = False
+                        bar.update(self.refine - int(spent[b, t]))
+                    bar.update(1)
+
+
+class Linearized:
+    """The model linearized at a centre, with what that leaves out at each node, for the whole grid of eps."""
+
+    def __init__(self, certifier: Certifier, x: Tensor) -> None:
+        self.eps, self.width = certifier.eps.to(x.device), x.shape[-1] ** 0.5
+        self.x = x.detach().requires_grad_(True)
+        self.points: list[Remainder] = []
+        two: list[list[Tensor]] = []
+        for i, some in enumerate(certifier.chunks_of_eps(x)):
+            certifier.local.remainders = []
+            with torch.set_grad_enabled(i == 0):
+                y, _ = move(certifier.body, self.x, certifier.ball(x, some), certifier.local)
+                if i == 0:
+                    self.points, self.logits = certifier.local.remainders, certifier.head.run(y)
+            two.append([torch.stack([r.two, r.one]).detach() for r in certifier.local.remainders])
+        certifier.local.remainders = None
+        # per node [2, eps, batch, tokens, heads]: 2-norms and 1-norms
+        self.sizes = [torch.cat(of, 1) for of in zip(*two, strict=True)]
+
+    def moved(self, picked: list[tuple[int, int, int]], prediction: Tensor) -> list[Tensor]:
+        """Bound on the movement of z_i - z_j at (batch, token, j), one for each sequence at most, each [eps]."""
+        margins = [self.logits[b, t, prediction[b, t]] - self.logits[b, t, j] for b, t, j in picked]
+        wanted = [self.x, *(r.y for r in self.points)]
+        first, *others = torch.autograd.grad(
+            torch.stack(margins).sum(), wanted, retain_graph=True, allow_unused=True
+        )
+        by_input = torch.linalg.vector_norm(first, dim=-1).sum(-1) * self.width
+        moved = self.eps[:, None] * by_input
+        for gradient, point, size in zip(others, self.points, self.sizes, strict=True):
+            if gradient is not None:
+                two, one = point.norms(gradient)
+                part = torch.minimum(_times(two, size[0]), _times(one, size[1]))
+                moved = moved + part.sum((-1, -2))
+        return [moved[:, b] for b, _, _ in picked]
+
+
+def _times(gradient: Tensor, size: Tensor) -> Tensor:
+    """Product in which a zero gradient makes nothing of an infinite size."""
+    return torch.where(gradient == 0, 0.0, gradient * size)
+
+
+def _chunks(tokens: int, classes: int) -> Iterable[slice]:
+    step = max(1, _CHUNK // max(1, classes))
+    return (slice(i, i + step) for i in range(0, tokens, step))

@@ -1,0 +1,24 @@
+"""Progress bars for work that takes longer than a few seconds; silent where tqdm is absent or stderr is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Any]:
+    """A bar of `total` steps; the value has `update(n)`."""
+    if find_spec("tqdm") is None:
+        yield _Silent()
+        return
+    with import_module("tqdm").tqdm(total=total, desc=what, leave=False, disable=None) as bar:
+        yield bar
