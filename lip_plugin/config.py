@@ -54,6 +54,9 @@ class LipschitzConfig:
             learned positions, token types; of images patches and positions) share it equally.
         pixel_max: bound on the absolute value of every entry of an image that the model is given
             (so after normalization). The certificate takes it for granted and says so.
+        gate_max: c of c tanh(z / c) on every entry of both factors of a gated MLP (llama and its kin); None
+            leaves them as they are. Products of entries are what makes such an MLP steep: a bound from caps
+            then costs a factor of sqrt(d), with gate_max of 2 gate_max. Not with adapters on these layers.
         biases: `"keep"` (measured, and part of the certificate) or `"drop"` (fixed at zero).
         untie_head: give a head that is tied to the embedding its own copy; the two have
             different constraints, so False refuses such a model.
@@ -74,6 +77,7 @@ class LipschitzConfig:
     value_scale: float = 1.0 / 3.0
     embedding_max: float = 1.0
     pixel_max: float = 1.0
+    gate_max: float | None = None
     biases: str = "keep"
     untie_head: bool = True
     init: str = "auto"
@@ -96,6 +100,8 @@ class LipschitzConfig:
                 raise ConfigError(f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer.")
             _check_positive(f"overrides[{layer!r}]", cap)
         object.__setattr__(self, "overrides", dict(self.overrides))
+        if self.gate_max is not None:
+            _check_positive("gate_max", self.gate_max)
         if self.residual is not None:
             _check_positive("residual", self.residual)
             if self.residual >= 1:

@@ -299,6 +299,37 @@ def set_input_scale_(module: nn.Module, scale: float | None) -> None:
         module.register_forward_pre_hook(InputScale(scale), with_kwargs=True)
 
 
+class EntryCap:
+    """Forward hook: z -> cap tanh(z / cap) on the last `width` entries of the output (all of them by default).
+
+    For the two factors of a gated MLP: without it, one entry may be sqrt(d) times the RMS norm of all.
+    """
+
+    def __init__(self, cap: float, width: int | None = None) -> None:
+        self.cap, self.width = float(cap), width
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self.width is None:
+            return self.cap * torch.tanh(output / self.cap)
+        kept, capped = output[..., : -self.width], output[..., -self.width :]
+        return torch.cat([kept, self.cap * torch.tanh(capped / self.cap)], dim=-1)
+
+
+def entry_cap(module: nn.Module) -> float | None:
+    """The smallest cap of EntryCap hooks on the module's output; None without any."""
+    caps = [h.cap for h in module._forward_hooks.values() if isinstance(h, EntryCap)]
+    return min(caps) if caps else None
+
+
+def set_entry_cap_(module: nn.Module, cap: float | None, width: int | None = None) -> None:
+    """Replace the module's EntryCap hook; None takes it away."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, EntryCap):
+            del module._forward_hooks[key]
+    if cap is not None:
+        module.register_forward_hook(EntryCap(cap, width))
+
+
 # What each kind computes: the function that its slope is proven for.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,

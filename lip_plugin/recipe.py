@@ -20,8 +20,10 @@ from lip_plugin.modules import (
     ConstantScale,
     ScaledActivation,
     activation_kind,
+    entry_cap,
     is_transposed,
     set_branch_scale_,
+    set_entry_cap_,
     set_input_scale_,
 )
 from lip_plugin.parts import BranchParts, Knob, LayerParts, Parts
@@ -66,6 +68,7 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
             _plan_branch(plan, model, branch, a, k, reads, gain)
             k += 0 if architecture.parallel else 1
         k += 1 if architecture.parallel else 0
+        _plan_gate(plan, model, layer.mlp, config.gate_max)
         if scaling:
             _plan_scaling(plan, model, layer.attention.module, scaling, config.attention_scale / d_head)
         for name in layer.attention.qk_norms:
@@ -144,6 +147,21 @@ def _plan_activation(plan: Plan, model: nn.Module, name: str) -> None:
     assert kind is not None  # check_model refused it otherwise
     scaled = ScaledActivation(act, kind).train(act.training)
     plan.add(name, f"{kind} scaled to slope 1", lambda: set_submodule(model, name, scaled))
+
+
+def _plan_gate(plan: Plan, model: nn.Module, branch: BranchParts, cap: float | None) -> None:
+    """Cap both factors of a gate entrywise: the activation's output, and that of `up` (half of a fused map)."""
+    name = branch.linears.get("gate_up") or (branch.linears["up"] if "gate" in branch.linears else None)
+    if name is None or (cap is None and entry_cap(model.get_submodule(name)) is None):
+        return
+    module: Any = model.get_submodule(name)
+    width = module.weight.shape[0] // 2 if "gate_up" in branch.linears else None
+
+    def do() -> None:
+        set_entry_cap_(model.get_submodule(name), cap, width)
+        set_entry_cap_(model.get_submodule(str(branch.act)), cap)
+
+    plan.add(name, f"entries of both factors within {cap}", do)
 
 
 def _plan_knob(plan: Plan, model: nn.Module, knob: Knob) -> None:

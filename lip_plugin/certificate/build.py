@@ -22,6 +22,7 @@ from lip_plugin.modules import (
     ConstantScale,
     activation_kind,
     branch_scale,
+    entry_cap,
     input_scale,
     is_linear,
     is_patches,
@@ -377,7 +378,7 @@ def _activation(root: nn.Module, name: str) -> list[Node]:
     kind = activation_kind(module)
     if kind is None:
         raise UnsupportedModelError(f"{name} is {module}: no proven slope is known for it.")
-    nodes: list[Node] = [Activation(name, module, kind)]
+    nodes: list[Node] = [Activation(name, module, kind, entry_cap(module))]
     if branch_scale(module) != 1.0:
         nodes.append(Scale(name, branch_scale(module)))
     return nodes
@@ -395,6 +396,7 @@ def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
     down = _linear(root, "down", linears["down"])
     if gated is None:
         return _branch(root, names, layer, branch, [_linear(root, "up", linears["up"]), act, *scale, down])
-    gate = Gate(branch.module, gated[0], gated[1], act)
+    cap = entry_cap(root.get_submodule(linears.get("gate_up") or linears["up"]))
+    gate = Gate(branch.module, gated[0], gated[1], act, cap)
     assert not scale
     return _branch(root, names, layer, branch, [GatedMlp(branch.module, [gate, down])])

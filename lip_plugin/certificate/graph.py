@@ -168,11 +168,15 @@ class Norm:
 
 @dataclass
 class Activation:
-    """Entrywise f with f(0) = 0 and abs(f(z)) <= abs(z): radius r, constant the largest slope."""
+    """Entrywise f with f(0) = 0 and abs(f(z)) <= abs(z): radius r, constant the largest slope.
+
+    With a cap c, c tanh(f(z) / c): no steeper, no larger, and no entry above c.
+    """
 
     name: str
     act: nn.Module
     kind: str
+    cap: float | None = None
 
     @property
     def factor(self) -> Decimal:
@@ -182,7 +186,8 @@ class Activation:
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         # the function that the slope was proven for, not the module: a hook on that would hide here
         y = ACTIVATIONS[self.kind](x)
-        return y * (1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else y
+        y = y * (1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else y
+        return capped(y, self.cap)
 
     def slope(self) -> Decimal:
         # decimal string of the constant: its float may lie below the value that was rounded up
@@ -194,20 +199,25 @@ class Activation:
         return mul(self.factor, add(Decimal(repr(SLOPE_UPPER[self.kind])), Decimal("-0.5")))
 
     def bound(self, r: Decimal, norms: Norms) -> Bound:
-        return Bound(mul(self.factor, r), self.slope())
+        radius = mul(self.factor, r)
+        return Bound(radius if self.cap is None else min(radius, up(self.cap)), self.slope())
 
 
 @dataclass
 class Gate:
-    """act(gate x) * up x, entrywise: each term bounded with whichever factor is better entrywise."""
+    """act(gate x) * up x, entrywise: each term bounded with whichever factor is better entrywise.
+
+    With a cap c, c tanh(up x / c) in place of up x.
+    """
 
     name: str
     gate: Linear
     up: Linear
     act: Activation
+    cap: float | None = None
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
-        y = self.act.run(self.gate.run(x, watch)) * self.up.run(x, watch)
+        y = self.act.run(self.gate.run(x, watch)) * capped(self.up.run(x, watch), self.cap)
         if watch is not None:
             watch.activation(y)
         return y
@@ -215,12 +225,21 @@ class Gate:
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         g, u, factor = self.gate.bound(r, norms), self.up.bound(r, norms), self.act.factor
         e_g, e_u = self.gate.entrywise(norms), self.up.entrywise(norms)
-        p_g = mul(factor, add(mul(e_g, r), largest(self.gate.bias())))
-        p_u = add(mul(e_u, r), largest(self.up.bias()))
-        a_g = mul(factor, g.radius)
-        moving_gate = mul(self.act.slope(), min(mul(g.lipschitz, p_u), mul(e_g, u.radius)))
+        p_g = _within(mul(factor, add(mul(e_g, r), largest(self.gate.bias()))), self.act.cap)
+        p_u = _within(add(mul(e_u, r), largest(self.up.bias())), self.cap)
+        a_g, a_u = _within(mul(factor, g.radius), self.act.cap), _within(u.radius, self.cap)
+        moving_gate = mul(self.act.slope(), min(mul(g.lipschitz, p_u), mul(e_g, a_u)))
         moving_up = min(mul(p_g, u.lipschitz), mul(a_g, e_u))
-        return Bound(min(mul(p_g, u.radius), mul(a_g, p_u)), add(moving_gate, moving_up))
+        return Bound(min(mul(p_g, a_u), mul(a_g, p_u)), add(moving_gate, moving_up))
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """c tanh(x / c); x itself without a cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def _within(bound: Decimal, cap: float | None) -> Decimal:
+    return bound if cap is None else min(bound, up(cap))
 
 
 @dataclass

@@ -134,7 +134,7 @@ def _(node: Scale, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decim
 @rounding.register
 def _(node: Activation, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
     carried, _ = _carried(node, r, e, norms)
-    return add(carried, mul(a.units(_FUNCTION + 2), add(r, e)))
+    return add(carried, mul(a.units(2 * _FUNCTION + 6), add(r, e)))  # twice: a capped one computes two
 
 
 @rounding.register
@@ -184,7 +184,8 @@ def _(node: Gate, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decima
     entry = [add(mul(n.entrywise(norms), outer), largest(n.bias())) for n in (node.gate, node.up)]
     width = root(up(node.up.d_out))  # an entry is off by at most the RMS norm of all errors times this
     moved = add(mul(gate, add(entry[1], mul(value, width))), mul(node.act.factor, entry[0], value))
-    return add(moved, mul(a.units(2), add(node.bound(outer, norms).radius, moved)))
+    # a cap rounds each factor a few units more, of what it is at most
+    return add(moved, mul(a.units(2 * _FUNCTION + 10), add(node.bound(outer, norms).radius, moved)))
 
 
 @rounding.register
