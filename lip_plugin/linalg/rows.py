@@ -10,6 +10,7 @@ from torch import Tensor
 from lip_plugin.linalg.norms import row_rms_max_upper, sum_rms_max_upper
 from lip_plugin.linalg.spectrum import SLACK, gamma
 
+_ROWS = 4096  # converted to float64 at a time
 _ALL_PAIRS_UP_TO = 8192  # rows; beyond, pairs cost more than the whole certificate
 
 
@@ -26,7 +27,8 @@ def row_distance_max_upper(w: Tensor) -> float:
     root_d = math.sqrt(w.shape[1]) * SLACK
     if len(w) <= _ALL_PAIRS_UP_TO:
         return sum_rms_max_upper([w, -w]) * root_d
-    rows = w.double()
-    centre = rows.mean(0)  # any point will do, so its rounding does not matter; that of the difference does
-    size = float(row_rms_max_upper(rows) + row_rms_max_upper(centre[None]))
-    return 2.0 * (float(row_rms_max_upper(rows - centre)) + gamma(4) * size) * root_d
+    centre = w.mean(0, dtype=torch.float64)  # any point will do: only the rounding of the difference matters
+    farthest, size = 0.0, float(row_rms_max_upper(w) + row_rms_max_upper(centre[None]))
+    for rows in w.split(_ROWS):
+        farthest = max(farthest, float(row_rms_max_upper(rows.double() - centre)))
+    return 2.0 * (farthest + gamma(4) * size) * root_d
