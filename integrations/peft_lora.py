@@ -29,7 +29,7 @@ from lip_plugin.certificate.build import register_weight_reader
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.low_rank import LowRankProblem, Spectrum
 from lip_plugin.linalg.norms import rms_to_rms_upper
-from lip_plugin.modules import Constrained
+from lip_plugin.modules import Constrained, entry_cap
 from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import BlockNorms, check_finite, register_projector, require_retrofit
 
@@ -269,6 +269,11 @@ def _refuse(name: str, layer: Any, base: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name}: LoRA on {type(base).__name__}, which has no cap. Order: retrofit(model), then "
             "get_peft_model; target linear layers that the retrofit's report lists."
+        )
+    if entry_cap(base) is not None:
+        raise UnsupportedModelError(
+            f"{name}: its output is capped entrywise (gate_max), and an adapter adds behind the cap. Leave this layer "
+            "out of target_modules, or retrofit with gate_max=None."
         )
     variant = bool(getattr(layer, "lora_variant", None)) or any(getattr(layer, "use_dora", {}).values())
     if variant or len(getattr(layer, "lora_magnitude_vector", ())) or hasattr(layer, "lora_E"):

@@ -10,10 +10,18 @@ from families import FAMILIES, tiny
 from oracles import logits_of, randomize_
 from torch import nn
 
-from lip_plugin import LipschitzConfig, certify, falsify, forward_rounding_upper, project_, retrofit
+from lip_plugin import (
+    LipschitzConfig,
+    attach_projection,
+    certify,
+    falsify,
+    forward_rounding_upper,
+    project_,
+    retrofit,
+)
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.graph import Gate, walk
-from lip_plugin.errors import CertificateError, ConfigError
+from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
 from lip_plugin.modules import EntryCap, entry_cap
 
 GATED = [name for name in FAMILIES if any(isinstance(n, Gate) for n in walk(build(tiny(name)).body.nodes))]
@@ -112,6 +120,20 @@ def test_rounding_covers_it() -> None:
     assert float(off.detach().square().mean(-1).sqrt().max()) <= forward_rounding_upper(
         model.float(), torch.float32, 8
     )
+
+
+def test_adapters_behind_a_cap_are_refused_by_name() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("llama")
+    retrofit(model, LipschitzConfig(gate_max=1.0))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(UnsupportedModelError, match="gate_max=None"):
+        certify(wrapped)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(UnsupportedModelError, match="target_modules"):
+        attach_projection(optimizer, wrapped)
+        project_(wrapped)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, True])
