@@ -20,7 +20,7 @@ from oracles import randomize_
 from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
 
 # Families whose heads share keys and values by a number of their own; for others the field is unknown.
-_GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3", "granite")
+_GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "granite")
 _BIASED = ("llama",)  # families whose config can add biases to all linear maps
 
 
