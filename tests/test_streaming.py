@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from families import HF_FAMILIES, tiny
+from families import HEADS, HF_FAMILIES, tiny
 from oracles import randomize_
 
 from lip_plugin import LipschitzConfig, certify, project_, retrofit
@@ -14,14 +14,14 @@ from lip_plugin.errors import CertificateError, CheckpointError, ConfigError, No
 from lip_plugin.integrations.hf_checkpoint import certify_streamed, load_checkpoint
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
-CONFIG = LipschitzConfig(w_max=1.7, overrides={"lm_head": 2.0}, biases="drop")
 
 
 def saved(family, folder, norms="remove", size="50GB", **overrides):
     """A model with trained-like weights, and its folder."""
     model = tiny(family, **overrides)
     if norms is not None:
-        retrofit(model, LipschitzConfig.from_dict({**CONFIG.to_dict(), "norms": norms}))
+        head = HEADS.get(family, "lm_head")
+        retrofit(model, LipschitzConfig(w_max=1.7, overrides={head: 2.0}, biases="drop", norms=norms))
     randomize_(model)
     if norms is not None:
         project_(model)
@@ -52,6 +52,8 @@ def test_sharded_and_in_bfloat16_too(family, tmp_path):
 
 def test_every_family_streams_a_tied_model(tmp_path):
     for family in HF_FAMILIES:
+        if family.startswith(("bert_classifier", "vit")):
+            continue  # no head over the vocabulary
         saved(family, tmp_path / family, None, tie_word_embeddings=True)
         loaded = load_checkpoint(tmp_path / family)
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
