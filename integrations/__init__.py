@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -29,9 +30,8 @@ def register_all() -> None:
 
 
 def _register_persistence() -> None:
-    from lip_plugin.integrations.hf_persistence import register
-
-    register()
+    """By importing it; where that import itself has brought transformers in, it registers at its end."""
+    import_module("lip_plugin.integrations.hf_persistence")
 
 
 class _AfterImport(MetaPathFinder):

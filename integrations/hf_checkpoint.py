@@ -9,7 +9,6 @@ Nothing is downloaded, and no code of a checkpoint is run.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +16,19 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from lip_plugin.certificate.certify import Certificate
-from lip_plugin.certificate.fingerprint import differences, settings_of, stored_tensors
+from lip_plugin.certificate.fingerprint import differences, settings_of
 from lip_plugin.certificate.streaming import Progress, certify_layers
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import CheckpointError, ConfigError, LipschitzError, UnsupportedModelError
+from lip_plugin.integrations.hf_shards import CONFIG, Shards, check_keys, first_line, read_json
 from lip_plugin.surgery import retrofit
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
 _TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128}
 
@@ -44,7 +43,7 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
     """
     shards = Shards(folder)
     config, cls = read_config(shards.folder)
-    _check_keys(shards, _skeleton(cls, config))
+    check_keys(shards, _skeleton(cls, config))
     try:
         with _quiet():
             model, info = cls.from_pretrained(
@@ -53,7 +52,7 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
     except LipschitzError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             raise CheckpointError(
@@ -73,7 +72,7 @@ def certify_streamed(
     shards = Shards(folder)
     config, cls = read_config(shards.folder)
     skeleton = _skeleton(cls, config)
-    shared = _check_keys(shards, skeleton)
+    shared = check_keys(shards, skeleton)
     check_recorded_settings(shards.folder, skeleton)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
 
@@ -82,69 +81,6 @@ def certify_streamed(
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
     return certify_layers(skeleton, _twin(cls, config), read, source, progress)
-
-
-class Shards:
-    """The safetensors files of a saved model; opening them checks that each is whole.
-
-    Raises CheckpointError: no folder, no weights, a shard that is missing or truncated.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder. Give one that save_pretrained or a Trainer wrote."
-            )
-        if not (self.folder / CONFIG).is_file():
-            raise CheckpointError(f"{folder} has no {CONFIG}{_hint(self.folder)}")
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._paths():
-            with self._open(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    self.files[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-
-    def _paths(self) -> list[Path]:
-        if (self.folder / WEIGHTS).is_file():
-            return [self.folder / WEIGHTS]
-        if not (self.folder / INDEX).is_file():
-            raise CheckpointError(
-                f"{self.folder} has no {WEIGHTS}. Weights of other formats are not read: load the model where it was "
-                "made, and save it again with save_pretrained."
-            )
-        index = read_json(self.folder / INDEX)
-        names = index.get("weight_map")
-        if not isinstance(names, dict):
-            raise CheckpointError(f"{self.folder / INDEX} has no weight_map: copy the checkpoint anew.")
-        return [self.folder / Path(name).name for name in sorted({str(v) for v in names.values()})]
-
-    @contextmanager
-    def _open(self, path: Path) -> Iterator[Any]:
-        try:
-            with safe_open(path, "pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is missing, truncated or damaged ({_first_line(error)}): copy the checkpoint anew."
-            ) from error
-
-    def read(self, name: str) -> Tensor:
-        """One tensor; its file is opened for it alone, so that nothing else stays in memory."""
-        with self._open(self.files[name]) as file:
-            return file.get_tensor(name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object.")
-    return values
 
 
 def read_config(folder: Path) -> tuple[Any, Any]:
@@ -158,7 +94,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
             raise UnsupportedModelError(
                 f"{folder}: model_type {kind!r} is not known to transformers."
             ) from error
-        raise CheckpointError(f"{folder / CONFIG} is not a model's config: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder / CONFIG} is not a model's config: {first_line(error)}") from error
     names = values.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     cls = getattr(transformers, str(name), None)
@@ -182,39 +118,13 @@ def check_recorded_settings(folder: Path, model: Any) -> None:
         )
 
 
-def _check_keys(shards: Shards, skeleton: nn.Module) -> dict[str, list[str]]:
-    """All names of each stored tensor, by each of them; raises CheckpointError for keys or shapes that differ."""
-    tensors = stored_tensors(skeleton)
-    groups: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(id(tensor), []).append(name)
-    shared = {name: groups[id(tensor)] for name, tensor in tensors.items()}
-    missing = [n for n in tensors if not any(other in shards.files for other in shared[n])]
-    unexpected = [n for n in shards.files if n not in tensors]
-    if missing or unexpected:
-        lists = {"missing": missing, "unexpected": unexpected}
-        told = "; ".join(f"{len(v)} {k} ({', '.join(v[:3])})" for k, v in lists.items() if v)
-        raise CheckpointError(
-            f"the weights in {shards.folder} are not those of the {type(skeleton).__name__} in {CONFIG}: {told}. "
-            "The files belong to different models, or one was edited; a checkpoint of a base model or of adapters is "
-            "loaded and saved again as a whole first."
-        )
-    for name, shape in shards.shapes.items():
-        if shape != tuple(tensors[name].shape):
-            raise CheckpointError(
-                f"{name} is {list(shape)} in {shards.folder}, and {list(tensors[name].shape)} by its {CONFIG}: one of the "
-                "two was edited. Restore it."
-            )
-    return shared
-
-
 def _skeleton(cls: Any, config: Any) -> nn.Module:
     """The model on the meta device, retrofitted as from_pretrained would."""
     try:
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{CONFIG} describes no {cls.__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{CONFIG} describes no {cls.__name__}: {first_line(error)}") from error
     saved = _saved_retrofit(config)
     if saved is not None:
         try:
@@ -266,17 +176,6 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     return twin.eval()
 
 
-def _hint(folder: Path) -> str:
-    """What a folder without a config may want to say."""
-    steps = [p for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file()]
-    if steps:
-        last = max(steps, key=lambda p: int(p.name.rpartition("-")[2]) if p.name[11:].isdigit() else -1)
-        return f", but {len(steps)} checkpoints inside: give one of them, {last}."
-    if (folder / "model" / CONFIG).is_file():
-        return f", but a model inside: give {folder / 'model'}."
-    return ": give a folder that save_pretrained or a Trainer wrote."
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and warnings of the library's own while it loads: what they would say is raised."""
@@ -289,7 +188,3 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

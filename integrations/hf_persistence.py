@@ -4,7 +4,7 @@ Transformers calls a registered quantizer on the empty skeleton of a model befor
 loaded. We register one whose only act is `retrofit`, and un-mark the model afterwards, so it trains
 and saves like any other. If the plugin is not imported, Transformers merely warns about an unknown
 quantizer and would load a wrong model; so the activation's name in the config is one that only the
-plugin registers, and building the model raises KeyError: it fails closed.
+plugin registers, and building the model raises KeyError: it fails closed. Importing this module registers.
 """
 
 from __future__ import annotations
@@ -127,3 +127,6 @@ def _name_scaled_activations(model: Any) -> None:
         name = getattr(model.config, key, None)
         if isinstance(name, str) and not name.startswith(SENTINEL):
             setattr(model.config, key, SENTINEL + name)
+
+
+register()

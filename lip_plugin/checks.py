@@ -32,6 +32,11 @@ def check_model(
     if not loading:
         _check_values(model)
         _check_norms_choice(model, names, config, pretrained)
+    if not names.layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layers at {names.architecture.layers}: there is nothing to constrain between "
+            "its embeddings and its head. Build it with at least one."
+        )
     _check_leaves(model, names)
     _check_ties(model, names, config)
     _check_nothing_left_over(model, names)

@@ -270,7 +270,7 @@ class TestReport:
     def test_names_cannot_write_html(self):
         evil = '<script>alert("x")</script>\'">&'
         row = LayerBound(evil, 1.0, 2.0, 0.3)
-        c = Certificate(2.0, 0.31, 1.0, evil, evil, (row,), 1.0, (evil,), evil, evil, {evil: evil})
+        c = Certificate(2.0, 0.31, 1.0, evil, evil, (row,), 1.0, 8, 8, 1.0, (evil,), evil, evil, {evil: evil})
         page = render(Report(evil, c, evil, [(evil, 0.5)], [{"step": 1, "loss": 2.0}], versions={evil: evil}))
         assert "<script" not in page
         assert Page(page).words.count(evil) >= 5
@@ -279,7 +279,8 @@ class TestReport:
     def test_numbers_that_are_not_finite_leave_a_page(self):
         row = LayerBound("layer", 1.0, float("inf"), float("inf"))
         zero = LayerBound("zero", 1.0, 0.0, -float("inf"))
-        c = Certificate(float("inf"), float("inf"), 1.0, "", "", (zero, row), float("inf"), (), "model")
+        inf = float("inf")
+        c = Certificate(inf, inf, 1.0, "", "", (zero, row), inf, 8, 8, inf, (), "model")
         history = [{"step": 1, "loss": float("nan")}, {"loss": 3}, {"step": 2, "eval_loss": "x"}, "row", {}]
         text = render(Report("run", c, c, [("layer", float("inf"))], history))
         assert "nan" not in text

@@ -186,3 +186,15 @@ def test_sources_are_ascii():
     for folder in (ROOT, INTEGRATIONS, Path(__file__).parent):
         for path in folder.rglob("*.py"):
             assert path.read_text(encoding="utf-8").isascii(), path
+
+
+@pytest.mark.parametrize("first", ["lip_plugin", "transformers.quantizers.auto", "transformers"])
+def test_saved_models_load_in_any_order_of_imports(first, tmp_path):
+    """The loader registers whether it, transformers, or lip_plugin is imported first, and once."""
+    code = f"""
+import {first}
+import lip_plugin.integrations.hf_persistence as ours
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert AUTO_QUANTIZER_MAPPING[ours.METHOD] is ours.LipschitzLoader
+"""
+    assert (result := run(code, tmp_path)).returncode == 0, result.stderr

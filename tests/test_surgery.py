@@ -326,3 +326,9 @@ def test_any_number_of_heads_is_understood(heads):
 def test_every_refusal_is_one_of_our_named_errors():
     for error in (UnsupportedModelError, TiedWeightsError, ConfigError, NonFiniteError):
         assert issubclass(error, LipschitzError)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert", "vit", "nanogpt"])
+def test_a_model_without_layers_is_refused(family):
+    with pytest.raises(UnsupportedModelError, match="at least one"):
+        retrofit(tiny(family, num_hidden_layers=0), LipschitzConfig())

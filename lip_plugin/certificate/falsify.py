@@ -25,6 +25,7 @@ from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.graph import Linear, walk
 from lip_plugin.certificate.measure import refuse_non_finite
+from lip_plugin.certificate.progress import progress
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.starts import d_in_of, structured
 from lip_plugin.certificate.upper import to_float
@@ -97,7 +98,7 @@ def falsify(
             and 48, as far as the model's positions (and its attention window) reach.
         lr: Adam's first rate, in units of the radius; it falls along a cosine.
         seed: of all random starts.
-        progress: show a progress bar (needs tqdm).
+        progress: show a progress bar (where tqdm is installed).
 
     Raises:
         ConfigError: counts below 1.
@@ -186,8 +187,15 @@ def _search(
     node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget
 ) -> tuple[float, Witness, str]:
     """Screen many starts, follow the promising, refine the best: (slope, witness, kind of start)."""
+    total = ((len(lengths) + 1) // 2 + max(1, budget.restarts // 4)) * (budget.steps + 1)
+    with progress(total, "falsify", show=budget.progress) as bar:
+        return _followed(node, d, radius, lengths, budget, bar.update)
+
+
+def _followed(
+    node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget, tick: Callable[[], Any]
+) -> tuple[float, Witness, str]:
     device = _device(node)
-    tick, close = _bar(budget, len(lengths))
     ascended: list[Ascended] = []
     for i, tokens in enumerate(lengths):
         restarts = budget.restarts if i == 0 else max(1, budget.restarts // 4)
@@ -212,7 +220,6 @@ def _search(
             slope, witness = witness_of(node, found, 0, radius)
             if best is None or slope > best[0]:
                 best = (slope, witness, found.names[0])
-    close()
     assert best is not None
     return best
 
@@ -278,14 +285,3 @@ def _chunk(node: Any, tokens: int) -> int:
             floats += 3 * inner.q.heads * (inner.d_head + tokens)
         floats += getattr(inner, "d_out", 0)
     return max(1, _BYTES // (8 * 2 * 3 * max(1, floats) * tokens))
-
-
-def _bar(budget: _Budget, lengths: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(tick, close) of a progress bar, or of nothing."""
-    if not budget.progress:
-        return (lambda: None), (lambda: None)
-    from tqdm.auto import tqdm
-
-    refined = max(1, budget.restarts // 4)
-    bar = tqdm(total=((lengths + 1) // 2 + refined) * (budget.steps + 1), desc="falsify", unit="step")
-    return bar.update, bar.close

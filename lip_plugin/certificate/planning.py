@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_plugin.blocks import Layout
+from lip_plugin.blocks import ROW, Layout
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.certify import bound_of
 from lip_plugin.certificate.measure import cap_norms
@@ -96,7 +96,9 @@ def _is_pretrained(model: nn.Module) -> bool:
 
 def _set_caps_(graph: Graph, config: LipschitzConfig) -> None:
     for name, module in graph.root.named_modules():
-        if isinstance(module, Constrained) and module.layout.norm != "row":
+        if isinstance(module, Constrained) and module.layout.norm != ROW:
+            if module.layout.segments[0].role == "patch":
+                continue  # its cap is a share of embedding_max, as a table's
             layout = module.layout
             cap = cap_of(name, config)
             module.layout = Layout(

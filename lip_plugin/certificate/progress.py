@@ -15,9 +15,9 @@ class _Silent:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Any]:
-    """A bar of `total` steps; the value has `update(n)`."""
-    if find_spec("tqdm") is None:
+def progress(total: int, what: str, *, show: bool = True) -> Iterator[Any]:
+    """A bar of `total` steps, or nothing at all unless `show`; the value has `update(n)`."""
+    if not show or find_spec("tqdm") is None:
         yield _Silent()
         return
     with import_module("tqdm").tqdm(total=total, desc=what, leave=False, disable=None) as bar:
