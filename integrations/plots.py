@@ -64,12 +64,15 @@ def plot_certified_accuracy(
     curves: dict[str, tuple[Accuracies, Accuracies]],
     path: str | Path,
     baselines: dict[str, float] | None = None,
+    *,
+    changed: str = "RMS norm that every token's embedding may move by",
 ) -> None:
     """Draw proven and surviving accuracy over eps into `path`; the truth lies between the two curves.
 
     Args:
         curves: for each model's name its (`certified_accuracy`, `attacked_accuracy`).
         baselines: accuracies in [0, 1] to draw as dotted lines.
+        changed: what eps is the size of.
     """
     import matplotlib
 
@@ -90,9 +93,9 @@ def plot_certified_accuracy(
         axes.axhline(value, color="gray", linestyle=":", label=name)
     axes.set(
         xscale="log",
-        xlabel="eps: RMS norm that every token's embedding may move by",
-        ylabel="accuracy of the next token",
-        title="accuracy under any change of the embeddings",
+        xlabel=f"eps: {changed}",
+        ylabel="accuracy",
+        title="accuracy under any change of the input",
     )
     axes.set_ylim(0, None)
     axes.legend(fontsize=8)

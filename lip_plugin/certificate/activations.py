@@ -7,6 +7,7 @@ vector is at most sqrt(d) times its RMS norm, and one of W x at most (row norm2)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import singledispatch
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
-from lip_plugin.certificate.build import build
+from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.graph import (
     Activation,
@@ -29,8 +30,9 @@ from lip_plugin.certificate.graph import (
     largest,
 )
 from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
+from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.radius import radius_of
-from lip_plugin.certificate.upper import add, mul, root, to_float, up
+from lip_plugin.certificate.upper import INF, add, mul, root, to_float, up
 from lip_plugin.errors import CertificateError
 from lip_plugin.linalg.norms import row_rms_max_upper
 
@@ -118,11 +120,12 @@ class _Notes:
         return _Reach(reach.radius, entry, reach.x)
 
 
-def activation_report(model: nn.Module, ids: Tensor) -> ActivationReport:
-    """Bounds on every activation and attention entropy, beside what token ids [batch, tokens] attain.
+def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
+    """Bounds on every activation and attention entropy, beside what a batch of token ids or pixels attains.
 
-    Proven for every sequence of tokens, in real arithmetic on the weights as stored; the data only fill the columns
-    `seen`. Print it: it is a table. Raises CertificateError for a node without a rule, and what `certify` raises.
+    Proven for every sequence of tokens (image with entries up to the config's pixel_max), in real arithmetic on
+    the weights as stored; the data only fill the columns `seen`. Print it: it is a table. Raises CertificateError
+    for a node without a rule, and what `certify` raises.
     """
     with torch.no_grad():
         graph = build(model)
@@ -130,11 +133,17 @@ def activation_report(model: nn.Module, ids: Tensor) -> ActivationReport:
         check_graph(graph)
         notes = _Notes(weight_norms(graph))
         radius = up(to_float(radius_of(graph, "weights")))
-        x = graph.embed(ids, torch.float64)
-        tables = [graph.root.get_submodule(name).weight for name in graph.tables()]
-        entry = add(*(largest(t) for t in tables))  # type: ignore[arg-type]
-        _reach(graph.body, notes.add("embeddings", "sum", _Reach(radius, entry, x)), notes)
-    return ActivationReport(tuple(notes.rows), tuple(notes.entropies), ids.shape[1])
+        x = graph.embed(inputs, torch.float64)
+        _reach(graph.body, notes.add("embeddings", "sum", _Reach(radius, _entry(graph), x)), notes)
+    return ActivationReport(tuple(notes.rows), tuple(notes.entropies), x.shape[1])
+
+
+def _entry(graph: Graph) -> Decimal:
+    """Largest entry of a sum of one row of each table; no bound of its own where more than that happens."""
+    entry = graph.entry
+    if entry.patches is not None or entry.token_map is not None or entry.norm is not None:
+        return INF
+    return add(*(largest(table.read()) for table in entry.tables.values()))
 
 
 @singledispatch
@@ -194,7 +203,10 @@ def _(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
     y = node.run(at.x, watch)
     tokens = at.x.shape[-2]
     bound = to_float(node.logit_bound(at.radius, notes.norms))
-    notes.entropies.append(Entropy(node.name, smallest_entropy_lower(bound, tokens), watch.smallest_entropy))
+    if node.softcap is not None:
+        bound = min(bound, abs(node.softcap))
+    visible = tokens if node.window is None else min(tokens, node.window)
+    notes.entropies.append(Entropy(node.name, smallest_entropy_lower(bound, visible), watch.smallest_entropy))
     # every entry of a mixture of values is at most the largest of theirs
     entry = inner[id(node.v.linear)].entry
     return notes.add(node.name, "mixture", _Reach(node.bound(at.radius, notes.norms).radius, entry, y))
@@ -212,3 +224,23 @@ def _(node: Residual, at: _Reach, notes: _Notes) -> _Reach:
     branch = _reach(node.branch, at, notes)
     radius = min(add(at.radius, branch.radius), node.bound(at.radius, notes.norms).radius)
     return notes.add(node.name, "residual", _Reach(radius, add(at.entry, branch.entry), at.x + branch.x))
+
+
+@_reach.register
+def _(node: Parallel, at: _Reach, notes: _Notes) -> _Reach:
+    parts = [_reach(branch, at, notes) for branch in node.branches]
+    radius = min(add(at.radius, *(b.radius for b in parts)), node.bound(at.radius, notes.norms).radius)
+    return notes.add(
+        node.name, "residual", _Reach(radius, add(at.entry, *(b.entry for b in parts)), node.run(at.x))
+    )
+
+
+@_reach.register
+def _(node: Softcap, at: _Reach, notes: _Notes) -> _Reach:
+    cap = up(abs(node.cap))
+    return notes.add(node.name, "softcap", _Reach(min(at.radius, cap), min(at.entry, cap), node.run(at.x)))
+
+
+@_reach.register
+def _(node: First, at: _Reach, notes: _Notes) -> _Reach:
+    return _Reach(at.radius, at.entry, node.run(at.x))

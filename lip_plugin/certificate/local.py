@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Norm, Residual, Scale, largest
-from lip_plugin.certificate.movement import Local, Movement, Remainder
+from lip_plugin.certificate.movement import Local, Movement, Remainder, Term
+from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError
 
@@ -63,6 +64,30 @@ def _(node: Residual, x: Tensor, movement: Movement, local: Local) -> tuple[Tens
     y, branch = move(node.branch, x, movement, local)
     both = movement.plus(branch)
     return x + y, both if local.products else both.collapsed(local)
+
+
+@move.register
+def _(node: Parallel, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    y, total = x, movement
+    for part in node.branches:
+        branch, moved = move(part, x, movement, local)
+        y, total = y + branch, total.plus(moved)
+    return y, total if local.products else total.collapsed(local)
+
+
+@move.register
+def _(node: First, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    return node.run(x), Movement(tuple(Term(t.key, t.matrix, t.size[..., :1]) for t in movement.terms))
+
+
+@move.register
+def _(node: Softcap, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    y, size, cap = node.run(x), movement.total(local), abs(node.cap)
+    width = math.sqrt(x.shape[-1])
+    if local.remainders is not None:
+        half = 0.5 * CURVATURE_UPPER["tanh"] / cap
+        record(local, y, torch.minimum(half * movement.entry(local) * size, 2.0 * size), half * size.square())
+    return y, Movement.ball(size.clamp_max(2.0 * cap * width * (1 + 1e-12)))
 
 
 @move.register

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lip_plugin.certificate.attention import Attention, Projection, _rotate
 from lip_plugin.certificate.graph import Norm, Scale
-from lip_plugin.certificate.local import move, norm_rule, record
+from lip_plugin.certificate.local import CURVATURE_UPPER, move, norm_rule, record
 from lip_plugin.certificate.movement import Key, Local, Matrix, Movement, Term, sum_of, weight
 from lip_plugin.errors import CertificateError
 
 # The centre's attention is recomputed here and compared with the node's own: in float64 they agree to
-# 1e-13; a mask, softcap or rotation that this file does not know is off by far more.
+# 1e-13; a mask or rotation that this file does not know is off by far more.
 _SAME = 1e-9
 
 
@@ -40,12 +40,14 @@ def _(node: Attention, x: Tensor, movement: Movement, local: Local) -> tuple[Ten
     q, k, v = (_part(node, p, x, movement, local) for p in (node.q, node.k, node.v))
     hidden = _hidden(node, x.shape[-2], x.device)
     logits = node.tau * q.centre @ k.centre.mT
+    if node.softcap is not None:
+        logits = node.softcap * torch.tanh(logits / node.softcap)
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     y = (weights @ v.centre).transpose(-3, -2).flatten(-2)
     _compare(node, x, y)
     with torch.no_grad():
         moves = _logit_moves(node, q, k, weights.detach(), hidden, movement, local)
-        size, rest = _head(abs(node.tau), q, k, v, weights.detach(), hidden, moves)
+        size, rest = _head(node, q, k, v, weights.detach(), hidden, moves)
     if local.remainders is not None:
         rest = rest.transpose(-1, -2)
         record(local, y, rest, rest * node.d_head**0.5)
@@ -53,40 +55,40 @@ def _(node: Attention, x: Tensor, movement: Movement, local: Local) -> tuple[Ten
 
 
 def _compare(node: Attention, x: Tensor, y: Tensor) -> None:
-    # near zero a softcap is the identity, so the values would not tell
-    for name in ("softcap", "whole_norms"):
-        if getattr(node, name, None):
-            raise CertificateError(f"{node.name} has {name}: no local rule is proven for that.")
     with torch.no_grad():
         own = node.run(x)
     off = float((own - y.detach()).abs().max()) if own.shape == y.shape else float("inf")
     if not off <= _SAME * (1.0 + float(own.abs().max())):
         raise CertificateError(
             f"{node.name} does something in its attention that no local rule knows (off by {off:.2e}): "
-            "a mask, softcap or rotation of its own. certify(model) may still bound the model as a whole."
+            "a mask or rotation of its own. certify(model) may still bound the model as a whole."
         )
 
 
 def _hidden(node: Attention, tokens: int, device: torch.device) -> Tensor:
     """True where token t (rows) does not see token s."""
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
-    hidden = seen.triu(1) if getattr(node, "causal", True) else ~seen
-    window = getattr(node, "window", None)
-    return hidden if window is None else hidden | seen.tril(-int(window))
+    hidden = seen.triu(1) if node.causal else ~seen
+    return hidden if node.window is None else hidden | seen.tril(-node.window)
 
 
 def _part(node: Attention, p: Projection, x: Tensor, movement: Movement, local: Local) -> _Part:
     w, bias = weight(p.linear)[p.start : p.stop], p.bias()
     y = torch.nn.functional.linear(x, w, None if bias is None else bias.detach().double())
-    y = y.unflatten(-1, (p.heads, node.d_head))
-    size = sum_of([t.size.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local)) for t in movement.terms])
-    curved = torch.zeros_like(size)
     post = {"q": node.q_norm, "k": node.k_norm}.get(p.role)
+    # a norm over all heads together: each head's part moves at most as far as the whole
+    whole = node.whole_norms and isinstance(post, Norm)
+    y = y.unflatten(-1, (1, -1) if whole else (p.heads, -1))
+    size = sum_of([t.size.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local, whole)) for t in movement.terms])
+    curved = torch.zeros_like(size)
     if isinstance(post, Norm):
         size, curved = norm_rule(post, y, size)
     elif isinstance(post, Scale):
         size = size * abs(post.scale)
     y = y if post is None else post.run(y)
+    if whole:
+        y = y.flatten(-2).unflatten(-1, (p.heads, -1))
+        size, curved = (t.expand(*t.shape[:-1], p.heads) for t in (size, curved))
     y, size, curved = y.transpose(-3, -2), size.transpose(-1, -2), curved.transpose(-1, -2)
     if node.rotary is not None and p.role != "v":
         cos, sin = node.rotary(x, torch.arange(x.shape[-2], device=x.device)[None])
@@ -103,26 +105,35 @@ def _turning(cos: Tensor, sin: Tensor) -> float:
     return float((cos.double().square() + sin.double().square()).amax().sqrt()) * (1 + 1e-12)
 
 
-def _rows(p: Projection, w: Tensor, term: Term, local: Local) -> tuple[Key, Matrix, int]:
-    """(key, matrix, heads) of a projection's rows times a term's matrix: arguments of `Local.sigma`."""
+def _rows(p: Projection, w: Tensor, term: Term, local: Local, whole: bool = False) -> tuple[Key, Matrix, int]:
+    """(key, matrix, blocks) of a projection's rows times a term's matrix: arguments of `Local.sigma`."""
     key = (id(p), *term.key)
-    return key, local.times(key, w, term), p.heads
+    return key, local.times(key, w, term), 1 if whole else p.heads
 
 
 @dataclass(frozen=True)
 class _Moves:
-    """How far logits move, up to a shift common to a row: the largest, and the deviation under p; [..., heads, t]."""
+    """How far logits move, up to a shift common to a row: the largest, and the deviation under p; [..., heads, t].
+
+    `bent`: deviation of what a softcap's curve adds to the linear part.
+    """
 
     most: Tensor
     typical: Tensor
+    bent: Tensor | None = None
 
 
 def _logit_moves(
     node: Attention, q: _Part, k: _Part, p: Tensor, hidden: Tensor, movement: Movement, local: Local
 ) -> _Moves:
     queries, keys = q.centre.detach(), k.centre.detach()
-    if node.rotary is None and node.q_norm is None and node.k_norm is None:
+    plain = node.rotary is None and node.q_norm is None and node.k_norm is None
+    if plain and node.softcap is None:
         by_query, by_key, deviation = _plain_moves(node, queries, keys, p, movement, local)
+    elif node.softcap is not None:  # a shift common to the row is none behind the cap: keys as they are
+        by_query = q.size.unsqueeze(-1) * torch.linalg.vector_norm(keys, dim=-1).unsqueeze(-2)
+        by_key = torch.linalg.vector_norm(queries, dim=-1).unsqueeze(-1) * k.size.unsqueeze(-2)
+        deviation = q.size * _top(_second_moment(keys, p)).sqrt()
     else:
         by_query = q.size.unsqueeze(-1) * _distances(keys, p)
         by_key = torch.linalg.vector_norm(queries, dim=-1).unsqueeze(-1) * k.size.unsqueeze(-2)
@@ -130,7 +141,12 @@ def _logit_moves(
     by_key = by_key + q.size.unsqueeze(-1) * k.size.unsqueeze(-2)
     most = (by_query + by_key).masked_fill(hidden, 0.0).amax(-1)
     typical = deviation + (p * by_key.square()).sum(-1).sqrt()
-    return _Moves(abs(node.tau) * most, abs(node.tau) * typical)
+    most, typical = abs(node.tau) * most, abs(node.tau) * typical
+    if node.softcap is None:
+        return _Moves(most, typical)
+    cap = abs(node.softcap)
+    curve = 0.5 * CURVATURE_UPPER["tanh"] / cap * most * typical
+    return _Moves(most.clamp_max(2.0 * cap), typical, curve)
 
 
 def _plain_moves(
@@ -164,8 +180,13 @@ def _plain_moves(
 def _covariance(points: Tensor, p: Tensor) -> Tensor:
     """Covariance under each row of weights, [batch, heads, t, d, d]."""
     mean = p @ points
+    return _second_moment(points, p) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def _second_moment(points: Tensor, p: Tensor) -> Tensor:
+    """Mean of x x^T under each row of weights, [batch, heads, t, d, d]."""
     outer = (points.unsqueeze(-1) * points.unsqueeze(-2)).flatten(-2)
-    return (p @ outer).unflatten(-1, mean.shape[-1:] * 2) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    return (p @ outer).unflatten(-1, points.shape[-1:] * 2)
 
 
 def _top(c: Tensor) -> Tensor:
@@ -187,7 +208,7 @@ def _distances(points: Tensor, weights: Tensor) -> Tensor:
 
 
 def _head(
-    tau: float, q: _Part, k: _Part, v: _Part, p: Tensor, hidden: Tensor, moves: _Moves
+    node: Attention, q: _Part, k: _Part, v: _Part, p: Tensor, hidden: Tensor, moves: _Moves
 ) -> tuple[Tensor, Tensor]:
     """(movement, remainder) of every head's output, 2-norms, [eps, batch, heads, tokens]."""
     values, most, typical = v.centre.detach(), moves.most, moves.typical
@@ -212,20 +233,23 @@ def _head(
         by_weights + first,
     )
     along = _least(2 * turn * largest, once * typical * largest, twice * typical * square.sqrt())
-    beyond = _second_order(tau, q, k, p) * spread
+    bent = _second_order(node, q, k, p)
+    beyond = (bent if moves.bent is None else bent + moves.bent) * spread
     # the linear part is what is left of the logits' movement without its second order
     return by_values + by_weights, _least(
         curved + along + beyond, by_values + by_weights + first + beyond + mean
     )
 
 
-def _second_order(tau: float, q: _Part, k: _Part, p: Tensor) -> Tensor:
+def _second_order(node: Attention, q: _Part, k: _Part, p: Tensor) -> Tensor:
     """Deviation, under p, of what the logits' movement has beyond its linear part."""
+    tau = abs(node.tau)
     moved = (p * k.size.unsqueeze(-2).square()).sum(-1).sqrt()
     both = tau * q.size * moved
     if not bool(q.curved.any() | k.curved.any()):
         return both
-    apart = _top(_covariance(k.centre.detach(), p)).sqrt()
+    spread = _covariance if node.softcap is None else _second_moment
+    apart = _top(spread(k.centre.detach(), p)).sqrt()
     bent = (p * k.curved.unsqueeze(-2).square()).sum(-1).sqrt()
     return both + tau * (q.curved * apart + torch.linalg.vector_norm(q.centre.detach(), dim=-1) * bent)
 

@@ -3,7 +3,7 @@
 Two bounds, the smaller counts, for every pair (predicted class i, other class j) at every token t:
 
     sizes       norms of (w_i - w_j) A_k times the sizes of the local movement before the head
-    gradients   eps times the gradient of z_i - z_j at the centre, plus, for each node that is not linear, the
+    gradients   eps times the dual norm of the gradient of z_i - z_j at the centre, plus, for each node that is not linear, the
                 gradient with respect to its output times what its linearization leaves out
 
 The first is one pass for all pairs; the second needs a backward pass for each pair, and is asked for those pairs
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 import lip_plugin.certificate.local_attention  # noqa: F401  its rule is registered on import
+from lip_plugin.certificate.balls import Ball
 from lip_plugin.certificate.build import Graph
 from lip_plugin.certificate.graph import Chain, Linear, Norms, Scale
 from lip_plugin.certificate.local import move
 from lip_plugin.certificate.measure import weight_norms
-from lip_plugin.certificate.movement import Local, Movement, Remainder, sum_of, weight
+from lip_plugin.certificate.movement import Local, Remainder, sum_of, weight
+from lip_plugin.certificate.nodes import Softcap
 from lip_plugin.certificate.progress import progress
 from lip_plugin.certificate.upper import to_float, up
 from lip_plugin.errors import CertificateError
@@ -47,30 +49,31 @@ class Found:
 class Certifier:
     """Both bounds for batches of one model, on one grid of eps; norms of products are shared by all batches."""
 
-    def __init__(self, graph: Graph, eps: Tensor, refine: int) -> None:
+    def __init__(self, graph: Graph, ball: Ball, eps: Tensor, refine: int) -> None:
         nodes = list(graph.body.nodes)
-        while isinstance(nodes[-1], Scale) and nodes[-1].scale > 0:
-            nodes.pop()  # a positive factor on all logits changes no prediction
+        while isinstance(nodes[-1], Softcap) or (isinstance(nodes[-1], Scale) and nodes[-1].scale > 0):
+            nodes.pop()  # what increases with each logit, and is the same for all, changes no prediction
         if not isinstance(nodes[-1], Linear):
             raise CertificateError(
                 f"{graph.body.nodes[-1].name}: a certified radius needs a linear head as the last node."
             )
-        self.graph, self.eps, self.refine = graph, eps, refine
+        self.graph, self.ball, self.eps, self.refine = graph, ball, eps, refine
         self.head, self.body = nodes[-1], Chain("hidden", nodes[:-1])
         self.local = Local()
         self.norms: Norms = weight_norms(graph)
 
-    def run(self, ids: Tensor, labels: Tensor | None) -> Found:
-        """How far down the grid each token's prediction is proven."""
+    def run(self, inputs: Tensor, labels: Tensor | None) -> Found:
+        """How far down the grid each token's prediction is proven; a classifier has one token of logits."""
         with torch.no_grad():
-            x = self.graph.embed(ids, torch.float64)
+            point = self.ball.point(inputs)
+            x = self.ball.enter(point)
             logits = self.head.run(self.body.run(x))
         prediction = logits.argmax(-1)
         correct = torch.ones_like(prediction, dtype=torch.bool) if labels is None else prediction == labels
         need = self._margins(logits, prediction)
-        counts = self._from_sizes(x, prediction, need)
+        counts = self._from_sizes(point, x, prediction, need)
         if self.refine:
-            self._from_gradients(x, prediction, correct, need, counts)
+            self._from_gradients(point, prediction, correct, need, counts)
         return Found(counts.amin(-1), prediction, correct)
 
     def _margins(self, logits: Tensor, prediction: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ class Certifier:
         slack = _SLACK * (1.0 + logits.abs().amax(-1, keepdim=True))
         return (best - logits - slack).scatter(-1, prediction.unsqueeze(-1), float("inf"))
 
-    def _from_sizes(self, x: Tensor, prediction: Tensor, need: Tensor) -> Tensor:
+    def _from_sizes(self, point: Tensor, x: Tensor, prediction: Tensor, need: Tensor) -> Tensor:
         """Number of eps proven for every pair, [batch, tokens, classes], from the sizes of movements."""
         classes, present = prediction.unique(return_inverse=True)
         counts = torch.zeros(need.shape, dtype=torch.int16, device=need.device)
@@ -88,11 +91,13 @@ class Certifier:
         rows = self._pair_norms(w, classes)
         with torch.no_grad():
             for some in self.chunks_of_eps(x):
-                _, movement = move(self.body, x, self.ball(x, some), self.local)
+                _, movement = move(self.body, x, self.ball.movement(point, x, some, self.local), self.local)
                 pairs = [self._term_norms(w, classes, t) for t in movement.terms]
                 for i, e in enumerate(some.tolist()):
                     cap = rows * self._global(x, e)
-                    for b, t in ((b, t) for b in range(x.shape[0]) for t in _chunks(x.shape[1], w.shape[0])):
+                    for b, t in (
+                        (b, t) for b in range(x.shape[0]) for t in _chunks(need.shape[1], w.shape[0])
+                    ):
                         at = present[b, t]
                         moved = sum_of(
                             [
@@ -109,15 +114,11 @@ class Certifier:
         heads = self.graph.parts.n_heads
         return self.eps.split(max(1, _CHUNK // (4 * heads * x.shape[0] * x.shape[1] ** 2)))
 
-    def ball(self, x: Tensor, eps: Tensor) -> Movement:
-        """Any change of token norm at most eps [eps]."""
-        size = eps.to(x.device)[:, None, None] * x.shape[-1] ** 0.5 * (1 + 1e-12)
-        return Movement.ball(size.expand(-1, *x.shape[:2]))
-
     def _global(self, x: Tensor, eps: float) -> float:
         """2-norm that any token's hidden state can move by the global certificate on the ball around all."""
-        radius = up(float(rms_norm(x).amax()) * (1 + 1e-12) + eps)
-        return to_float(self.body.bound(radius, self.norms).lipschitz) * eps * self.head.d_in**0.5
+        moved = self.ball.token_norm(eps, self.norms)
+        radius = up(float(rms_norm(x).amax()) * (1 + 1e-12) + moved)
+        return to_float(self.body.bound(radius, self.norms).lipschitz) * moved * self.head.d_in**0.5
 
     def _term_norms(self, w: Tensor, classes: Tensor, term: Any) -> Tensor:
         matrix = self.local.times((id(self.head), *term.key), w, term)
@@ -130,10 +131,10 @@ class Certifier:
         return exact * (1 + 1e-12)
 
     def _from_gradients(
-        self, x: Tensor, prediction: Tensor, correct: Tensor, need: Tensor, counts: Tensor
+        self, point: Tensor, prediction: Tensor, correct: Tensor, need: Tensor, counts: Tensor
     ) -> None:
         """Raise `counts` of the pairs that hold a token back, one backward pass for a pair of each sequence."""
-        linear = Linearized(self, x)
+        linear = Linearized(self, point)
         open_ = correct & (counts.amin(-1) < len(self.eps))
         spent = torch.zeros(open_.shape, dtype=torch.int64)
         seen = torch.zeros_like(need, dtype=torch.bool)
@@ -157,15 +158,17 @@ class Certifier:
 class Linearized:
     """The model linearized at a centre, with what that leaves out at each node, for the whole grid of eps."""
 
-    def __init__(self, certifier: Certifier, x: Tensor) -> None:
-        self.eps, self.width = certifier.eps.to(x.device), x.shape[-1] ** 0.5
-        self.x = x.detach().requires_grad_(True)
+    def __init__(self, certifier: Certifier, point: Tensor) -> None:
+        self.eps, self.ball = certifier.eps.to(point.device), certifier.ball
+        self.point = point.detach().requires_grad_(True)
+        x = self.ball.enter(self.point)
         self.points: list[Remainder] = []
         two: list[list[Tensor]] = []
         for i, some in enumerate(certifier.chunks_of_eps(x)):
             certifier.local.remainders = []
             with torch.set_grad_enabled(i == 0):
-                y, _ = move(certifier.body, self.x, certifier.ball(x, some), certifier.local)
+                movement = self.ball.movement(self.point, x, some, certifier.local)
+                y, _ = move(certifier.body, x, movement, certifier.local)
                 if i == 0:
                     self.points, self.logits = certifier.local.remainders, certifier.head.run(y)
             two.append([torch.stack([r.two, r.one]).detach() for r in certifier.local.remainders])
@@ -176,12 +179,11 @@ class Linearized:
     def moved(self, picked: list[tuple[int, int, int]], prediction: Tensor) -> list[Tensor]:
         """Bound on the movement of z_i - z_j at (batch, token, j), one for each sequence at most, each [eps]."""
         margins = [self.logits[b, t, prediction[b, t]] - self.logits[b, t, j] for b, t, j in picked]
-        wanted = [self.x, *(r.y for r in self.points)]
+        wanted = [self.point, *(r.y for r in self.points)]
         first, *others = torch.autograd.grad(
             torch.stack(margins).sum(), wanted, retain_graph=True, allow_unused=True
         )
-        by_input = torch.linalg.vector_norm(first, dim=-1).sum(-1) * self.width
-        moved = self.eps[:, None] * by_input
+        moved = self.eps[:, None] * self.ball.dual(first)
         for gradient, point, size in zip(others, self.points, self.sizes, strict=True):
             if gradient is not None:
                 two, one = point.norms(gradient)

@@ -1,4 +1,4 @@
-"""Projected gradient descent on embeddings: which predictions change within a ball around the input."""
+"""Projected gradient descent on embeddings or pixels: which predictions change within a ball around the input."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lip_plugin.certificate.build import Graph
+from lip_plugin.certificate.balls import Ball
 from lip_plugin.certificate.progress import progress
 from lip_plugin.errors import ConfigError
-from lip_plugin.linalg.norms import rms_norm
 
 
 def attack(
-    graph: Graph,
-    x: Tensor,
+    ball: Ball,
+    point: Tensor,
     labels: Tensor,
     targets: Tensor,
     eps: Sequence[float],
@@ -23,11 +22,11 @@ def attack(
     steps: int,
     seed: int,
 ) -> Tensor:
-    """Which targets a change of RMS norm at most eps in every token turned away from their label.
+    """Which targets a change within the ball turned away from their label.
 
     Args:
-        x: what enters the first block, float64 [batch, tokens, d].
-        targets: bool [batch, tokens], the tokens to attack (predicted right without any change).
+        point: the ball's centre, float64.
+        targets: bool [batch, tokens], the tokens of logits to attack (predicted right without any change).
         eps: increasing; what broke at one is broken at all larger ones, whose balls contain it.
 
     Returns bool [eps, batch, tokens]. Descends the sum of margins of those that still stand, in float32; by
@@ -37,19 +36,19 @@ def attack(
     if min(restarts, steps) < 1:
         raise ConfigError("attack: restarts and steps must be at least 1.")
     generator = torch.Generator().manual_seed(seed)
-    broken = torch.zeros(len(eps), *targets.shape, dtype=torch.bool, device=x.device)
+    broken = torch.zeros(len(eps), *targets.shape, dtype=torch.bool, device=point.device)
     standing = targets.clone()
     with progress(len(eps) * restarts * steps, "attack") as bar:
         for i, e in enumerate(eps):
             for restart in range(restarts):
-                _descend(graph, x, labels, standing, e, restart, steps, generator, bar)
+                _descend(ball, point, labels, standing, e, restart, steps, generator, bar)
             broken[i] = targets & ~standing
     return broken
 
 
 def _descend(
-    graph: Graph,
-    x: Tensor,
+    ball: Ball,
+    point: Tensor,
     labels: Tensor,
     standing: Tensor,
     eps: float,
@@ -59,23 +58,23 @@ def _descend(
     bar: object,
 ) -> None:
     """One start; strikes out of `standing` what it broke."""
-    change = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
-    change = into_ball(change, eps) if restart else change * 0.0
-    eighth = torch.rand(standing.shape, generator=generator).to(x.device) < 0.125
+    change = torch.randn(point.shape, generator=generator, dtype=torch.float32).to(point.device)
+    change = into_ball(ball, change, eps) if restart else change * 0.0
+    eighth = torch.rand(standing.shape, generator=generator).to(point.device) < 0.125
     for step in range(steps):
         bar.update(1)  # type: ignore[attr-defined]
         if not bool(standing.any()):
             continue
         change.requires_grad_(True)
-        margins = margins_of(graph.body.run(x.float() + change), labels)
-        _strike(graph, x, change, labels, standing & (margins <= 0), standing, eps)
+        margins = margins_of(_logits(ball, point.float() + change), labels)
+        _strike(ball, point, change, labels, standing & (margins <= 0), standing, eps)
         aim = _aim(restart, margins.detach(), standing, eighth)
         (slope,) = torch.autograd.grad((margins * aim).sum(), change)
         rate = 2.0 * eps * (1.0 - step / steps) ** 0.5 / max(1.0, steps / 8)
-        size = rms_norm(slope).float().unsqueeze(-1).clamp_min(1e-30)
-        change = into_ball((change - rate * slope / size).detach(), eps)
-    margins = margins_of(graph.body.run(x.float() + change), labels)
-    _strike(graph, x, change, labels, standing & (margins <= 0), standing, eps)
+        size = ball.size(slope).float().clamp_min(1e-30)
+        change = into_ball(ball, (change - rate * slope / size).detach(), eps)
+    margins = margins_of(_logits(ball, point.float() + change), labels)
+    _strike(ball, point, change, labels, standing & (margins <= 0), standing, eps)
 
 
 def _aim(restart: int, margins: Tensor, standing: Tensor, eighth: Tensor) -> Tensor:
@@ -88,13 +87,13 @@ def _aim(restart: int, margins: Tensor, standing: Tensor, eighth: Tensor) -> Ten
 
 @torch.no_grad()
 def _strike(
-    graph: Graph, x: Tensor, change: Tensor, labels: Tensor, seems: Tensor, standing: Tensor, eps: float
+    ball: Ball, point: Tensor, change: Tensor, labels: Tensor, seems: Tensor, standing: Tensor, eps: float
 ) -> None:
     if not bool(seems.any()):
         return
-    moved = into_ball(change.detach().double(), eps * (1 - 1e-12))
-    assert float(rms_norm(moved).amax()) <= eps
-    turned = margins_of(graph.body.run(x + moved), labels) < 0
+    moved = into_ball(ball, change.detach().double(), eps * (1 - 1e-12))
+    assert float(ball.size(moved).amax()) <= eps
+    turned = margins_of(_logits(ball, point + moved), labels) < 0
     standing &= ~(seems & turned)
 
 
@@ -105,6 +104,10 @@ def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(-1, at, float("-inf")).amax(-1)
 
 
-def into_ball(x: Tensor, eps: float) -> Tensor:
-    """Each token scaled down to RMS norm at most eps."""
-    return x * (eps / rms_norm(x).clamp_min(1e-300)).clamp_max(1.0).unsqueeze(-1).to(x.dtype)
+def into_ball(ball: Ball, change: Tensor, eps: float) -> Tensor:
+    """Each part that the ball bounds on its own, scaled down to size at most eps."""
+    return change * (eps / ball.size(change).clamp_min(1e-300)).clamp_max(1.0).to(change.dtype)
+
+
+def _logits(ball: Ball, point: Tensor) -> Tensor:
+    return ball.graph.body.run(ball.enter(point))
