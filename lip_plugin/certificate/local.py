@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Norm, Residual, Scale, largest
+from lip_plugin.certificate.graph import (
+    Activation,
+    Chain,
+    Gate,
+    Linear,
+    Norm,
+    Residual,
+    Scale,
+    capped,
+    largest,
+)
 from lip_plugin.certificate.movement import Local, Movement, Remainder, Term
 from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
@@ -106,15 +116,23 @@ def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[T
     if node.kind == "relu":  # only entries that can cross the kink, and by what they go beyond it
         beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0)
         one = beyond.sum(-1) * factor
-        return torch.minimum(torch.linalg.vector_norm(beyond, dim=-1) * factor, slope * size), one
-    half = 0.5 * CURVATURE_UPPER[node.kind] * factor
-    one = half * size.square()
-    return torch.minimum(half * entry * size, 2.0 * slope * size), one
+        two = torch.minimum(torch.linalg.vector_norm(beyond, dim=-1) * factor, slope * size)
+    else:
+        half = 0.5 * CURVATURE_UPPER[node.kind] * factor
+        two, one = half * entry * size, half * size.square()
+    capped_two, capped_one = _cap_curved(node.cap, slope * size, slope * entry)
+    return torch.minimum(two + capped_two, 2.0 * slope * size), one + capped_one
+
+
+def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+    """(2-norm, 1-norm) of what c tanh(z / c) leaves out of its linearization: its second derivative is tanh's over c."""
+    half = 0.0 if cap is None else 0.5 * CURVATURE_UPPER["tanh"] / cap
+    return half * entry * size, half * size.square()
 
 
 @move.register
 def _(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
-    g, u = node.gate.run(x), node.up.run(x)
+    g, u = node.gate.run(x), capped(node.up.run(x), node.cap)
     f = node.act.run(g)
     y, slope = f * u, to_float(node.act.slope())
     moving_g, moving_u = movement.linear(node.gate, local), movement.linear(node.up, local)
@@ -126,7 +144,9 @@ def _(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, 
     size = slope * size_g * largest_u + largest_f * size_u + both
     if local.remainders is not None:
         two, one = _curved(node.act, g, size_g, entry_g)
-        record(local, y, largest_u * two + both, largest_u * one + slope * size_g * size_u)
+        up_two, up_one = _cap_curved(node.cap, size_u, entry_u)
+        two = largest_u * two + largest_f * up_two + both
+        record(local, y, two, largest_u * one + largest_f * up_one + slope * size_g * size_u)
     return y, Movement.ball(size)
 
 
