@@ -55,7 +55,9 @@ def python(code: str) -> subprocess.CompletedProcess:
 def test_a_fresh_process_loads_every_family_to_the_last_bit_in_either_import_order(first, tmp_path):
     torch.set_num_threads(1)
     code, expected = f"{first}\nimport lip_plugin\n", {}
-    for family in HF_FAMILIES:
+    # the order of the imports is no matter of the family: a few of the second order stand for all
+    families = HF_FAMILIES if first == "import lip_plugin" else ("gpt2", "gemma2", "vit")
+    for family in families:
         _, ids, expected[family] = saved(family, tmp_path / family)
         torch.save(ids, tmp_path / f"{family}.ids")
         paths = {"path": str(tmp_path / family), "ids": str(tmp_path / f"{family}.ids")}
@@ -63,7 +65,7 @@ def test_a_fresh_process_loads_every_family_to_the_last_bit_in_either_import_ord
         code += LOAD.format(**paths, out=str(tmp_path / f"{family}.out"))
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("loaded") == len(HF_FAMILIES)
+    assert result.stdout.count("loaded") == len(families)
     for family, logits in expected.items():
         assert torch.equal(torch.load(tmp_path / f"{family}.out").reshape(logits.shape), logits), family
 
@@ -71,7 +73,9 @@ def test_a_fresh_process_loads_every_family_to_the_last_bit_in_either_import_ord
 @pytest.mark.parametrize("norms", ["remove", "keep"])
 def test_without_the_plugin_every_family_fails_closed(norms, tmp_path):
     code = "import transformers\n"
-    for family in HF_FAMILIES:
+    # with kept norms nothing of ours is in the config's fields, whatever the family: four stand for all
+    families = HF_FAMILIES if norms == "remove" else ("gpt2", "llama", "bert", "vit")
+    for family in families:
         saved(family, tmp_path / family, LipschitzConfig(norms=norms))
         code += f"""
 try:
@@ -85,10 +89,10 @@ else:
     assert result.returncode == 0, result.stderr
     if norms == "remove":
         assert "LOADED" not in result.stdout
-        assert result.stdout.count("refused") == len(HF_FAMILIES)
+        assert result.stdout.count("refused") == len(families)
         assert "lip_plugin" in result.stdout  # the message names what to import
     else:  # with its norms a model is the same function without the plugin: plain layers, no caps
-        assert result.stdout.count("LOADED") == len(HF_FAMILIES)
+        assert result.stdout.count("LOADED") == len(families)
 
 
 @hf_family

@@ -1,4 +1,4 @@
-"""Progress bars for work that takes longer than a few seconds; silent where tqdm is absent or stderr is no terminal."""
+"""Progress bars for work that takes longer than a few seconds; silent where tqdm is absent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ class _Silent:
 
 
 @contextmanager
-def progress(total: int, what: str, *, show: bool = True) -> Iterator[Any]:
-    """A bar of `total` steps, or nothing at all unless `show`; the value has `update(n)`."""
-    if not show or find_spec("tqdm") is None:
+def progress(total: int, what: str, *, show: bool | None = None) -> Iterator[Any]:
+    """A bar of `total` steps, or nothing; the value has `update(n)`. show=None: where stderr is a terminal."""
+    if show is False or find_spec("tqdm") is None:
         yield _Silent()
         return
-    with import_module("tqdm").tqdm(total=total, desc=what, leave=False, disable=None) as bar:
+    with import_module("tqdm").tqdm(
+        total=total, desc=what, leave=False, disable=None if show is None else False
+    ) as bar:
         yield bar
