@@ -62,7 +62,8 @@ def own_labels(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("norms", ["remove", "keep"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_certified_never_exceeds_attacked_token_by_token(name: str, norms: str) -> None:
-    model = model_of(name, norms)
+    # 5: at 3 the biases of this one, with norms in front of the head, decide alone
+    model = model_of(name, norms, 5 if name == "opt_projected" else 3)
     batch = own_labels(model, inputs_for(name, 6 if name in ("vit", "bert_classifier") else 2, 8))
     certified = certified_accuracy(model, [batch], WIDE)
     attacked = attacked_accuracy(model, [batch], WIDE, restarts=3, steps=12)
