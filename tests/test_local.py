@@ -99,7 +99,7 @@ def test_a_whole_model_moves_no_further_and_products_are_never_worse(name: str) 
     x = graph.embed(inputs_for(name, 2, 6), torch.float64)
     for eps in (1e-4, 1e-2, 1.0):
         share = attained_over_proven(graph.body, x, ball(x, eps))
-        assert (0.01 if eps < 1e-3 else 1e-12) < share <= 1.0  # an attack that does nothing proves nothing
+        assert (1e-3 if eps < 1e-3 else 1e-12) < share <= 1.0  # an attack that does nothing proves nothing
         tight, loose = Local(), Local(products=False)
         sizes = [move(graph.body, x, ball(x, eps), local)[1].total(local) for local in (tight, loose)]
         assert bool((sizes[0] <= sizes[1] * (1 + 2e-3)).all())  # 2e-3: sigma_max_upper's own looseness

@@ -79,7 +79,7 @@ class PixelBall:
         size = (eps.to(x.device)[:, None, None] * _UP).expand(-1, *x.shape[:2]).clone()
         size[..., 0] = 0.0
         matrix = Matrix(self.patches.weight().detach().double())
-        return Movement((Term((id(self.patches),), matrix, size),))
+        return Movement((Term((id(self.patches),), matrix, size, size.amax(-1)),))
 
     def token_norm(self, eps: float, norms: Norms) -> float:
         moved = mul(norms[self.patches.name].sigma, up(eps))

@@ -27,7 +27,7 @@ from lip_plugin.certificate.graph import (
     capped,
     largest,
 )
-from lip_plugin.certificate.movement import Local, Movement, Remainder, Term
+from lip_plugin.certificate.movement import Local, Movement, Remainder, Term, sum_of
 from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError
@@ -106,8 +106,15 @@ def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Te
     size, entry = movement.total(local), movement.entry(local)
     if local.remainders is not None:
         two, one = _curved(node, x, size, entry)
-        record(local, y, two, one)
-    return y, Movement.ball(slope * size)
+        sums = None
+        if node.kind != "relu":
+            # sum over tokens of size_t^2 and of entry_t size_t, by Cauchy-Schwarz
+            half = 0.5 * CURVATURE_UPPER[node.kind] * to_float(node.factor)
+            joint = movement.joint(local)
+            widest = sum_of([t.joint * local.row(t.key, t.matrix) for t in movement.terms])
+            sums = half * widest * joint, half * joint.square()
+        record(local, y, two, one, sums)
+    return y, Movement.ball(slope * size, slope * movement.joint(local))
 
 
 def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,9 +185,11 @@ def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     return moved, torch.minimum(curved, moved + gain * size / here)
 
 
-def record(local: Local, y: Tensor, two: Tensor, one: Tensor) -> None:
+def record(
+    local: Local, y: Tensor, two: Tensor, one: Tensor, sums: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Remember a remainder; sizes without a head axis get one."""
     assert local.remainders is not None
     if two.dim() == 3:
         two, one = two.unsqueeze(-1), one.unsqueeze(-1)
-    local.remainders.append(Remainder(y, two, one))
+    local.remainders.append(Remainder(y, two, one, sums))

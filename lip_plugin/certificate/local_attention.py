@@ -28,11 +28,15 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class _Part:
-    """q, k or v: centre [batch, heads, tokens, d_head], movement and its curved part [eps, batch, heads, tokens]."""
+    """q, k or v: centre [batch, heads, tokens, d_head], movement and its curved part [eps, batch, heads, tokens].
+
+    `joint` [eps, batch, heads] bounds the 2-norm of the movement over all tokens together.
+    """
 
     centre: Tensor
     size: Tensor
     curved: Tensor
+    joint: Tensor
 
 
 @move.register
@@ -81,6 +85,9 @@ def _part(node: Attention, p: Projection, x: Tensor, movement: Movement, local: 
     y = y.unflatten(-1, (1, -1) if whole else (p.heads, -1))
     size = sum_of([t.size.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local, whole)) for t in movement.terms])
     curved = torch.zeros_like(size)
+    joint = size.new_full((), float("inf"))
+    if post is None:  # a rotation is applied below
+        joint = sum_of([t.joint.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local)) for t in movement.terms])
     if isinstance(post, Norm):
         size, curved = norm_rule(post, y, size)
     elif isinstance(post, Scale):
@@ -93,11 +100,12 @@ def _part(node: Attention, p: Projection, x: Tensor, movement: Movement, local: 
     if node.rotary is not None and p.role != "v":
         cos, sin = node.rotary(x, torch.arange(x.shape[-2], device=x.device)[None])
         y, factor = _rotate(y, cos, sin), _turning(cos, sin)
-        size, curved = size * factor, curved * factor
+        size, curved, joint = size * factor, curved * factor, joint * factor
     group = node.q.heads // p.heads
     if group > 1:
         y, size, curved = (t.repeat_interleave(group, 2 if i else 1) for i, t in enumerate((y, size, curved)))
-    return _Part(y, size, curved)
+        joint = joint.repeat_interleave(group, -1) if joint.dim() else joint
+    return _Part(y, size, curved, torch.minimum(joint, torch.linalg.vector_norm(size, dim=-1)))
 
 
 def _turning(cos: Tensor, sin: Tensor) -> float:
@@ -140,7 +148,10 @@ def _logit_moves(
         deviation = q.size * _top(_covariance(keys, p)).sqrt()
     by_key = by_key + q.size.unsqueeze(-1) * k.size.unsqueeze(-2)
     most = (by_query + by_key).masked_fill(hidden, 0.0).amax(-1)
-    typical = deviation + (p * by_key.square()).sum(-1).sqrt()
+    # the mean of squares is at most the largest weight times their sum
+    together = torch.linalg.vector_norm(queries, dim=-1) + q.size
+    together = together * k.joint.unsqueeze(-1) * p.amax(-1).sqrt()
+    typical = deviation + torch.minimum((p * by_key.square()).sum(-1).sqrt(), together)
     most, typical = abs(node.tau) * most, abs(node.tau) * typical
     if node.softcap is None:
         return _Moves(most, typical)
@@ -217,7 +228,9 @@ def _head(
     moved = v.size.unsqueeze(-2).expand(*v.size.shape, p.shape[-1])
     largest = moved.masked_fill(hidden, 0.0).amax(-1)
     least = moved.masked_fill(hidden, float("inf")).amin(-1)
-    mean, square = (p * moved).sum(-1), (p * moved.square()).sum(-1)
+    joint = v.joint.unsqueeze(-1)
+    mean = torch.minimum((p * moved).sum(-1), torch.linalg.vector_norm(p, dim=-1) * joint)
+    square = torch.minimum((p * moved.square()).sum(-1), p.amax(-1) * joint.square())
     turn = torch.tanh(most / 2)  # total variation between p and p'
     by_values = torch.minimum(largest, mean + turn * (largest - least))
     once, twice = growth(most), growth(2 * most)
@@ -245,6 +258,7 @@ def _second_order(node: Attention, q: _Part, k: _Part, p: Tensor) -> Tensor:
     """Deviation, under p, of what the logits' movement has beyond its linear part."""
     tau = abs(node.tau)
     moved = (p * k.size.unsqueeze(-2).square()).sum(-1).sqrt()
+    moved = torch.minimum(moved, p.amax(-1).sqrt() * k.joint.unsqueeze(-1))
     both = tau * q.size * moved
     if not bool(q.curved.any() | k.curved.any()):
         return both

@@ -164,6 +164,7 @@ class Linearized:
         x = self.ball.enter(self.point)
         self.points: list[Remainder] = []
         two: list[list[Tensor]] = []
+        sums: list[list[Tensor]] = []
         for i, some in enumerate(certifier.chunks_of_eps(x)):
             certifier.local.remainders = []
             with torch.set_grad_enabled(i == 0):
@@ -172,9 +173,11 @@ class Linearized:
                 if i == 0:
                     self.points, self.logits = certifier.local.remainders, certifier.head.run(y)
             two.append([torch.stack([r.two, r.one]).detach() for r in certifier.local.remainders])
+            sums.append([_sums_of(r).detach() for r in certifier.local.remainders])
         certifier.local.remainders = None
         # per node [2, eps, batch, tokens, heads]: 2-norms and 1-norms
         self.sizes = [torch.cat(of, 1) for of in zip(*two, strict=True)]
+        self.sums = [torch.cat(of, 1) for of in zip(*sums, strict=True)]  # [2, eps, batch], over tokens
 
     def moved(self, picked: list[tuple[int, int, int]], prediction: Tensor) -> list[Tensor]:
         """Bound on the movement of z_i - z_j at (batch, token, j), one for each sequence at most, each [eps]."""
@@ -184,17 +187,27 @@ class Linearized:
             torch.stack(margins).sum(), wanted, retain_graph=True, allow_unused=True
         )
         moved = self.eps[:, None] * self.ball.dual(first)
-        for gradient, point, size in zip(others, self.points, self.sizes, strict=True):
+        for gradient, point, size, sums in zip(others, self.points, self.sizes, self.sums, strict=True):
             if gradient is not None:
                 two, one = point.norms(gradient)
-                part = torch.minimum(_times(two, size[0]), _times(one, size[1]))
-                moved = moved + part.sum((-1, -2))
+                part = torch.minimum(_times(two, size[0]), _times(one, size[1])).sum((-1, -2))
+                together = torch.minimum(
+                    _times(two.amax((-1, -2)), sums[0]), _times(one.amax((-1, -2)), sums[1])
+                )
+                moved = moved + torch.minimum(part, together)
         return [moved[:, b] for b, _, _ in picked]
 
 
 def _times(gradient: Tensor, size: Tensor) -> Tensor:
     """Product in which a zero gradient makes nothing of an infinite size."""
     return torch.where(gradient == 0, 0.0, gradient * size)
+
+
+def _sums_of(point: Remainder) -> Tensor:
+    """Bounds on the sums over tokens, 2-norms and 1-norms [2, eps, batch]; inf where none is known."""
+    if point.sums is not None:
+        return torch.stack(point.sums)
+    return torch.full((2, *point.two.shape[:2]), float("inf"), dtype=torch.float64, device=point.two.device)
 
 
 def _chunks(tokens: int, classes: int) -> Iterable[slice]:

@@ -38,11 +38,21 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Term:
-    """A_k, keyed by the nodes whose weights are in it, and the sizes of e_k."""
+    """A_k, keyed by the nodes whose weights are in it, and the sizes of e_k.
+
+    `given` [eps, batch] bounds the 2-norm of e_k over all tokens together, where more is known than the sizes say.
+    """
 
     key: Key
     matrix: Matrix
     size: Tensor
+    given: Tensor | None = None
+
+    @property
+    def joint(self) -> Tensor:
+        """Bound on the 2-norm of e_k over all tokens together, [eps, batch]."""
+        apart = torch.linalg.vector_norm(self.size, dim=-1)
+        return apart if self.given is None else torch.minimum(apart, self.given)
 
 
 @dataclass
@@ -93,6 +103,9 @@ class Remainder:
     y: Tensor
     two: Tensor
     one: Tensor
+    sums: tuple[Tensor, Tensor] | None = (
+        None  # bounds on the sums of `two` and of `one` over tokens, [eps, batch]
+    )
 
     def norms(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """(2-norms, largest entries) of a gradient with respect to y, [batch, tokens, heads]."""
@@ -107,13 +120,15 @@ class Movement:
     terms: tuple[Term, ...]
 
     @staticmethod
-    def ball(size: Tensor) -> Movement:
-        """Any movement of 2-norm at most size [eps, batch, tokens]."""
-        return Movement((Term((), Matrix(), size),))
+    def ball(size: Tensor, joint: Tensor | None = None) -> Movement:
+        """Any movement of 2-norm at most size [eps, batch, tokens], and at most joint over all tokens together."""
+        return Movement((Term((), Matrix(), size, joint),))
 
     def scaled(self, factor: float) -> Movement:
         """Of factor * x; balls are symmetric, so the sign does not matter."""
-        return Movement(tuple(Term(t.key, t.matrix, t.size * abs(factor)) for t in self.terms))
+        return Movement(
+            tuple(Term(t.key, t.matrix, t.size * abs(factor), t.joint * abs(factor)) for t in self.terms)
+        )
 
     def linear(self, node: Linear, local: Local) -> Movement:
         """Of W x + b."""
@@ -121,15 +136,17 @@ class Movement:
         terms = []
         for t in self.terms:
             key = (id(node), *t.key)
-            terms.append(Term(key, local.times(key, w, t), t.size))
+            terms.append(Term(key, local.times(key, w, t), t.size, t.given))
         return Movement(tuple(terms))
 
     def plus(self, other: Movement) -> Movement:
         """Of a sum; images under the same matrix are one ball."""
         joined = {t.key: t for t in self.terms}
         for t in other.terms:
-            size = joined[t.key].size + t.size if t.key in joined else t.size
-            joined[t.key] = Term(t.key, t.matrix, size)
+            if t.key in joined:
+                own = joined[t.key]
+                t = Term(t.key, t.matrix, own.size + t.size, own.joint + t.joint)
+            joined[t.key] = t
         return Movement(tuple(joined.values()))
 
     def total(self, local: Local) -> Tensor:
@@ -140,9 +157,13 @@ class Movement:
         """Bound on the largest entry of the movement, [eps, batch, tokens]."""
         return sum_of([t.size * local.row(t.key, t.matrix) for t in self.terms])
 
+    def joint(self, local: Local) -> Tensor:
+        """Bound on the 2-norm of the movement over all tokens together, [eps, batch]."""
+        return sum_of([t.joint * local.sigma(t.key, t.matrix) for t in self.terms])
+
     def collapsed(self, local: Local) -> Movement:
         """One ball around all of it."""
-        return Movement.ball(self.total(local))
+        return Movement.ball(self.total(local), self.joint(local))
 
 
 def weight(node: Linear) -> Tensor:
