@@ -107,7 +107,7 @@ def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Te
     if local.remainders is not None:
         two, one = _curved(node, x, size, entry)
         sums = None
-        if node.kind != "relu":
+        if node.kind != "relu" and node.cap is None:
             # sum over tokens of size_t^2 and of entry_t size_t, by Cauchy-Schwarz
             half = 0.5 * CURVATURE_UPPER[node.kind] * to_float(node.factor)
             joint = movement.joint(local)
