@@ -87,7 +87,7 @@ def plot_certified_accuracy(
         axes.axhline(
             attacked.clean, color=color, alpha=0.4, linewidth=1, label=f"{label}clean {attacked.clean:.1%}"
         )
-        if certified.eps == attacked.eps:
+        if len(curves) == 1 and certified.eps == attacked.eps:  # of several the areas would hide each other
             axes.fill_between(certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12)
     for name, value in (baselines or {}).items():
         axes.axhline(value, color="gray", linestyle=":", label=name)
