@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.blocks import Segment
-from lip_plugin.certificate.build import register_weight_reader
+from lip_plugin.certificate.maps import register_weight_reader
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.low_rank import LowRankProblem, Spectrum
 from lip_plugin.linalg.norms import rms_to_rms_upper

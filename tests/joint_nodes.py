@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from oracles import rand, rms
 from torch import Tensor, nn
 
 from lip_plugin.certificate.attention import Attention, Projection
@@ -28,14 +29,6 @@ from lip_plugin.modules import ACTIVATIONS, ScaledActivation
 
 EXACT = 1 + 1e-9  # secants over 2e-5 of the radius in float64, sizes near 1: good to 1e-10
 TIGHT = 1 + 1e-5  # sigma_max_upper of small matrices is 5e-7 high, and a rule has three such factors
-
-
-def rms(x: Tensor) -> Tensor:
-    return x.square().mean(-1).sqrt()
-
-
-def rand(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def unit(d: int, i: int) -> Tensor:

@@ -8,13 +8,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from families import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lip_plugin import LipschitzConfig, retrofit
+from lip_plugin.architecture import find_family
 from lip_plugin.modules import constrained_modules
+from lip_plugin.parts import Parts, parts
 
 # Every promise about caps: float32 and bf16 autocast alike.
 CAP_TOLERANCE = 1e-3
+
+
+def rms(x: Tensor) -> Tensor:
+    """RMS norm of each row."""
+    return x.square().mean(-1).sqrt()
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers in float64, the same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def worst_over_cap(model: nn.Module) -> float:
@@ -38,6 +52,24 @@ def randomize_(model: nn.Module, seed: int = 1) -> nn.Module:
         scale = 0.3 if p.dim() < 2 else 1.5 / math.sqrt(min(p.shape))
         p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return model
+
+
+def random_model(name: str, config: LipschitzConfig | None, **overrides: Any) -> Any:
+    """A tiny model with trained-like weights, retrofitted if there is a config."""
+    model: Any = tiny(name, **overrides)
+    if config is not None:
+        retrofit(model, config)
+    return randomize_(model)
+
+
+def retrofitted(family: str, config: LipschitzConfig | None = None, **overrides: Any) -> nn.Module:
+    """A tiny constrained model with random weights, so that no zero map hides a branch."""
+    return random_model(family, config or LipschitzConfig(), **overrides)
+
+
+def table_of(model: nn.Module) -> Parts:
+    """Which module of the model is what."""
+    return parts(model, find_family(model).architecture)
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:

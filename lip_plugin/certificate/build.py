@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.entry import Entry, entry_of
 from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Node, Norm, Residual, Scale
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.maps import linear_of, linears_of, maps_of, read_linear
 from lip_plugin.certificate.nodes import First, Parallel, Rotary, Softcap
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
@@ -24,24 +23,11 @@ from lip_plugin.modules import (
     branch_scale,
     entry_cap,
     input_scale,
-    is_linear,
-    is_patches,
-    is_transposed,
     table_of,
 )
 from lip_plugin.parts import BranchParts, LayerParts, Parts, parts
 from lip_plugin.recipe import head_dim, owner_of
 from lip_plugin.surgery import find_retrofit
-
-# Readers of what a wrapped linear layer really multiplies with (an adapter's merged weight, stored
-# like the base layer's); they return None for a layer that is not theirs.
-_WEIGHT_READERS: list[Callable[[nn.Module], Tensor | None]] = []
-
-
-def register_weight_reader(reader: Callable[[nn.Module], Tensor | None]) -> None:
-    """Have the certificate read the weight of wrapped linear layers by `reader(module)`."""
-    if reader not in _WEIGHT_READERS:
-        _WEIGHT_READERS.append(reader)
 
 
 @dataclass
@@ -85,9 +71,9 @@ class Graph:
         for role, name in self.parts.linears():
             if self.only is not None and name not in self.only:
                 continue
-            base = _read(self.root.get_submodule(name), name)[0]
+            base = read_linear(self.root.get_submodule(name), name)[0]
             interleaved = self.parts.n_heads if self.parts.architecture.attention.interleaved else None
-            for part, node, weight, _ in _maps(self.root, role, name, interleaved):
+            for part, node, weight, _ in maps_of(self.root, role, name, interleaved):
                 found.append((part, node, base, weight()))
         return found
 
@@ -124,12 +110,12 @@ def _readout(root: nn.Module, names: Parts) -> list[Node]:
         if kind == "first":
             nodes.append(First("first token"))
         elif kind == "dense":
-            nodes.append(_linear(root, "dense", path))
+            nodes.append(linear_of(root, "dense", path))
         elif kind == "act":
             nodes += _activation(root, path)
         else:
             nodes.append(_slot(root, path))
-    nodes.append(_linear(root, "head", architecture.head))
+    nodes.append(linear_of(root, "head", architecture.head))
     divisor = float(getattr(config, architecture.logits_divisor)) if architecture.logits_divisor else 1.0
     if divisor != 1.0:
         nodes.append(Scale(f"1 / {architecture.logits_divisor}", 1.0 / divisor))
@@ -168,13 +154,13 @@ def _entry(root: nn.Module, names: Parts) -> Entry:
     tables = [(role, name, table_of(root, name)) for role, name in names.tables()]
     norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
     entry = entry_of(
-        tables, scale, lambda name: _linear(root, "token_map", name), architecture.token_map, norm
+        tables, scale, lambda name: linear_of(root, "token_map", name), architecture.token_map, norm
     )
     if architecture.patches:
         conv: Any = root.get_submodule(architecture.patches)
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        entry.patches = _linear(root, "patch", architecture.patches)
+        entry.patches = linear_of(root, "patch", architecture.patches)
         entry.patch, entry.image = conv.kernel_size, (conv.in_channels, height, width)
         found = find_retrofit(root)
         entry.pixel_max = found[1].config.pixel_max if found is not None else 1.0
@@ -193,75 +179,6 @@ def _root(model: nn.Module) -> nn.Module:
             continue
         return module
     return model  # whose family is then refused by name
-
-
-def _read(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
-    """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
-    if is_linear(module):
-        return module, lambda: module.weight
-    if is_patches(module):
-        return module, lambda: module.weight.flatten(1)
-    base = getattr(module, "base_layer", None)
-    for reader in _WEIGHT_READERS:
-        if base is not None and is_linear(base) and reader(module) is not None:
-            read: Any = partial(reader, module)
-            return base, read
-    raise UnsupportedModelError(
-        f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no proven "
-        "rule here. Merge adapters (merge_and_unload) or take the wrapper off, then certify."
-    )
-
-
-Reader = Callable[[], Any]
-
-
-def _maps(
-    root: nn.Module, role: str, name: str, interleaved: int | None
-) -> list[tuple[str, str, Reader, Reader]]:
-    """(role, node's name, reader of its weight, of its bias) of each map in a module, as stored.
-
-    A fused gate and up are two maps. Rows of `interleaved` heads are put in the order q, k, v.
-    """
-    base, weight = _read(root.get_submodule(name), name)
-    dim = 1 if is_transposed(base) else 0
-    rows = base.weight.shape[dim]
-
-    def bias() -> Tensor | None:
-        return getattr(base, "bias", None)
-
-    def select(index: Tensor) -> tuple[Reader, Reader]:
-        def picked() -> Tensor | None:
-            b = bias()
-            return None if b is None else b[index.to(b.device)]
-
-        return lambda: weight().index_select(dim, index.to(base.weight.device)), picked
-
-    if role == "gate_up":
-        halves = torch.arange(rows).chunk(2)
-        return [(r, f"{name}[{r}]", *select(i)) for r, i in zip(("gate", "up"), halves, strict=True)]
-    if role == "qkv" and interleaved:
-        order = torch.arange(rows).view(interleaved, 3, -1).transpose(0, 1).flatten()
-        return [(role, name, *select(order))]
-    return [(role, name, weight, bias)]
-
-
-def _linears(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> list[Linear]:
-    base, _ = _read(root.get_submodule(name), name)
-    transposed = is_transposed(base)
-    found = []
-    for _, node, weight, bias in _maps(root, role, name, interleaved):
-        d_out, d_in = weight().t().shape if transposed else weight().shape
-        read = partial(_transposed, weight) if transposed else weight
-        found.append(Linear(node, weight=read, bias=bias, d_out=int(d_out), d_in=int(d_in)))
-    return found
-
-
-def _transposed(weight: Reader) -> Tensor:
-    return weight().t()
-
-
-def _linear(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> Linear:
-    return _linears(root, role, name, interleaved)[0]
 
 
 # RMSNorms whose gain is 1 + weight
@@ -318,10 +235,10 @@ def _projections(root: nn.Module, names: Parts, branch: BranchParts, d_head: int
     """q, k and v: rows of one fused map, or each of its own."""
     heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
     if "qkv" not in branch.linears:
-        maps = {role: _linear(root, role, branch.linears[role]) for role in heads}
+        maps = {role: linear_of(root, role, branch.linears[role]) for role in heads}
         return {r: Projection(r, maps[r], 0, count * d_head, count) for r, count in heads.items()}
     interleaved = names.n_heads if names.architecture.attention.interleaved else None
-    fused, start, found = _linear(root, "qkv", branch.linears["qkv"], interleaved), 0, {}
+    fused, start, found = linear_of(root, "qkv", branch.linears["qkv"], interleaved), 0, {}
     for role, count in heads.items():
         found[role] = Projection(role, fused, start, start + count * d_head, count)
         start += count * d_head
@@ -361,7 +278,7 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
         causal=described.causal,
         window=_window(root, module),
     )
-    out = _linear(root, "out", branch.linears["out"])
+    out = linear_of(root, "out", branch.linears["out"])
     return _branch(root, names, layer, branch, [AttentionOut(branch.module, [attention, out])])
 
 
@@ -390,12 +307,12 @@ def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
     assert isinstance(act, Activation)
     gated: list[Linear] | None = None
     if "gate_up" in linears:
-        gated = _linears(root, "gate_up", linears["gate_up"])
+        gated = linears_of(root, "gate_up", linears["gate_up"])
     elif "gate" in linears:
-        gated = [_linear(root, role, linears[role]) for role in ("gate", "up")]
-    down = _linear(root, "down", linears["down"])
+        gated = [linear_of(root, role, linears[role]) for role in ("gate", "up")]
+    down = linear_of(root, "down", linears["down"])
     if gated is None:
-        return _branch(root, names, layer, branch, [_linear(root, "up", linears["up"]), act, *scale, down])
+        return _branch(root, names, layer, branch, [linear_of(root, "up", linears["up"]), act, *scale, down])
     cap = entry_cap(root.get_submodule(linears.get("gate_up") or linears["up"]))
     gate = Gate(branch.module, gated[0], gated[1], act, cap)
     assert not scale
