@@ -53,6 +53,22 @@ def test_a_retrofitted_model_is_planned_with_its_own_config_and_stays_as_it_was(
     assert all(torch.equal(after["tensors"][k], v) for k, v in before["tensors"].items())
 
 
+def test_constants_that_a_retrofit_has_set_cannot_be_planned_otherwise() -> None:
+    model = tiny("llama")
+    retrofit(model, LipschitzConfig(attention_scale=2.0))
+    with pytest.raises(ConfigError, match="attention_scale.*release"):
+        plan_caps(model, 10.0, LipschitzConfig())
+
+
+def test_what_a_retrofit_would_refuse_is_refused_here_too() -> None:
+    model = tiny("gpt2")
+    model.config._name_or_path = "somewhere"  # as from_pretrained leaves it
+    with pytest.raises(ConfigError, match="norms='keep'"):
+        plan_caps(model, 10.0)
+    with pytest.raises(ConfigError, match="matches no layer"):
+        plan_caps(tiny("gpt2"), 10.0, LipschitzConfig(overrides={"nowhere": 1.0}))
+
+
 def test_a_target_below_the_residual_path_is_refused_with_what_it_costs() -> None:
     config = LipschitzConfig(overrides={"lm_head": 8.0})
     with pytest.raises(ConfigError, match=r"10\^0.4"):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lip_plugin.architecture import find_family
 from lip_plugin.blocks import ROW, Layout
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.certify import bound_of
 from lip_plugin.certificate.measure import cap_norms
+from lip_plugin.checks import check_model
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.modules import Constrained
+from lip_plugin.parts import parts
 from lip_plugin.surgery import cap_of, find_retrofit, retrofit
 
 _SMALLEST, _LARGEST = 1e-3, 1e3  # where w_max is looked for
+_FREE = ("w_max", "overrides", "method", "init")  # what another config of a retrofitted model may change
 _TOLERANCE = 1e-4  # of log10 w_max
 
 
@@ -44,6 +48,7 @@ def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = 
         raise ConfigError(f"plan_caps(target={target!r}): must be a finite number above 0.")
     found = find_retrofit(model)
     config = config or (found[1].config if found else LipschitzConfig())
+    _check(model, found[1].config if found else None, config)
     graph = build(_skeleton(model, config))
 
     def log10_bound(w_max: float) -> float:
@@ -68,6 +73,23 @@ def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = 
     return replace(config, w_max=w_max)
 
 
+def _check(model: nn.Module, present: LipschitzConfig | None, config: LipschitzConfig) -> None:
+    """Refuse a config that a retrofit of this model would refuse, or whose constants are not the model's."""
+    if present is None:
+        family = find_family(model)
+        names = parts(model, family.architecture)
+        check_model(model, names, config, pretrained=family.is_pretrained(model))
+        return
+    wanted = replace(config, norms=config.norms or "remove")
+    changed = [f.name for f in fields(config) if getattr(present, f.name) != getattr(wanted, f.name)]
+    fixed = [name for name in changed if name not in _FREE]
+    if fixed:
+        raise ConfigError(
+            f"plan_caps: {', '.join(fixed)} of this model were set when it was retrofitted. Call release(model), or plan on "
+            "a model that is not retrofitted."
+        )
+
+
 def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
     """A retrofitted copy whose matrices are on the meta device: it has shapes, biases and no weights."""
     found = find_retrofit(model)
@@ -78,7 +100,7 @@ def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
             memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
     twin = copy.deepcopy(root, memo)
     if found is None:
-        fresh = not _is_pretrained(root) and config.norms != "keep"
+        fresh = not find_family(root).is_pretrained(root) and config.norms != "keep"
         retrofit(twin, config, _loading=True)
         if fresh and config.init != "keep":
             with torch.no_grad():
@@ -86,12 +108,6 @@ def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
                     if name.endswith("bias") and not p.is_meta:
                         p.zero_()
     return twin
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    from lip_plugin.architecture import find_family
-
-    return find_family(model).is_pretrained(model)
 
 
 def _set_caps_(graph: Graph, config: LipschitzConfig) -> None:
