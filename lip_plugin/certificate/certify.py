@@ -234,7 +234,8 @@ def _width(nodes: Iterable[Any], side: str) -> int:
 
 def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
     lines = [
-        "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up",
+        "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up. What rounding of the "
+        "forward pass adds is not in it (forward_rounding_upper bounds that)",
         "inputs of the first block have token norm at most the radius, as every sum of one row from each "
         "embedding table has (embeddings of another origin may not)",
         "the graph's forward was compared with the model's own on random weights; attention functions and "
