@@ -28,8 +28,9 @@ class Table:
         return weight.reshape(-1, weight.shape[-1])
 
     def read(self) -> Tensor:
-        """The rows times `scale`, in float64 (those before `offset` too: padding may be given them)."""
-        return self.rows().detach().double() * self.scale
+        """The rows times `scale`, in float64 if that is not 1 (those before `offset` too: padding may be given them)."""
+        rows = self.rows().detach()
+        return rows if self.scale == 1.0 else rows.double() * self.scale
 
 
 @dataclass

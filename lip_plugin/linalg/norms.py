@@ -28,7 +28,10 @@ from lip_plugin.linalg.spectrum import (
     proven_lambda_max,
 )
 
-_ROWS, _ROWS_ADDED = 256, 1 << 16  # rows of a table compared at a time; most rows that adding tables may make
+_ROWS, _ROWS_ADDED = (
+    1024,
+    1 << 16,
+)  # rows of a table compared at a time; most rows that adding tables may make
 _CHUNK = 1 << 22  # entries converted to float64 at a time on a CPU: 32 MB, stays near the cache
 
 
@@ -287,6 +290,11 @@ def row_rms_max_upper(w: Tensor) -> Tensor:
     return _times_power_of_two(upper, e).reshape(w.shape[:-2])
 
 
+def _longest(table: Tensor) -> float:
+    """Upper bound of the largest RMS norm of a row, a piece of the table at a time."""
+    return max((float(row_rms_max_upper(part)) for part in table.split(_ROWS)), default=0.0)
+
+
 @torch.no_grad()
 def sum_rms_max_upper(tables: list[Tensor]) -> float:
     """Proven upper bound of the largest RMS norm of a sum of one row from each table [n_i, d].
@@ -302,20 +310,21 @@ def sum_rms_max_upper(tables: list[Tensor]) -> float:
         both = (a.double()[:, None] + b.double()[None]).flatten(0, 1)
         added += U * float(row_rms_max_upper(both)) * SLACK
         tables = sorted([both, *rest], key=len)
-    apart = (sum(float(row_rms_max_upper(t)) for t in tables) + added) * SLACK
+    apart = (sum(_longest(t) for t in tables) + added) * SLACK
     if len(tables) != 2 or apart == 0.0:
         return apart
     d = tables[0].shape[1]
     # a power of two: exact, and no square over- or underflows
     e = torch.full((1,), math.frexp(apart)[1], device=tables[0].device)
-    a, b = (_times_power_of_two(t.double()[None], -e)[0] for t in tables)
-    squares_a, squares_b = a.square().sum(-1), b.square().sum(-1)
-    product = float(squares_a.amax().sqrt() * squares_b.amax().sqrt()) * SLACK
-    largest = torch.zeros((), dtype=torch.float64, device=a.device)
-    twice = 2.0 * a
-    for rows, squares in zip(b.split(_ROWS), squares_b.split(_ROWS), strict=True):
+    a = _times_power_of_two(tables[0].double()[None], -e)[0]
+    squares_a, twice = a.square().sum(-1), 2.0 * a
+    largest = longest = torch.zeros((), dtype=torch.float64, device=a.device)
+    for part in tables[1].split(_ROWS):  # the longer table is never all in float64
+        rows = _times_power_of_two(part.double()[None], -e)[0]
+        squares = rows.square().sum(-1)
         sums = (rows @ twice.mT).add_(squares_a).add_(squares[:, None])
-        largest = torch.maximum(largest, sums.amax())
+        largest, longest = torch.maximum(largest, sums.amax()), torch.maximum(longest, squares.amax())
+    product = float(squares_a.amax().sqrt() * longest.sqrt()) * SLACK
     # |a|^2 + 2 |a.b| + |b|^2 is at most largest + 4 product; each sum is off by gamma_(d + 3) of it
     rounding = (float(largest) + product) * gamma(4 * d + 16)
     together = _times_power_of_two((largest + rounding).div(d).sqrt()[None] * SLACK, e)
