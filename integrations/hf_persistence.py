@@ -17,10 +17,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lip_plugin.activation import ScaledActivation, activation_kind
 from lip_plugin.certificate.fingerprint import settings_of
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
-from lip_plugin.modules import ScaledActivation, activation_kind
+from lip_plugin.frozen import freeze_
 from lip_plugin.parts import parts
 from lip_plugin.surgery import find_retrofit, retrofit
 
@@ -72,11 +73,8 @@ class LipschitzLoader(HfQuantizer):
         self.remove_quantization_config(model)
         model.config.quantization_config = self.quantization_config
         found = find_retrofit(model)
-        if found is not None and found[1].config.biases == "drop":  # loading made new Parameters of them
-            for _, name in parts(model, found[1].architecture).linears():
-                bias = model.get_submodule(name).bias
-                if bias is not None:
-                    bias.requires_grad_(False)
+        if found is not None:  # loading made new Parameters
+            freeze_(model, parts(model, found[1].architecture), found[1].config)
         return model
 
     def is_serializable(self) -> bool:

@@ -108,7 +108,8 @@ class _Run:
             cure = f"Restore the one that was written with {CHECKPOINT}."
             raise ConfigError(f"{path} cannot be read: {error}. {cure}") from error
         values = stored.to_dict()
-        wrong = [k for k, v in self.given.items() if values[k] != v]
+        given = Options.from_dict(self.given).to_dict()
+        wrong = [k for k in self.given if values[k] != given[k]]
         if wrong:
             told = ", ".join(f"{OPTION_PREFIX}{k}={self.given[k]} (it has {values[k]})" for k in wrong)
             raise ConfigError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lip_plugin.activation import activation_kind
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, NonFiniteError, TiedWeightsError, UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
     RowParameter,
-    activation_kind,
     is_embedding,
     is_linear,
     is_patches,
@@ -43,6 +43,7 @@ def check_model(
     _check_overrides(names, config)
     if config.norms != "keep":
         _check_recipe(model, names)
+        _check_options(model, names, config)
 
 
 def norms_are_gone(model: nn.Module, names: Parts) -> bool:
@@ -71,6 +72,35 @@ def _check_recipe(model: nn.Module, names: Parts) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no norm behind its last block, so there is no slot for the last constant of "
             "the residual. Build it with its final norm, or keep the norms (norms='keep')."
+        )
+
+
+def _check_options(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
+    """Options that a family may have no place for."""
+    kind, architecture = type(model).__name__, names.architecture
+    if config.logit_scale != 1 and not architecture.final_norm:
+        raise ConfigError(
+            f"{kind} has no norm slot behind its last block, where logit_scale would go. Give its head a cap of its own "
+            f"instead: overrides={{{names.head!r}: ...}}."
+        )
+    gated = any({"gate", "gate_up"} & layer.mlp.linears.keys() for layer in names.layers)
+    if config.activation is not None and gated:
+        raise ConfigError(
+            f"{kind} has gated MLPs, whose products need their own activation: leave activation={config.activation!r} out."
+        )
+    if isinstance(config.residual, tuple) and architecture.parallel:
+        raise ConfigError(
+            f"{kind} runs attention and MLP in parallel, so they share one step: residual takes one number."
+        )
+    if config.position_bias is None:
+        return
+    if architecture.patches:
+        raise ConfigError(f"position_bias counts tokens, and {kind} has patches of an image: leave it out.")
+    attention = getattr(model.config, "_attn_implementation", "sdpa")
+    if attention not in ("sdpa", None):
+        raise ConfigError(
+            f"{kind} attends by {attention!r}, and position_bias needs scaled_dot_product_attention: build or load the "
+            'model with attn_implementation="sdpa", if transformers lets it.'
         )
 
 
@@ -162,6 +192,7 @@ def _check_nothing_left_over(model: nn.Module, names: Parts) -> None:
     rows = [(name, table_of(model, name)) for _, name in names.tables()]
     described |= {name for name, table in rows if not isinstance(table, RowParameter)}
     bare = {name for name, table in rows if isinstance(table, RowParameter)} | {*names.architecture.unused}
+    described |= {f"{layer.attention.module}.position_bias" for layer in names.layers}
     for name, _ in model.named_parameters():
         owner = name.rpartition(".")[0]
         if owner not in described and name not in bare:

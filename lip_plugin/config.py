@@ -26,6 +26,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "norms": (None, "remove", "keep"),
     "biases": ("keep", "drop"),
     "init": ("auto", "orthogonal", "keep"),
+    "position_bias": (None, "learned", "alibi"),
+    "activation": (None, "abs"),
 }
 
 
@@ -46,9 +48,12 @@ class LipschitzConfig:
             `"keep"` (caps only; the certificate stays honest and is usually astronomically large).
             None means remove, but refuses a model whose weights were loaded from somewhere,
             because a pretrained model is a function of its norms.
-        residual: a in x <- (1-a) x + a f(x); None is the paper's 1/(2L) for L layers, or 1/(L+1) where
-            attention and MLP run in parallel and their mean is f.
-        attention_scale: attention logits are attention_scale * q.k / d_head.
+        residual: a in x <- (1-a) x + a f(x), or one of attention and one of MLPs; None is the paper's 1/(2L) for L
+            layers, or 1/(L+1) where attention and MLP run in parallel and their mean is f.
+        attention_scale: attention logits are attention_scale * q.k / d_head. 0 leaves attention by position alone,
+            which needs `position_bias`; the weights of q and k are then not trained.
+        position_bias: add to every attention logit a bias that depends on head and offset only: `"learned"`, starting as
+            ALiBi, or `"alibi"`, fixed. It costs nothing in the certificate. Needs scaled_dot_product_attention.
         value_scale: factor on the attention branch's output (the paper's 1/3).
         embedding_max: bound on the token norm of what enters the first block; its tables (tokens,
             learned positions, token types; of images patches and positions) share it equally.
@@ -57,6 +62,10 @@ class LipschitzConfig:
         gate_max: c of c tanh(z / c) on every entry of both factors of a gated MLP (llama and its kin); None
             leaves them as they are. Products of entries are what makes such an MLP steep: a bound from caps
             then costs a factor of sqrt(d), with gate_max of 2 gate_max. Not with adapters on these layers.
+        activation: `"abs"`: the absolute value in place of the MLP's own activation. Its slopes are 1 and -1, so it
+            keeps the norm of what passes and of its gradient, where a gelu halves both. Not for gated MLPs.
+        logit_scale: factor on what enters the head, so on the logits, and on their bound: an inverse temperature that the
+            weights need not learn. Predictions and certified radii do not depend on it, training does.
         biases: `"keep"` (measured, and part of the certificate) or `"drop"` (fixed at zero).
         untie_head: give a head that is tied to the embedding its own copy; the two have
             different constraints, so False refuses such a model.
@@ -72,12 +81,15 @@ class LipschitzConfig:
     overrides: Mapping[str, float] = field(default_factory=dict)
     granularity: str = "head"
     norms: str | None = None
-    residual: float | None = None
+    residual: float | tuple[float, float] | None = None
     attention_scale: float = 1.0
     value_scale: float = 1.0 / 3.0
     embedding_max: float = 1.0
     pixel_max: float = 1.0
     gate_max: float | None = None
+    position_bias: str | None = None
+    activation: str | None = None
+    logit_scale: float = 1.0
     biases: str = "keep"
     untie_head: bool = True
     init: str = "auto"
@@ -89,8 +101,20 @@ class LipschitzConfig:
                 raise ConfigError(
                     f"LipschitzConfig({name}={value!r}): choose one of {', '.join(map(repr, choices))}."
                 )
-        for name in ("w_max", "attention_scale", "value_scale", "embedding_max", "pixel_max"):
+        for name in ("w_max", "value_scale", "embedding_max", "pixel_max", "logit_scale"):
             _check_positive(name, getattr(self, name))
+        if self.attention_scale != 0 or isinstance(self.attention_scale, bool):
+            _check_positive("attention_scale", self.attention_scale)
+        elif self.position_bias is None:
+            raise ConfigError(
+                "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a position_bias, 'learned' or 'alibi'."
+            )
+        chosen = [n for n in ("position_bias", "activation") if getattr(self, n) is not None]
+        if self.norms == "keep" and (chosen or self.logit_scale != 1):
+            raise ConfigError(
+                f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms='keep'): parts of the recipe that removes norms; a "
+                "model that keeps them keeps its own attention, activations and logits."
+            )
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
         if not isinstance(self.untie_head, bool):
@@ -102,16 +126,17 @@ class LipschitzConfig:
         object.__setattr__(self, "overrides", dict(self.overrides))
         if self.gate_max is not None:
             _check_positive("gate_max", self.gate_max)
+        if isinstance(self.residual, (list, tuple)):
+            object.__setattr__(self, "residual", tuple(self.residual))
         if self.residual is not None:
-            _check_positive("residual", self.residual)
-            if self.residual >= 1:
-                raise ConfigError(
-                    f"LipschitzConfig(residual={self.residual}): a in (1-a) x + a f(x) must lie in (0, 1)."
-                )
+            _check_residual(self.residual)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of JSON types."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if isinstance(self.residual, tuple):
+            values["residual"] = list(self.residual)
+        return values
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal config."""
@@ -139,6 +164,18 @@ class LipschitzConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"not a LipschitzConfig: {error}") from error
         return cls.from_dict(values)
+
+
+def _check_residual(residual: Any) -> None:
+    weights = residual if isinstance(residual, tuple) else (residual,)
+    if isinstance(residual, tuple) and len(residual) != 2:
+        raise ConfigError(f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP).")
+    for a in weights:
+        _check_positive("residual", a)
+        if a >= 1:
+            raise ConfigError(
+                f"LipschitzConfig(residual={residual}): a in (1-a) x + a f(x) must lie in (0, 1)."
+            )
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The modules that a retrofit leaves in a model: constrained leaves, constants, scaled activations.
+"""The modules that a retrofit leaves in a model: constrained leaves, constants, hooks that scale.
 
 Constrained layers are made by changing the class of the layer that is there, so its Parameters,
 hooks, device, dtype and forward stay the very same objects. All constants are python floats:
@@ -8,7 +8,7 @@ non-persistent buffers are garbage after a load through the meta device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,16 +16,6 @@ from torch import Tensor, nn
 
 from lip_plugin.blocks import Layout
 from lip_plugin.errors import UnsupportedModelError
-
-# Largest slopes, rounded up at the last digit; tests/test_modules.py recomputes them in float64.
-# gelu (erf): at x = sqrt(2); gelu (tanh form): near x = 1.4; silu: near x = 2.4.
-SLOPE_UPPER = {
-    "relu": 1.0,
-    "tanh": 1.0,
-    "gelu": 1.12890415,
-    "gelu_tanh": 1.12899307,
-    "silu": 1.09983933,
-}
 
 
 class Constrained:
@@ -212,30 +202,6 @@ class ConstantScale(nn.Module):
         return f"scale={self.scale:.6g}"
 
 
-class ScaledActivation(nn.Module):
-    """x -> act(x) / slope, with slope an upper bound of act's largest slope: 1-Lipschitz.
-
-    Args:
-        act: the activation module or function as the model had it.
-        kind: its name in SLOPE_UPPER.
-    """
-
-    def __init__(self, act: Callable[[Tensor], Tensor], kind: str) -> None:
-        super().__init__()
-        if kind not in SLOPE_UPPER:
-            raise UnsupportedModelError(
-                f"activation {kind!r} has no proven slope; known: {', '.join(SLOPE_UPPER)}."
-            )
-        self.act = act
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) * (1.0 / SLOPE_UPPER[self.kind])
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind}, slope=1/{SLOPE_UPPER[self.kind]}"
-
-
 class BranchScale:
     """Forward hook: scales a branch's output (the first entry, if it returns a tuple).
 
@@ -328,41 +294,3 @@ def set_entry_cap_(module: nn.Module, cap: float | None, width: int | None = Non
             del module._forward_hooks[key]
     if cap is not None:
         module.register_forward_hook(EntryCap(cap, width))
-
-
-# What each kind computes: the function that its slope is proven for.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
-# The classes we read the source of. A look-alike (ClippedGELU, QuickGELU, a trainable one) is not here.
-_ACTIVATION_CLASSES = {
-    "torch.nn.modules.activation": {"ReLU", "Tanh", "GELU", "SiLU"},
-    "transformers.activations": {
-        *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
-        *("SiLUActivation", "AccurateGELUActivation"),
-    },
-}
-
-
-def activation_kind(act: Any) -> str | None:
-    """Name in SLOPE_UPPER of the function this module computes; None if it is not a known one.
-
-    The class must be on the list above; which of its forms it computes is then told by its values
-    on [-30, 30], because one class has several (nn.GELU's `approximate`).
-    """
-    if isinstance(act, ScaledActivation):
-        return act.kind
-    cls = type(act)
-    if cls.__name__ not in _ACTIVATION_CLASSES.get(cls.__module__, ()):
-        return None
-    probe = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64, device="cpu")  # also within a meta context
-    with torch.no_grad():
-        values = act(probe)
-    for kind, reference in ACTIVATIONS.items():
-        if torch.allclose(values, reference(probe), rtol=0.0, atol=1e-9):
-            return kind
-    return None

@@ -6,13 +6,14 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lip_plugin.architecture import Architecture, find_family
 from lip_plugin.blocks import RMS_TO_RMS, ROW, Layout, Segment, whole
 from lip_plugin.checks import check_model, norms_are_gone
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, UnsupportedModelError
+from lip_plugin.frozen import UNUSED_SHARE, untrained, zero_and_freeze_
 from lip_plugin.initial import init_orthogonal_
 from lip_plugin.modules import (
     Constrained,
@@ -88,11 +89,12 @@ def retrofit(
     _plan_caps(plan, model, names, config)
     if config.norms != "keep":
         plan_constants(plan, model, names, config)
-    if config.biases == "drop":
-        _plan_drop_biases(plan, model, names)
     fresh = fresh and config.norms == "remove"
     if not _loading and (config.init == "orthogonal" or (config.init == "auto" and fresh)):
         plan.add("init", "orthogonal blocks, zero output maps", lambda: init_orthogonal_(model))
+    for name, p, zero in untrained(model, names, config):
+        what = "fixed at zero" if zero else "not trained"
+        plan.add(name, what, lambda p=p, zero=zero: zero_and_freeze_(p, zero))  # type: ignore[misc]
     report = plan.carry_out()
     model.__dict__[_MARK] = RetrofitState(config, family.architecture)
     family.on_retrofit(model, config)
@@ -145,7 +147,11 @@ def _plan_caps(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConf
     interleaved = names.architecture.attention.interleaved
     tables = names.tables()
     # what enters the first block: one row of each table; of images, a patch (or `first`) and a position
-    share = config.embedding_max / (2 if names.architecture.patches else len(tables))
+    shared = [role for role, _ in tables if role != "position" or config.position_bias is None]
+    share = config.embedding_max / (2 if names.architecture.patches else len(shared))
+    unused = config.embedding_max * UNUSED_SHARE
+    if len(shared) < len(tables):
+        share *= 1.0 - UNUSED_SHARE
     for role, name in names.linears():
         module: Any = model.get_submodule(name)
         cap = cap_of(name, config, default=share / config.pixel_max if role == "patch" else None)
@@ -154,7 +160,8 @@ def _plan_caps(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConf
     for role, name in tables:
         module = table_of(model, name)
         rows = module.weight.numel() // module.weight.shape[-1]
-        _plan_constrain(plan, name, module, whole(role, rows, cap_of(name, config, default=share), norm=ROW))
+        cap = cap_of(name, config, default=share if role in shared else unused)
+        _plan_constrain(plan, name, module, whole(role, rows, cap, norm=ROW))
 
 
 def _plan_constrain(plan: Plan, name: str, module: Any, layout: Layout) -> None:
@@ -213,13 +220,6 @@ def linear_layout(
         segments.append(Segment(r, start, count, rows // count, cap))
         start += rows
     return Layout(RMS_TO_RMS, transposed, tuple(segments))
-
-
-def _plan_drop_biases(plan: Plan, model: nn.Module, names: Parts) -> None:
-    for _, name in names.linears():
-        bias = model.get_submodule(name).bias
-        if isinstance(bias, Tensor):
-            plan.add(name, "bias fixed at zero", lambda b=bias: b.requires_grad_(False).data.zero_())  # type: ignore[misc]
 
 
 __all__ = ["Constrained", "RetrofitReport", "RetrofitState", "find_retrofit", "release", "retrofit"]

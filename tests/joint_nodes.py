@@ -10,6 +10,7 @@ import torch
 from oracles import rand, rms
 from torch import Tensor, nn
 
+from lip_plugin.activation import ACTIVATIONS, ScaledActivation
 from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.graph import (
     Activation,
@@ -25,7 +26,6 @@ from lip_plugin.certificate.graph import (
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.upper import INF, to_float, up
 from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
-from lip_plugin.modules import ACTIVATIONS, ScaledActivation
 
 EXACT = 1 + 1e-9  # secants over 2e-5 of the radius in float64, sizes near 1: good to 1e-10
 TIGHT = 1 + 1e-5  # sigma_max_upper of small matrices is 5e-7 high, and a rule has three such factors

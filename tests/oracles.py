@@ -247,7 +247,7 @@ class Recipe:
 
     x <- (1-a) x + a f(x); logits attention_scale q.k / d_head; attention's output times value_scale;
     activation over its largest slope; no norm, softcap or multiplier anywhere. Parallel branches: f is
-    their mean. Nothing of lip_plugin is used.
+    their mean. A table of position biases, if there is one, is added to the logits. Nothing of lip_plugin is used.
     """
 
     def __init__(
@@ -255,9 +255,11 @@ class Recipe:
         family: str,
         model: nn.Module,
         *,
-        residual: float | None = None,
+        residual: float | tuple[float, float] | None = None,
         logits: float = 1.0,
         values: float = 1 / 3,
+        logit_scale: float = 1.0,
+        activation: str | None = None,
     ) -> None:
         self.family, self.spec = family, SPECS[family]
         self.model, self.w = model, dict(model.named_parameters(remove_duplicate=False))
@@ -267,8 +269,10 @@ class Recipe:
         self.kv_heads = (not old and getattr(c, "num_key_value_heads", None)) or self.heads
         self.layers = c.n_layer if old else c.num_hidden_layers
         default = 1.0 / (self.layers + 1) if self.spec.parallel else 1.0 / (2 * self.layers)
-        self.a = residual if residual is not None else default
-        self.logits, self.values = logits, values
+        a = residual if residual is not None else default
+        self.a = a if isinstance(a, tuple) else (a, a)
+        self.logits, self.values, self.activation = logits, values, activation
+        self.logit_scale = logit_scale
 
     def linear(self, name: str, x: Tensor, bias: float = 1.0) -> Tensor:
         w = self.w[f"{name}.weight"]
@@ -276,7 +280,7 @@ class Recipe:
         return y + bias * self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        a, x = self.a, self.enter(inputs)
+        (a, b), x = self.a, self.enter(inputs)
         for i in range(self.layers):
             layer = self.spec.layer.format(i)
             if self.spec.parallel:
@@ -284,8 +288,8 @@ class Recipe:
                 x = (1 - a) * x + a * f
             else:
                 x = (1 - a) * x + a * self.values * self.attention(layer, x, i)
-                x = (1 - a) * x + a * self.mlp(layer, x, i)
-        return self.leave(x)
+                x = (1 - b) * x + b * self.mlp(layer, x, i)
+        return self.leave(self.logit_scale * x)
 
     def enter(self, inputs: Tensor) -> Tensor:
         if self.family == "vit":
@@ -331,13 +335,17 @@ class Recipe:
         # nanoGPT has no logit scale to set: its attention input is scaled by s instead, and the output
         # by 1/s, so a bias inside counts 1/s times. The others' biases count once.
         bias = 1.0
-        if self.family == "nanogpt":
+        if self.family == "nanogpt" and self.logits:
             bias = (math.sqrt(x.shape[-1] // self.heads) / self.logits) ** 0.5
         q, k, v = self.split(layer, x, bias)
         if self.spec.rotary:
             q, k = self.rotate(q, i), self.rotate(k, i)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         scores = self.logits * (q @ k.mT) / q.shape[-1]
+        name = f"{layer}{self.spec.attention}position_bias.weight"
+        if name in self.w:
+            behind = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+            scores = scores + self.w[name][:, behind.clamp_min(0) if self.spec.causal else behind.abs()]
         mixed = scores.masked_fill(self.unseen(x.shape[1], i), -math.inf).softmax(-1) @ v
         name = f"{layer}{self.spec.attention}{self.spec.out}"
         return self.linear(name, mixed.transpose(1, 2).flatten(2), bias)
@@ -375,12 +383,14 @@ class Recipe:
         # model carries: x / c, or x itself with norms behind the sum
         bias = 1.0
         if self.family == "opt":
-            bias = (1 - self.a) ** (2 * i + 2) / self.a
+            bias = ((1 - self.a[0]) * (1 - self.a[1])) ** (i + 1) / self.a[1]
         elif self.family.startswith("opt"):
-            bias = (1 - self.a) / self.a
+            bias = (1 - self.a[1]) / self.a[1]
         return self.linear(f"{layer}{self.spec.mlp}{self.spec.down}", hidden, bias)
 
     def act(self, x: Tensor) -> Tensor:
+        if self.activation == "abs":
+            return x.abs()
         return {
             GELU: lambda: F.gelu(x) / 1.12890415,
             GELU_TANH: lambda: F.gelu(x, approximate="tanh") / 1.12899307,

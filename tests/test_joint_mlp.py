@@ -28,6 +28,7 @@ from joint_nodes import (
     unit,
 )
 
+from lip_plugin.activation import ACTIVATIONS, REPLACEMENTS, SLOPE_UPPER
 from lip_plugin.certificate import joint
 from lip_plugin.certificate.graph import (
     Activation,
@@ -36,12 +37,14 @@ from lip_plugin.certificate.graph import (
     Scale,
 )
 from lip_plugin.certificate.joint import MlpResidual
-from lip_plugin.modules import ACTIVATIONS, SLOPE_UPPER
+
+# the absolute value has no linear half: MlpResidual leaves it to the plain rule
+HALVED = sorted(SLOPE_UPPER.keys() - REPLACEMENTS.keys())
 
 # ---- MLP with its residual -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(SLOPE_UPPER))
+@pytest.mark.parametrize("kind", HALVED)
 def test_odd_parts_of_activations_are_as_small_and_flat_as_the_proof_says(kind: str) -> None:
     """e(z) = f(z) - z / 2: abs(e) <= abs(z) / 2, and abs(e') <= slope - 1/2 on a grid of 1e-3."""
     z = torch.linspace(-40, 40, 80001, dtype=torch.float64, requires_grad=True)
@@ -51,7 +54,7 @@ def test_odd_parts_of_activations_are_as_small_and_flat_as_the_proof_says(kind: 
     assert float((slope - 0.5).abs().max()) <= SLOPE_UPPER[kind] - 0.5 + 1e-15
 
 
-@pytest.mark.parametrize("kind", sorted(SLOPE_UPPER))
+@pytest.mark.parametrize("kind", HALVED)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_mlp_with_its_residual_is_attained_where_the_slope_is_extreme(
@@ -83,7 +86,7 @@ def test_mlp_with_its_residual_is_attained_where_the_slope_is_extreme(
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(sorted(SLOPE_UPPER)),
+    st.sampled_from(HALVED),
     st.booleans(),
     st.integers(1, 7),
     st.sampled_from([-1.3, 0.4, 1.0]),
@@ -184,7 +187,7 @@ def test_the_gate_rule_is_attained_where_single_norms_are_ten_times_too_large() 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(sorted(SLOPE_UPPER)),
+    st.sampled_from(HALVED),
     st.booleans(),
     st.integers(1, 7),
     st.sampled_from(["random", "same", "rank one", "uneven"]),

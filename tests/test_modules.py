@@ -13,17 +13,15 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from lip_plugin.activation import SLOPE_UPPER, ScaledActivation, activation_kind
 from lip_plugin.blocks import RMS_TO_RMS, ROW, Layout, Segment, clamp_rows_, whole
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
-    SLOPE_UPPER,
     BranchScale,
     ConstantScale,
     Constrained,
     ConstrainedEmbedding,
     ConstrainedLinear,
-    ScaledActivation,
-    activation_kind,
     branch_scale,
     constrain_,
     constrained_modules,
@@ -39,6 +37,7 @@ ACTIVATIONS = {
     "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU(approximate="tanh"),
     "silu": nn.SiLU(),
+    "abs": torch.abs,
 }
 
 
@@ -77,7 +76,7 @@ def test_slope_bounds_are_above_the_largest_slope_and_within_a_millionth_of_it(k
     assert SLOPE_UPPER[kind] - largest <= 1.1e-8
 
 
-@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "abs"])
 def test_what_the_radius_rule_uses_holds_too(kind):
     """abs(f(z)) <= abs(z): activations do not lengthen a token."""
     z = torch.linspace(-50.0, 50.0, 200_001, dtype=torch.float64)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lip_plugin.certificate.graph import Bound, Linear, Norm, Norms, Scale, Watch, rms
 from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, mul, norm2, root, up
+from lip_plugin.position import OffsetBias
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Attention:
         whole_norms: the norms of q and k are over all heads together, not over each.
         softcap: c of c tanh(logit / c), for turned keys only; None for none.
         causal, window: which tokens a query sees in `run`; no bound depends on it.
+        bias: what position adds to the logits, in `run`; no Lipschitz constant depends on it. tau is 0 if it is all.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Attention:
     softcap: float | None = None
     causal: bool = True
     window: int | None = None
+    bias: OffsetBias | None = None
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         outputs = {id(p.linear): p.linear for p in (self.q, self.k, self.v)}
@@ -94,10 +97,18 @@ class Attention:
         logits = self.tau * q @ k.transpose(-1, -2)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = self.biased(logits)
         weights = logits.masked_fill(self._hidden(logits), float("-inf")).softmax(-1)
         if watch is not None:
             watch.attention(weights)
         return (weights @ v).transpose(-3, -2).flatten(-2)
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """The logits [..., heads, tokens, tokens] with what position adds."""
+        if self.bias is None:
+            return logits
+        positions = torch.arange(logits.shape[-1], device=logits.device)
+        return logits + self.bias(positions, positions).detach().to(logits.dtype)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q = q if self.q_norm is None else self.q_norm.run(q)
@@ -177,10 +188,11 @@ class Attention:
         return Bound(radius, mul(min(apart, together), factor))
 
     def logit_bound(self, r: Decimal, norms: Norms) -> Decimal:
-        """B such that all logits of every row lie, up to a common shift, in [-B, B]."""
+        """B such that all logits of every row lie, up to a common shift, in [-B, B], biases by position included."""
         q = self.sizes(self.q, r, norms, self.q_norm)
         k = self.sizes(self.k, r, norms, self.k_norm)
-        return mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes, strict=True)))
+        content = mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes, strict=True)))
+        return content if self.bias is None else add(content, up(self.bias.spread() / 2))
 
 
 @dataclass(frozen=True)

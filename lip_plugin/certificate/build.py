@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lip_plugin.activation import activation_kind
 from lip_plugin.architecture import Architecture, Family, find_family
 from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.entry import Entry, entry_of
@@ -19,13 +20,13 @@ from lip_plugin.certificate.nodes import First, Parallel, Rotary, Softcap
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
-    activation_kind,
     branch_scale,
     entry_cap,
     input_scale,
     table_of,
 )
 from lip_plugin.parts import BranchParts, LayerParts, Parts, parts
+from lip_plugin.position import position_bias
 from lip_plugin.recipe import head_dim, owner_of
 from lip_plugin.surgery import find_retrofit
 
@@ -254,10 +255,17 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
     if described.scaling:
         owner, attribute = owner_of(root, branch.module, described.scaling)
         tau = float(getattr(owner, attribute))
+    bias = position_bias(module)
+    if bias is not None and not bias.content:
+        tau = 0.0
     softcap = getattr(module, described.softcap) if described.softcap else None
     if softcap is not None and not names.rotary:
         raise UnsupportedModelError(
             f"{branch.module} caps logits of unturned keys: no rule is proven for that."
+        )
+    if softcap is not None and bias is not None:
+        raise UnsupportedModelError(
+            f"{branch.module} caps logits and biases them: no rule is proven for that."
         )
     kind = getattr(module, described.layer_type) if described.layer_type else None
     qk: list[Any] = [_slot(root, name) for name in branch.qk_norms] or [None, None]
@@ -277,6 +285,7 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
         softcap=None if softcap is None else float(softcap),
         causal=described.causal,
         window=_window(root, module),
+        bias=bias,
     )
     out = linear_of(root, "out", branch.linears["out"])
     return _branch(root, names, layer, branch, [AttentionOut(branch.module, [attention, out])])

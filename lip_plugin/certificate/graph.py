@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lip_plugin.activation import ACTIVATIONS, SLOPE_UPPER, ScaledActivation
 from lip_plugin.certificate.upper import INF, ONE, add, div, mul, root, up
 from lip_plugin.linalg.norms import row_rms_max_upper
-from lip_plugin.modules import ACTIVATIONS, SLOPE_UPPER, ScaledActivation
 
 
 @dataclass(frozen=True)

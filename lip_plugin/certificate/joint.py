@@ -15,6 +15,7 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
+from lip_plugin.activation import REPLACEMENTS
 from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.graph import (
     Activation,
@@ -226,6 +227,8 @@ class MlpResidual(Residual):
             elif isinstance(node, Activation):
                 act = node
         assert act is not None
+        if act.kind in REPLACEMENTS:
+            return None  # no f(z) - z / 2 that is smaller and flatter than f
         return linears[0], act, linears[1], scales
 
     def measure(self, norms: Norms) -> AffineNorms | None:

@@ -32,10 +32,13 @@ from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError
 
+# Change of slope at 0, of functions that are linear elsewhere.
+_KINKS = {"relu": 1.0, "abs": 2.0}
 # Largest second derivatives, rounded up; tests/test_local.py recomputes them in float64. gelu (both
 # forms) and silu at 0 (2 phi(0), sqrt(2/pi), 1/2), tanh at atanh(1/sqrt(3)) (4 / (3 sqrt(3))).
 CURVATURE_UPPER = {
     "relu": math.inf,
+    "abs": math.inf,
     "tanh": 0.76980036,
     "gelu": 0.79788457,
     "gelu_tanh": 0.79788457,
@@ -105,9 +108,12 @@ def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Te
     y, slope = node.run(x), to_float(node.slope())
     size, entry = movement.total(local), movement.entry(local)
     if local.remainders is not None:
-        two, one = _curved(node, x, size, entry)
         sums = None
-        if node.kind != "relu" and node.cap is None:
+        if node.kind in _KINKS and node.cap is None:
+            two, one = _kinked(node, x, movement, local)
+        else:
+            two, one = _curved(node, x, size, entry)
+        if node.kind not in _KINKS and node.cap is None:
             # sum over tokens of size_t^2 and of entry_t size_t, by Cauchy-Schwarz
             half = 0.5 * CURVATURE_UPPER[node.kind] * to_float(node.factor)
             joint = movement.joint(local)
@@ -120,15 +126,31 @@ def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Te
 def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
     """(2-norm, 1-norm) of f(z + dz) - f(z) - f'(z) dz, for norm2(dz) <= size, entries at most `entry`."""
     slope, factor = to_float(node.slope()), to_float(node.factor)
-    if node.kind == "relu":  # only entries that can cross the kink, and by what they go beyond it
-        beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0)
-        one = beyond.sum(-1) * factor
-        two = torch.minimum(torch.linalg.vector_norm(beyond, dim=-1) * factor, slope * size)
+    if node.kind in _KINKS:  # in a gate: every entry may move as far as the largest does
+        beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0) * (_KINKS[node.kind] * factor)
+        two, one = torch.linalg.vector_norm(beyond, dim=-1), beyond.sum(-1)
     else:
         half = 0.5 * CURVATURE_UPPER[node.kind] * factor
         two, one = half * entry * size, half * size.square()
     capped_two, capped_one = _cap_curved(node.cap, slope * size, slope * entry)
     return torch.minimum(two + capped_two, 2.0 * slope * size), one + capped_one
+
+
+def _kinked(node: Activation, z: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Tensor]:
+    """The same where f is linear but for a kink at 0: only entries that can cross it count.
+
+    Behind it they are off by the change of slope times the way beyond, where an entry moves as far as its own row
+    lets it. One eps after the other: hidden widths make the entries many.
+    """
+    factor, z = _KINKS[node.kind] * to_float(node.factor), z.detach().abs()
+    two, one = [], []
+    for i in range(movement.terms[0].size.shape[0]):
+        some = Movement(tuple(Term(t.key, t.matrix, t.size[i]) for t in movement.terms))
+        beyond = (some.entries(local) - z).clamp_min_(0.0)
+        one.append(beyond.sum(-1) * factor)
+        two.append(torch.linalg.vector_norm(beyond, dim=-1) * factor)
+    most = 2.0 * to_float(node.slope()) * movement.total(local)
+    return torch.minimum(torch.stack(two), most), torch.stack(one)
 
 
 def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:

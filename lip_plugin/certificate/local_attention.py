@@ -46,6 +46,7 @@ def _(node: Attention, x: Tensor, movement: Movement, local: Local) -> tuple[Ten
     logits = node.tau * q.centre @ k.centre.mT
     if node.softcap is not None:
         logits = node.softcap * torch.tanh(logits / node.softcap)
+    logits = node.biased(logits)
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     y = (weights @ v.centre).transpose(-3, -2).flatten(-2)
     _compare(node, x, y)

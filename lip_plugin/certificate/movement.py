@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.graph import Linear
-from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
+from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.linalg.spectrum import gamma
 
+_UP = 1 + 1e-12  # more than sums of a few thousand float64 squares can be off
 Key = tuple[int, ...]  # ids of the nodes whose weights are in a product; names of fused maps may repeat
 
 
@@ -84,12 +85,16 @@ class Local:
 
     def row(self, key: Key, matrix: Matrix) -> Tensor:
         """Largest 2-norm of a row, from above."""
+        return self.rows(key, matrix).amax()
+
+    def rows(self, key: Key, matrix: Matrix) -> Tensor:
+        """2-norm of each row, from above."""
         if matrix.value is None:
-            return torch.ones((), dtype=torch.float64)
-        if ("row", 1, key) not in self._norms:
-            width = matrix.value.shape[1] ** 0.5
-            self._norms["row", 1, key] = row_rms_max_upper(matrix.value) * width + matrix.error
-        return self._norms["row", 1, key]
+            return torch.ones(1, dtype=torch.float64)
+        if ("rows", 1, key) not in self._norms:
+            norms = torch.linalg.vector_norm(matrix.value, dim=-1) * _UP
+            self._norms["rows", 1, key] = norms + matrix.error
+        return self._norms["rows", 1, key]
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,10 @@ class Movement:
     def entry(self, local: Local) -> Tensor:
         """Bound on the largest entry of the movement, [eps, batch, tokens]."""
         return sum_of([t.size * local.row(t.key, t.matrix) for t in self.terms])
+
+    def entries(self, local: Local) -> Tensor:
+        """Bound on each entry of the movement, [eps, batch, tokens, d]."""
+        return sum_of([t.size.unsqueeze(-1) * local.rows(t.key, t.matrix) for t in self.terms])
 
     def joint(self, local: Local) -> Tensor:
         """Bound on the 2-norm of the movement over all tokens together, [eps, batch]."""

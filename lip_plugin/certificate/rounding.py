@@ -212,6 +212,8 @@ def _(node: Attention, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> D
         mul(q, e_k), mul(k, e_q), mul(e_q, e_k), mul(a.sum_of(node.d_head), add(q, e_q), add(k, e_k))
     )
     eps = mul(tau, add(logits, mul(a.units(_FUNCTION + 8), add(q, e_q), add(k, e_k))))
+    if node.bias is not None:  # rounded once as stored in the logits' dtype, and once in the sum
+        eps = add(eps, mul(a.units(4), largest(node.bias.weight)))
     share = add(a.sum_of(a.tokens), a.units(_FUNCTION + 4))
     factor = mul(exponential(mul(up(2), eps)), add(ONE, share))
     moved = add(mul(v, add(factor, -ONE) if factor.is_finite() else INF), mul(factor, e_v))

@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.c_attn(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (part.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.resid_dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)))
 
