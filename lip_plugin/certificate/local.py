@@ -27,6 +27,7 @@ from lip_plugin.certificate.graph import (
     capped,
     largest,
 )
+from lip_plugin.certificate.kinks import Kinks
 from lip_plugin.certificate.movement import Local, Movement, Remainder, Term, sum_of
 from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
@@ -108,9 +109,9 @@ def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Te
     y, slope = node.run(x), to_float(node.slope())
     size, entry = movement.total(local), movement.entry(local)
     if local.remainders is not None:
-        sums = None
+        sums = kinks = None
         if node.kind in _KINKS and node.cap is None:
-            two, one = _kinked(node, x, movement, local)
+            two, one, kinks = _kinked(node, x, movement, local)
         else:
             two, one = _curved(node, x, size, entry)
         if node.kind not in _KINKS and node.cap is None:
@@ -119,7 +120,7 @@ def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Te
             joint = movement.joint(local)
             widest = sum_of([t.joint * local.row(t.key, t.matrix) for t in movement.terms])
             sums = half * widest * joint, half * joint.square()
-        record(local, y, two, one, sums)
+        record(local, y, two, one, sums, kinks)
     return y, Movement.ball(slope * size, slope * movement.joint(local))
 
 
@@ -136,7 +137,7 @@ def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[T
     return torch.minimum(two + capped_two, 2.0 * slope * size), one + capped_one
 
 
-def _kinked(node: Activation, z: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Tensor]:
+def _kinked(node: Activation, z: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Tensor, Kinks]:
     """The same where f is linear but for a kink at 0: only entries that can cross it count.
 
     Behind it they are off by the change of slope times the way beyond, where an entry moves as far as its own row
@@ -149,8 +150,10 @@ def _kinked(node: Activation, z: Tensor, movement: Movement, local: Local) -> tu
         beyond = (some.entries(local) - z).clamp_min_(0.0)
         one.append(beyond.sum(-1) * factor)
         two.append(torch.linalg.vector_norm(beyond, dim=-1) * factor)
-    most = 2.0 * to_float(node.slope()) * movement.total(local)
-    return torch.minimum(torch.stack(two), most), torch.stack(one)
+    total = movement.total(local)
+    most = torch.minimum(torch.stack(two), 2.0 * to_float(node.slope()) * total)
+    sizes, norms = zip(*((t.size, local.rows(t.key, t.matrix)) for t in movement.terms), strict=True)
+    return most, torch.stack(one), Kinks(z, sizes, norms, total, factor)
 
 
 def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,10 +211,15 @@ def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def record(
-    local: Local, y: Tensor, two: Tensor, one: Tensor, sums: tuple[Tensor, Tensor] | None = None
+    local: Local,
+    y: Tensor,
+    two: Tensor,
+    one: Tensor,
+    sums: tuple[Tensor, Tensor] | None = None,
+    kinks: Kinks | None = None,
 ) -> None:
     """Remember a remainder; sizes without a head axis get one."""
     assert local.remainders is not None
     if two.dim() == 3:
         two, one = two.unsqueeze(-1), one.unsqueeze(-1)
-    local.remainders.append(Remainder(y, two, one, sums))
+    local.remainders.append(Remainder(y, two, one, sums, kinks))

@@ -23,6 +23,7 @@ import lip_plugin.certificate.local_attention  # noqa: F401  its rule is registe
 from lip_plugin.certificate.balls import Ball
 from lip_plugin.certificate.build import Graph
 from lip_plugin.certificate.graph import Chain, Linear, Norms, Scale
+from lip_plugin.certificate.kinks import Kinks
 from lip_plugin.certificate.local import move
 from lip_plugin.certificate.measure import weight_norms
 from lip_plugin.certificate.movement import Local, Remainder, sum_of, weight
@@ -165,6 +166,7 @@ class Linearized:
         self.points: list[Remainder] = []
         two: list[list[Tensor]] = []
         sums: list[list[Tensor]] = []
+        kinks: list[list[Kinks | None]] = []
         for i, some in enumerate(certifier.chunks_of_eps(x)):
             certifier.local.remainders = []
             with torch.set_grad_enabled(i == 0):
@@ -173,10 +175,14 @@ class Linearized:
                 if i == 0:
                     self.points, self.logits = certifier.local.remainders, certifier.head.run(y)
             two.append([torch.stack([r.two, r.one]).detach() for r in certifier.local.remainders])
+            kinks.append([r.kinks for r in certifier.local.remainders])
             sums.append([_sums_of(r).detach() for r in certifier.local.remainders])
         certifier.local.remainders = None
         # per node [2, eps, batch, tokens, heads]: 2-norms and 1-norms
         self.sizes = [torch.cat(of, 1) for of in zip(*two, strict=True)]
+        self.kinks = [
+            None if of[0] is None else of[0].joined(list(of[1:])) for of in zip(*kinks, strict=True)
+        ]
         self.sums = [torch.cat(of, 1) for of in zip(*sums, strict=True)]  # [2, eps, batch], over tokens
 
     def moved(self, picked: list[tuple[int, int, int]], prediction: Tensor) -> list[Tensor]:
@@ -187,10 +193,14 @@ class Linearized:
             torch.stack(margins).sum(), wanted, retain_graph=True, allow_unused=True
         )
         moved = self.eps[:, None] * self.ball.dual(first)
-        for gradient, point, size, sums in zip(others, self.points, self.sizes, self.sums, strict=True):
+        at_points = zip(others, self.points, self.sizes, self.sums, self.kinks, strict=True)
+        for gradient, point, size, sums, kinks in at_points:
             if gradient is not None:
                 two, one = point.norms(gradient)
-                part = torch.minimum(_times(two, size[0]), _times(one, size[1])).sum((-1, -2))
+                apart = torch.minimum(_times(two, size[0]), _times(one, size[1]))
+                if kinks is not None:
+                    apart = torch.minimum(apart, kinks.price(gradient).unsqueeze(-1))
+                part = apart.sum((-1, -2))
                 together = torch.minimum(
                     _times(two.amax((-1, -2)), sums[0]), _times(one.amax((-1, -2)), sums[1])
                 )

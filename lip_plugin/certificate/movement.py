@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.graph import Linear
+from lip_plugin.certificate.kinks import Kinks
 from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.linalg.spectrum import gamma
 
@@ -111,6 +112,7 @@ class Remainder:
     sums: tuple[Tensor, Tensor] | None = (
         None  # bounds on the sums of `two` and of `one` over tokens, [eps, batch]
     )
+    kinks: Kinks | None = None  # where f is linear but for them
 
     def norms(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """(2-norms, largest entries) of a gradient with respect to y, [batch, tokens, heads]."""
