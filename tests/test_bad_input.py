@@ -349,6 +349,18 @@ class TestBelongs:
         with pytest.raises(CertificateError, match="w_max"):
             caps.verify(other)
 
+    def test_one_from_caps_counts_every_capped_weight_by_its_cap_bare_tables_included(self):
+        """Those of vit's class token and positions are Parameters of their own, not layers."""
+        model = tiny("vit")
+        retrofit(model, LipschitzConfig(biases="drop"))
+        caps = certify(model, "caps")
+        moved = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= set(moved)
+        for name, p in model.named_parameters():
+            if name in moved:
+                p.data.mul_(0.7)
+        caps.verify(model)
+
     def test_a_model_without_values_has_no_fingerprint(self):
         with torch.device("meta"):
             model = torch.nn.Linear(2, 2)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.measure import CAP_SLACK
 from lip_plugin.errors import CertificateError, NotRetrofittedError, UnsupportedModelError
-from lip_plugin.modules import Constrained
+from lip_plugin.modules import RowParameter, constrained_modules
 from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import block_norms
 from lip_plugin.surgery import find_retrofit
@@ -117,8 +117,10 @@ def fingerprint(root: nn.Module, source: str = "weights") -> str:
 
 def capped(root: nn.Module) -> dict[str, tuple]:
     """Names of the weights whose blocks are capped, with their layouts as plain data."""
-    modules = ((n, m) for n, m in root.named_modules() if isinstance(m, Constrained))
-    return {f"{name}.weight": module.layout.to_plain() for name, module in modules}
+    return {
+        name if isinstance(module, RowParameter) else f"{name}.weight": module.layout.to_plain()
+        for name, module in constrained_modules(root)
+    }
 
 
 def settings_of(root: nn.Module) -> dict[str, Any]:
