@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -327,6 +328,30 @@ class TestBelongs:
         model.transformer.h[0].mlp.c_fc.bias.data[0] = 0.0
         model.config.n_positions = 128
         with pytest.raises(CertificateError, match="n_positions is 128 and was 64"):
+            certificate.verify(model)
+
+    def test_an_option_that_is_newer_than_the_certificate_must_be_at_its_default(self):
+        """gate_max changes the function and no weight, so a certificate from before there was the option may not fit."""
+
+        def llama(**config):
+            torch.manual_seed(0)
+            model = tiny("llama")
+            retrofit(model, LipschitzConfig(**config))
+            return model
+
+        certificate = certify(llama())
+        settings = {k: v for k, v in certificate.settings["lipschitz"].items() if k != "gate_max"}
+        older = replace(certificate, settings={**certificate.settings, "lipschitz": settings})
+        older.verify(llama())
+        with pytest.raises(CertificateError, match="gate_max is 4.0 and was None"):
+            older.verify(llama(gate_max=4.0))
+
+    def test_a_retrofit_after_the_certificate_is_another_model(self):
+        """Kept norms and kept weights: the same bytes and the same config, but capped gates."""
+        model = tiny("llama")
+        certificate = certify(model)
+        retrofit(model, LipschitzConfig(norms="keep", init="keep", w_max=100.0, gate_max=4.0))
+        with pytest.raises(CertificateError, match="other settings: lipschitz is"):
             certificate.verify(model)
 
     def test_one_from_caps_outlives_a_step_of_capped_weights_and_no_other(self):

@@ -249,7 +249,9 @@ def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
         )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")
-        caps = capped(graph.root)  # by what is constrained, not by name: peft moves a weight to its base_layer
+        caps = capped(
+            graph.root
+        )  # by what is constrained, not by name: peft moves a weight to its base_layer
         free = [n for n, p in graph.root.named_parameters() if n not in caps and p.requires_grad]
         if free:
             lines.append(
