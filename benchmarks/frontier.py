@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_runs import BUDGETS, Run, char_runs, mlp_runs
-from frontier_table import draw, table
+from frontier_tasks.runs import BUDGETS, Run, char_runs, mlp_runs
+from frontier_tasks.table import draw, table
 from tqdm.auto import tqdm
 
 TASKS = {"mlp": mlp_runs, "char": char_runs}
@@ -172,7 +172,7 @@ def work(options: argparse.Namespace) -> None:
         return
     wanted = [(run, seed) for seed in range(options.seeds) for run in runs]
     todo = [(run, seed) for run, seed in wanted if seed not in done(rows, options, run)]
-    task = importlib.import_module(f"frontier_{options.task}") if todo else None
+    task = importlib.import_module(f"frontier_tasks.{options.task}") if todo else None
     for run, seed in tqdm(todo, desc=f"{options.task} {options.budget}"):
         row = one(task, run, seed, options, done(rows, options, run).get(0))
         rows.append(row)

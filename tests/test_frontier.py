@@ -14,10 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import frontier
-import frontier_char
-import frontier_mlp
-from frontier_runs import BUDGETS, RATES, Run, char_runs, mlp_runs
-from frontier_table import draw, front, points, table
+from frontier_tasks import char as frontier_char
+from frontier_tasks import mlp as frontier_mlp
+from frontier_tasks.runs import BUDGETS, RATES, Run, char_runs, mlp_runs
+from frontier_tasks.table import draw, front, points, table
 from oracles import CAP_TOLERANCE
 
 from lip_plugin import LipschitzConfig, certify

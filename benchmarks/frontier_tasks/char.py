@@ -14,10 +14,10 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
-from frontier_runs import Run, Steps
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, certify, retrofit
 from lip_plugin.surgery import find_retrofit
 

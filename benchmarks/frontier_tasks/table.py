@@ -93,7 +93,25 @@ def table(rows: list[dict[str, Any]]) -> str:
             + "".join(f"{c:>7}" for c in cells)
             + "".join(f"{c:>8}" for c in proven)
         )
-    return "\n".join([*lines, f"{len(found)} runs, seeds: {_seeds(found)}"])
+    return "\n".join([*lines, "", *_by_cap(found), f"{len(found)} runs, seeds: {_seeds(found)}"])
+
+
+def _by_cap(found: list[Point]) -> list[str]:
+    """Accuracy and certified accuracy at the middle eps at each cap, so at nearly the same bound from caps."""
+    middle = len(found[0].eps) // 2
+    caps = sorted({p.cap for p in found if p.constrained}, key=float)
+    lines = [
+        f"accuracy / certified accuracy at eps {found[0].eps[middle]:g} (%), by cap",
+        f"{'method':<26} {'optimizer':<14}" + "".join(f"{cap:>13}" for cap in caps),
+    ]
+    for method, optimizer in dict.fromkeys((p.method, p.optimizer) for p in found if p.constrained):
+        at = {p.cap: p for p in found if (p.method, p.optimizer) == (method, optimizer)}
+        cells = [f"{100 * p.accuracy:.1f} /{100 * p.certified[middle]:5.1f}" for p in at.values()]
+        by_cap = dict(zip(at, cells, strict=True))
+        lines.append(
+            f"{method[:26]:<26} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps)
+        )
+    return lines
 
 
 def _seeds(found: list[Point]) -> str:

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from frontier_runs import Run, Steps
 from torch import Tensor, nn
 
+from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig
 from lip_plugin.architecture import Architecture, Attention, Family, Mlp
 from lip_plugin.blocks import whole
