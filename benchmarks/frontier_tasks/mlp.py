@@ -118,7 +118,7 @@ class InputBall:
         return torch.linalg.vector_norm(gradient.flatten(1), dim=-1)
 
     def size(self, change: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(change.double(), dim=(-2, -1), keepdim=True)  # type: ignore[no-any-return]
+        return torch.linalg.vector_norm(change.double(), dim=(-2, -1), keepdim=True)
 
 
 @dataclass(frozen=True)
