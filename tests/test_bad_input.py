@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -329,6 +330,30 @@ class TestBelongs:
         with pytest.raises(CertificateError, match="n_positions is 128 and was 64"):
             certificate.verify(model)
 
+    def test_an_option_that_is_newer_than_the_certificate_must_be_at_its_default(self):
+        """gate_max changes the function and no weight, so a certificate from before there was the option may not fit."""
+
+        def llama(**config):
+            torch.manual_seed(0)
+            model = tiny("llama")
+            retrofit(model, LipschitzConfig(**config))
+            return model
+
+        certificate = certify(llama())
+        settings = {k: v for k, v in certificate.settings["lipschitz"].items() if k != "gate_max"}
+        older = replace(certificate, settings={**certificate.settings, "lipschitz": settings})
+        older.verify(llama())
+        with pytest.raises(CertificateError, match="gate_max is 4.0 and was None"):
+            older.verify(llama(gate_max=4.0))
+
+    def test_a_retrofit_after_the_certificate_is_another_model(self):
+        """Kept norms and kept weights: the same bytes and the same config, but capped gates."""
+        model = tiny("llama")
+        certificate = certify(model)
+        retrofit(model, LipschitzConfig(norms="keep", init="keep", w_max=100.0, gate_max=4.0))
+        with pytest.raises(CertificateError, match="other settings: lipschitz is"):
+            certificate.verify(model)
+
     def test_one_from_caps_outlives_a_step_of_capped_weights_and_no_other(self):
         model = retrofitted()
         caps = certify(model, "caps")
@@ -348,6 +373,18 @@ class TestBelongs:
         other = retrofitted(w_max=1.5)
         with pytest.raises(CertificateError, match="w_max"):
             caps.verify(other)
+
+    def test_one_from_caps_counts_every_capped_weight_by_its_cap_bare_tables_included(self):
+        """Those of vit's class token and positions are Parameters of their own, not layers."""
+        model = tiny("vit")
+        retrofit(model, LipschitzConfig(biases="drop"))
+        caps = certify(model, "caps")
+        moved = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= set(moved)
+        for name, p in model.named_parameters():
+            if name in moved:
+                p.data.mul_(0.7)
+        caps.verify(model)
 
     def test_a_model_without_values_has_no_fingerprint(self):
         with torch.device("meta"):

@@ -312,6 +312,17 @@ def test_the_certificate_reads_the_merged_weights(family: str) -> None:
     assert certify(model.merge_and_unload()).log10_lipschitz == pytest.approx(wrapped, rel=1e-5)
 
 
+def test_a_certificate_from_caps_knows_the_caps_of_wrapped_layers() -> None:
+    """peft renames a wrapped layer's weight, and its cap stays; only the factors count as they are."""
+    base = tiny("gpt2", num_hidden_layers=1)
+    retrofit(base, LipschitzConfig(biases="drop"))
+    model = peft.get_peft_model(base, lora("gpt2", target_modules=["c_fc"]))
+    for p in model.get_submodule("base_model.model.transformer.h.0.mlp.c_fc.base_layer").parameters():
+        p.requires_grad_(p.dim() > 1)
+    uncapped = [line for line in certify(model, "caps").assumptions if "has no cap" in line]
+    assert ["(2 tensors)" in line for line in uncapped] == [True]
+
+
 def test_adapters_are_saved_and_loaded_on_a_saved_constrained_base(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 

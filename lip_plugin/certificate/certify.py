@@ -16,7 +16,7 @@ from torch import nn
 from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.fingerprint import check_belongs, fingerprint, settings_of
+from lip_plugin.certificate.fingerprint import capped, check_belongs, fingerprint, settings_of
 from lip_plugin.certificate.graph import Linear, Norms, Scale, walk
 from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, refuse_non_finite, weight_norms
 from lip_plugin.certificate.nodes import attentions
@@ -249,9 +249,10 @@ def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
         )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")
-        capped = {f"{name}.weight" for _, name in graph.parts.linears()}
-        capped |= {n for name in graph.tables() for n in (name, f"{name}.weight")}
-        free = [n for n, p in graph.root.named_parameters() if n not in capped and p.requires_grad]
+        caps = capped(
+            graph.root
+        )  # by what is constrained, not by name: peft moves a weight to its base_layer
+        free = [n for n, p in graph.root.named_parameters() if n not in caps and p.requires_grad]
         if free:
             lines.append(
                 f"biases, gains of kept norms and what else has no cap ({len(free)} tensors) as they are "

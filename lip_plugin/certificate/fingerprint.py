@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.measure import CAP_SLACK
+from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import CertificateError, NotRetrofittedError, UnsupportedModelError
-from lip_plugin.modules import Constrained
+from lip_plugin.modules import RowParameter, constrained_modules
 from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import block_norms
 from lip_plugin.surgery import find_retrofit
@@ -117,8 +118,10 @@ def fingerprint(root: nn.Module, source: str = "weights") -> str:
 
 def capped(root: nn.Module) -> dict[str, tuple]:
     """Names of the weights whose blocks are capped, with their layouts as plain data."""
-    modules = ((n, m) for n, m in root.named_modules() if isinstance(m, Constrained))
-    return {f"{name}.weight": module.layout.to_plain() for name, module in modules}
+    return {
+        name if isinstance(module, RowParameter) else f"{name}.weight": module.layout.to_plain()
+        for name, module in constrained_modules(root)
+    }
 
 
 def settings_of(root: nn.Module) -> dict[str, Any]:
@@ -138,15 +141,23 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
 
 
 def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line per setting in `stated` that is another in `found`; what only `found` has is newer, and ignored."""
-    lines = []
-    for key, value in sorted(stated.items()):
-        now = found.get(key)
-        if key == "lipschitz" and isinstance(value, Mapping):
-            lines += differences(value, now if isinstance(now, Mapping) else {})
-        elif now != value:
-            lines.append(f"{key} is {now!r} and was {value!r}")
-    return lines
+    """One line per setting in `stated` that is another in `found`.
+
+    What only `found` has is newer than `stated`: a field of a library's config is ignored, an option of the retrofit
+    must be at its default, which leaves a model as it was before there was the option.
+    """
+    now, before = dict(found), dict(stated)
+    retrofitted, was = now.pop("lipschitz", None), before.pop("lipschitz", None)
+    pairs = [(key, now.get(key), value) for key, value in sorted(before.items())]
+    if retrofitted is not None and was is not None:
+        defaults = LipschitzConfig().to_dict()
+        pairs += [
+            (key, retrofitted.get(key), was.get(key, defaults.get(key)))
+            for key in sorted({**was, **retrofitted})
+        ]
+    elif retrofitted != was:
+        pairs.append(("lipschitz", retrofitted, was))
+    return [f"{key} is {a!r} and was {b!r}" for key, a, b in pairs if a != b]
 
 
 def check_settings(certificate: Certificate, settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,115 @@
+"""Task char: the character transformer of arXiv 2507.13338 (a GPT-2 of 3 blocks, 4 heads, width 256, length 256) on a text.
+
+Without a constraint it is the plain GPT-2, norms and biases and all. Bounds are between token norms of the embeddings
+and of the logits; eps is the RMS norm by which every token's embedding may move, all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from frontier_tasks.runs import Run, Steps
+from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, certify, retrofit
+from lip_plugin.surgery import find_retrofit
+
+EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
+_SCORED = 220  # sequences in each half of the validation text that are scored at most
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ids: the first nine tenths; of the rest one half to choose rates by, the other for the results [n, length]."""
+
+    train: Tensor
+    choose: Tensor
+    held_out: Tensor
+    vocabulary: int
+
+
+def data(options: Any, seed: int) -> Split:
+    """The same cut for every seed: text has an order."""
+    return _data(options.text, options.length)
+
+
+@cache
+def _data(path: str | None, length: int) -> Split:
+    text = Path(path).read_text() if path else "\n".join(topics.topics.values())
+    vocabulary = sorted(set(text))
+    index = {c: i for i, c in enumerate(vocabulary)}
+    ids = torch.tensor([index[c] for c in text], device=DEVICE)
+    cut = int(0.9 * len(ids))
+    rest = ids[cut:]
+    blocks = rest[: len(rest) // length * length].view(-1, length)
+    held_out, choose = blocks.chunk(2)
+    return Split(ids[:cut], choose[:_SCORED], held_out[:_SCORED], len(vocabulary))
+
+
+def train(
+    run: Run, lr: float, seed: int, split: Split, options: Any, steps: int
+) -> Iterator[GPT2LMHeadModel]:
+    """Yields the model after every step (the same object)."""
+    torch.manual_seed(seed)
+    nothing: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+    sizes = {"n_embd": options.width, "n_layer": 3, "n_head": 4, "n_positions": options.length}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=split.vocabulary, **sizes, **nothing)).to(DEVICE)
+    if run.config is not None:
+        retrofit(model, LipschitzConfig(**run.config))
+    stepping = Steps(run, model, lr, steps)
+    model.train()
+    for _ in range(steps):
+        at = torch.randint(len(split.train) - options.length, (options.batch,)).tolist()
+        batch = torch.stack([split.train[i : i + options.length] for i in at])
+        stepping.take(_loss(model(batch).logits / run.temperature, batch))
+        yield model
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def score(model: GPT2LMHeadModel, blocks: Tensor, temperature: float = 1.0) -> dict[str, float]:
+    """Accuracy and loss, by default at the network's own scale."""
+    model.eval()
+    loss = accuracy = 0.0
+    for batch in blocks.split(20):
+        logits = model(batch).logits / temperature
+        share = len(batch) / len(blocks)
+        loss += float(_loss(logits, batch)) * share
+        accuracy += float((logits[:, :-1].argmax(-1) == batch[:, 1:]).double().mean()) * share
+    return {"accuracy": accuracy, "loss": loss}
+
+
+def choose(model: GPT2LMHeadModel, split: Split, temperature: float) -> dict[str, float]:
+    """Scores at the training temperature on the half of the text that learning rates are chosen by."""
+    return score(model, split.choose, temperature)
+
+
+def evaluate(model: GPT2LMHeadModel, split: Split, options: Any) -> dict[str, Any]:
+    """Scores, proven bounds, certified and attacked accuracy on the first held-out sequences."""
+    found: dict[str, Any] = score(model, split.held_out)
+    sources = ("weights", "caps") if find_retrofit(model) else ("weights",)
+    certificates = {source: certify(model, source) for source in sources}
+    found["bound"] = {
+        s: c.lipschitz if c.lipschitz < float("inf") else "inf" for s, c in certificates.items()
+    }
+    found["log10_bound"] = {s: round(c.log10_lipschitz, 4) for s, c in certificates.items()}
+    batches = list(split.held_out[: options.examples].split(4))
+    proven = certified_accuracy(model, batches, EPS, refine=options.refine)
+    restarts, steps = options.attack
+    attacked = attacked_accuracy(model, batches, EPS, restarts=restarts, steps=steps)
+    # the same predictions, in the same order; the clean share is of these sequences only
+    assert not bool((proven.right & ~attacked.right).any()), "an attack broke what was proven"
+    found |= {"eps": EPS, "certified": list(proven.accuracy), "attacked": list(attacked.accuracy)}
+    return found | {"examples": proven.right.shape[1], "clean": round(proven.clean, 5)}

@@ -1,0 +1,199 @@
+"""The runs of the frontier as a plain table, and the optimizers that they name.
+
+A run is data: add one by adding a Run to `mlp_runs` or `char_runs`. Names are keys of the results file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_plugin import LipschitzMuon, attach_projection
+from lip_plugin.config import METHOD_NAMES
+
+CAPS = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
+# The learning rates that are tried: LipschitzMuon's in RMS->RMS norm per step, torch.optim.Muon's in spectral norm.
+RATES = {"lipschitz_muon": (0.02, 0.06, 0.2), "muon": (0.02, 0.06, 0.2), "adamw": (1e-3, 4e-3, 1.6e-2)}
+# What a budget is, task by task. `small` of char is 3.07 M characters. `full` of char has the batch and the model of
+# arXiv 2507.13338's released Shakespeare sweeps (batch 64, length 256); 2000 steps are 32.8 M characters.
+BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
+    "mlp": {
+        "smoke": {"steps": 3, "batch": 32, "widths": (16,), "examples": 20, "refine": 1, "attack": (1, 3)},
+        "quick": {
+            "steps": 40,
+            "batch": 128,
+            "widths": (128, 128),
+            "examples": 360,
+            "refine": 4,
+            "attack": (2, 20),
+        },
+        "small": {
+            "steps": 120,
+            "batch": 128,
+            "widths": (128, 128),
+            "examples": 360,
+            "refine": 4,
+            "attack": (2, 20),
+        },
+        "full": {
+            "steps": 3000,
+            "batch": 512,
+            "widths": (256, 256),
+            "examples": 2000,
+            "refine": 9,
+            "attack": (4, 40),
+        },
+    },
+    "char": {
+        "smoke": {
+            "steps": 2,
+            "batch": 2,
+            "width": 32,
+            "length": 16,
+            "examples": 2,
+            "refine": 0,
+            "attack": (1, 2),
+        },
+        "quick": {
+            "steps": 150,
+            "batch": 8,
+            "width": 256,
+            "length": 256,
+            "examples": 4,
+            "refine": 0,
+            "attack": (2, 10),
+        },
+        "small": {
+            "steps": 1500,
+            "batch": 8,
+            "width": 256,
+            "length": 256,
+            "examples": 8,
+            "refine": 2,
+            "attack": (3, 20),
+        },
+        "full": {
+            "steps": 2000,
+            "batch": 64,
+            "width": 256,
+            "length": 256,
+            "examples": 32,
+            "refine": 4,
+            "attack": (4, 40),
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table.
+
+    Attributes:
+        name: key in the results file.
+        config: arguments of LipschitzConfig; None trains without any constraint.
+        optimizer: one of RATES.
+        rates: learning rates; of several the best is chosen on the first seed (see frontier.py).
+        steps: optimizer steps; None takes the budget's.
+        temperature: logits are divided by it in the training loss, and nowhere else.
+        options: more arguments of the optimizer.
+    """
+
+    name: str
+    config: Mapping[str, Any] | None
+    optimizer: str
+    rates: tuple[float, ...]
+    steps: int | None = None
+    temperature: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON types, as a results file holds them."""
+        values = {**vars(self), "config": self.config and dict(self.config), "options": dict(self.options)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "name"}
+
+
+def mlp_runs() -> list[Run]:
+    """Baselines, every method with every optimizer at every cap, and one method at another temperature."""
+    runs = [Run(f"unconstrained/{o}", None, o, RATES[o]) for o in RATES]
+    for method in METHOD_NAMES:
+        for optimizer, rates in RATES.items():
+            for cap in CAPS:
+                config = {"method": method, "w_max": cap}
+                runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, rates))
+    for optimizer, rates in RATES.items():
+        for cap in CAPS:
+            config = {"method": "soft_cap", "w_max": cap}
+            name = f"soft_cap, temperature 0.1/{optimizer}/{cap:g}"
+            runs.append(Run(name, config, optimizer, rates, temperature=0.1))
+    return runs
+
+
+def char_runs() -> list[Run]:
+    """Baselines with norms and biases; the paper's recipe with a few methods, optimizers and caps."""
+    runs = [
+        Run("unconstrained/adamw", None, "adamw", (1e-3, 4e-3)),
+        Run("unconstrained/muon", None, "muon", (0.02, 0.06)),
+    ]
+    rates = {"lipschitz_muon": (0.1,), "muon": (0.06,), "adamw": (4e-3,)}
+    pairs = [
+        *((method, "lipschitz_muon") for method in METHOD_NAMES),
+        *((method, "muon") for method in ("soft_cap", "spectral_normalize")),
+        *((method, "adamw") for method in ("soft_cap", "spectral_normalize", "spectral_hammer")),
+    ]
+    for method, optimizer in pairs:
+        for cap in (1.0, 1.2, 2.0, 4.0):
+            config = {"method": method, "w_max": cap, "biases": "drop"}
+            runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, rates[optimizer]))
+    return runs
+
+
+class Steps:
+    """Optimizers of one run, stepped together, their rates falling linearly to 0."""
+
+    def __init__(self, run: Run, model: nn.Module, lr: float, steps: int) -> None:
+        self.optimizers = _optimizers(run, model, lr)
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda s: max(0.0, 1.0 - s / steps)) for o in self.optimizers
+        ]
+
+    def take(self, loss: torch.Tensor) -> None:
+        """One step down the loss."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+
+def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
+    """The last one projects, after all of them have moved."""
+    options = dict(run.options)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if run.optimizer == "lipschitz_muon":
+        return [LipschitzMuon(model, lr=lr, **options)]  # projects by itself
+    if run.optimizer == "adamw":
+        found: list[Any] = [
+            torch.optim.AdamW(
+                [p for _, p in named], lr=lr, **{"weight_decay": 0.0, "betas": (0.9, 0.99), **options}
+            )
+        ]
+    elif run.optimizer == "muon":
+        rest_lr = options.pop("adamw_lr", 4e-3)
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        matrices = [p for _, p in named if p.dim() == 2 and id(p) not in tables]
+        rest = [p for _, p in named if p.dim() != 2 or id(p) in tables]
+        found = [torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.99))] if rest else []
+        found.append(
+            torch.optim.Muon(matrices, lr=lr, **{"weight_decay": 0.0, "adjust_lr_fn": "original", **options})
+        )
+    else:
+        raise ValueError(f"optimizer {run.optimizer!r}: choose one of {', '.join(RATES)}")
+    if run.config is not None:
+        attach_projection(found[-1], model)
+    return found
