@@ -322,3 +322,22 @@ def test_an_attention_that_does_not_use_the_function_is_noticed():
     model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModelError, match="sdpa"):
         model(x)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanogpt"])
+def test_tables_of_biases_move_at_half_the_matrices_rate(family):
+    """AdamW's first step is its rate in every entry that has a gradient, whatever adamw_lr is."""
+    model = tiny(family)
+    retrofit(model, LipschitzConfig(**options_of(family, "all")))
+    randomize_(model)
+    table = attention_of(model).position_bias.weight
+    before = table.detach().clone()
+    optimizer = LipschitzMuon(model, lr=0.08, adamw_lr=1e-5)
+    loss_of(model, inputs_for(family)).backward()
+    seen = table.grad != 0
+    optimizer.step()
+    assert bool(seen.any())
+    moved = (table - before).detach().abs()
+    # 1e-3: eps of AdamW against gradients of 1e-5 and more
+    assert torch.allclose(moved[seen], torch.full_like(moved[seen], 0.04), rtol=1e-2)
+    assert not moved[~seen].any()

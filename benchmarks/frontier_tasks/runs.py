@@ -73,7 +73,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
             "width": 256,
             "length": 256,
             "examples": 8,
-            "refine": 2,
+            "refine": 8,
             "attack": (3, 20),
         },
         "full": {
@@ -149,7 +149,38 @@ def char_runs() -> list[Run]:
         for cap in (1.0, 1.2, 2.0, 4.0):
             config = {"method": method, "w_max": cap, "biases": "drop"}
             runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, rates[optimizer]))
-    return runs
+    return runs + position_runs()
+
+
+# What a bound of 1 is best spent on, found by leaving one out at a time: docs/LOG.md, 2026-11-24.
+POSITION: dict[str, Any] = {
+    "position_bias": "learned",
+    "attention_scale": 0,
+    "value_scale": 1.0,
+    "residual": [0.75, 0.9],
+    "activation": "abs",
+    "biases": "drop",
+}
+
+
+def position_runs() -> list[Run]:
+    """Attention by position alone, absolute values: by training temperature, then one choice undone at a time."""
+    options = {"embedding_lr": 0.05}
+
+    def run(name: str, temperature: float, **changes: Any) -> Run:
+        config = {**POSITION, **changes}
+        return Run(f"position/{name}", config, "lipschitz_muon", (0.1,), None, temperature, options)
+
+    runs = [run(f"temperature {t:g}", t) for t in (0.3, 0.2, 0.1, 0.05, 0.025, 0.015)]
+    undone: dict[str, dict[str, Any]] = {
+        "fixed ALiBi": {"position_bias": "alibi"},
+        "content too": {"attention_scale": 0.5},
+        "gelu": {"activation": None},
+        "residual 0.5": {"residual": 0.5},
+        "hard cap": {"method": "hard_cap"},
+        "cap 1.2": {"w_max": 1.2},
+    }
+    return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
 
 
 class Steps:

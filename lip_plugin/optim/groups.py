@@ -11,8 +11,12 @@ from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import require_retrofit
+from lip_plugin.position import OffsetBias
 
 KINDS = ("matrix", "row", "adamw")
+# Rate of tables of position biases over that of the matrices: logits of attention per AdamW step. They need more
+# than biases do: at lr 0.1, 0.05 gave 47.6 % accuracy where 0.01 gave 45.7 (docs/LOG.md, 2026-11-24).
+POSITION_RATE = 0.5
 
 
 def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: float) -> list[dict[str, Any]]:
@@ -31,15 +35,24 @@ def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: flo
                 f"{name}.weight has shape {tuple(module.weight.shape)}, which its blocks do not tile: it was flattened or "
                 "sharded (FSDP). Train with DDP, or build the optimizer before sharding."
             )
-    groups: dict[str, dict[str, Any]] = {
-        kind: {"params": [], "kind": kind, "layouts": [], "lr": lr, "lr_ratio": ratio}
-        for kind, ratio in zip(KINDS, (1.0, embedding_lr / lr, adamw_lr / lr))
+    ratios = {
+        "matrix": 1.0,
+        "row": embedding_lr / lr,
+        "adamw": adamw_lr / lr,
+        "position": POSITION_RATE,  # stepped by AdamW as well, at a rate of its own
     }
+    groups: dict[str, dict[str, Any]] = {
+        name: {"params": [], "kind": name, "layouts": [], "lr": lr, "lr_ratio": ratio}
+        for name, ratio in ratios.items()
+    }
+    groups["position"]["kind"] = "adamw"
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, OffsetBias)}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         layout = layouts.get(id(p))
         kind = "adamw" if layout is None else "row" if layout.norm == ROW else "matrix"
+        kind = "position" if id(p) in tables else kind
         groups[kind]["params"].append((name, p))
         if layout is not None:
             groups[kind]["layouts"].append(layout.to_plain())

@@ -41,7 +41,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             makes them.
         lr: rate of the matrices, in RMS->RMS norm per step; carries over between widths.
         embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
-        adamw_lr: rate of everything else (biases, kept norms, adapters).
+        adamw_lr: rate of everything else (biases, kept norms, adapters); tables of position biases go by lr / 2.
         momentum: of matrices and rows; nesterov is always on.
         weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
         betas, eps, adamw_weight_decay: of the AdamW inside.
