@@ -9,6 +9,7 @@ plugin registers, and building the model raises KeyError: it fails closed. Impor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,8 @@ class LipschitzPersistenceConfig(QuantizationConfigMixin):
 
     def __init__(self, lipschitz: Any = None, settings: Any = None, **kwargs: Any) -> None:
         self.quant_method: Any = METHOD
-        self.lipschitz = LipschitzConfig.from_dict(lipschitz).to_dict()
+        # models saved before the option existed had no scale
+        self.lipschitz = LipschitzConfig.from_dict(_before(lipschitz)).to_dict()
         self.settings = dict(settings or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +61,10 @@ class LipschitzPersistenceConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def _before(lipschitz: Any) -> Any:
+    return {"logit_scale": 1.0, **lipschitz} if isinstance(lipschitz, Mapping) and lipschitz else lipschitz
 
 
 class LipschitzLoader(HfQuantizer):

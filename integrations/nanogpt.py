@@ -103,7 +103,8 @@ class _Run:
                 "with norms. Use another out_dir and init_from=scratch, or run nanoGPT's own scripts on it."
             )
         try:
-            stored = Options.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            # runs from before the option existed had no logit_scale
+            stored = Options.from_dict({"logit_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))})
         except (ValueError, TypeError, AttributeError) as error:
             cure = f"Restore the one that was written with {CHECKPOINT}."
             raise ConfigError(f"{path} cannot be read: {error}. {cure}") from error

@@ -19,9 +19,6 @@ from lip_plugin.surgery import retrofit
 
 SENTINEL = "lipschitz_retrofit"  # state_dict key of a model that kept its norms, see _retrofit
 OPTION_PREFIX = "--lip_"
-# Under a cap of 1 the logits of 65 characters have token norm 1 at most, and the loss stops at 3.1. The
-# head's own cap is the cheap way out: it multiplies the certificate once, not once per layer.
-HEAD_CAP = {"lm_head": 8.0}
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Options:
     """Every choice of a run: the constraint, and the rates that nanoGPT has no names for.
 
     Args:
-        config: see LipschitzConfig; by default its defaults, and a cap of 8 for the head.
+        config: see LipschitzConfig.
         lr: rate of the matrices at nanoGPT's full learning_rate, in RMS->RMS norm per step.
         embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
         adamw_lr: rate of biases and kept norms; None takes nanoGPT's learning_rate.
@@ -39,7 +36,7 @@ class Options:
         ConfigError: a value outside its range.
     """
 
-    config: LipschitzConfig = field(default_factory=lambda: LipschitzConfig(overrides=HEAD_CAP))
+    config: LipschitzConfig = field(default_factory=LipschitzConfig)
     lr: float = 0.05
     embedding_lr: float | None = None
     adamw_lr: float | None = None
@@ -79,7 +76,7 @@ def patch(
 
     Args:
         gpt_class: the class; changed in memory only.
-        config: see LipschitzConfig; None takes its defaults, and a cap of 8 for the head.
+        config: see LipschitzConfig; None takes its defaults.
         rates: `lr`, `embedding_lr`, `adamw_lr`, `momentum`, see Options.
 
     Returns:

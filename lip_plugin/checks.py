@@ -78,7 +78,7 @@ def _check_recipe(model: nn.Module, names: Parts) -> None:
 def _check_options(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
     """Options that a family may have no place for."""
     kind, architecture = type(model).__name__, names.architecture
-    if config.logit_scale != 1 and not architecture.final_norm:
+    if config.logit_scale not in (None, 1) and not architecture.final_norm:
         raise ConfigError(
             f"{kind} has no norm slot behind its last block, where logit_scale would go. Give its head a cap of its own "
             f"instead: overrides={{{names.head!r}: ...}}."

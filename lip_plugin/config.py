@@ -20,6 +20,9 @@ METHOD_NAMES = (
     "spectral_weight_decay",
     "weight_decay",
 )
+LOGIT_SCALE = (
+    10.0  # see docs/LOG.md, 2026-11-24: between the best accuracy (40 and more) and the widest margins (3)
+)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHOD_NAMES,
     "granularity": ("head", "matrix"),
@@ -31,14 +34,29 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What a bound is best spent on, as measured in docs/LOG.md (2026-11-24); `LipschitzConfig.preset` gives them.
+_POSITION: dict[str, Any] = {
+    "position_bias": "learned",
+    "attention_scale": 0.0,
+    "value_scale": 1.0,
+    "residual": (0.75, 0.9),
+    "activation": "abs",
+    "biases": "drop",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"logit_scale": 1.0},
+    "robust": {**_POSITION, "logit_scale": 5.0},
+    "accurate": {**_POSITION, "logit_scale": 40.0},
+}
+
+
 @dataclass(frozen=True)
 class LipschitzConfig:
     """What a retrofit does; caps are stated in the RMS->RMS norm.
 
     Args:
         method: projection applied after every optimizer step (`lip_plugin.linalg.projections`).
-        w_max: the cap: largest RMS->RMS norm that a block may have. The head's bounds the logits: at
-            1 a language model can hardly be confident, so give it more room, `overrides={"lm_head": 8.0}`.
+        w_max: the cap: largest RMS->RMS norm that a block may have.
         overrides: caps of single layers, `{name: cap}`. A name is a module's full name or a dotted
             suffix of it (`"mlp.c_fc"` means that layer in every block), as in peft's
             `target_modules`. A name that matches nothing is an error.
@@ -64,8 +82,10 @@ class LipschitzConfig:
             then costs a factor of sqrt(d), with gate_max of 2 gate_max. Not with adapters on these layers.
         activation: `"abs"`: the absolute value in place of the MLP's own activation. Its slopes are 1 and -1, so it
             keeps the norm of what passes and of its gradient, where a gelu halves both. Not for gated MLPs.
-        logit_scale: factor on what enters the head, so on the logits, and on their bound: an inverse temperature that the
-            weights need not learn. Predictions and certified radii do not depend on it, training does.
+        logit_scale: factor on what enters the head, so on the logits, and on their bound: an inverse temperature that caps
+            keep the weights from learning. Predictions and certified radii do not depend on it, training does: a small
+            one makes for wide margins, a large one for accuracy. None takes LOGIT_SCALE where the family has a norm
+            slot behind its last block, and 1 elsewhere.
         biases: `"keep"` (measured, and part of the certificate) or `"drop"` (fixed at zero).
         untie_head: give a head that is tied to the embedding its own copy; the two have
             different constraints, so False refuses such a model.
@@ -89,7 +109,7 @@ class LipschitzConfig:
     gate_max: float | None = None
     position_bias: str | None = None
     activation: str | None = None
-    logit_scale: float = 1.0
+    logit_scale: float | None = None
     biases: str = "keep"
     untie_head: bool = True
     init: str = "auto"
@@ -101,7 +121,7 @@ class LipschitzConfig:
                 raise ConfigError(
                     f"LipschitzConfig({name}={value!r}): choose one of {', '.join(map(repr, choices))}."
                 )
-        for name in ("w_max", "value_scale", "embedding_max", "pixel_max", "logit_scale"):
+        for name in ("w_max", "value_scale", "embedding_max", "pixel_max"):
             _check_positive(name, getattr(self, name))
         if self.attention_scale != 0 or isinstance(self.attention_scale, bool):
             _check_positive("attention_scale", self.attention_scale)
@@ -110,7 +130,9 @@ class LipschitzConfig:
                 "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a position_bias, 'learned' or 'alibi'."
             )
         chosen = [n for n in ("position_bias", "activation") if getattr(self, n) is not None]
-        if self.norms == "keep" and (chosen or self.logit_scale != 1):
+        if self.logit_scale is not None:
+            _check_positive("logit_scale", self.logit_scale)
+        if self.norms == "keep" and (chosen or self.logit_scale not in (None, 1)):
             raise ConfigError(
                 f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms='keep'): parts of the recipe that removes norms; a "
                 "model that keeps them keeps its own attention, activations and logits."
@@ -130,6 +152,30 @@ class LipschitzConfig:
             object.__setattr__(self, "residual", tuple(self.residual))
         if self.residual is not None:
             _check_residual(self.residual)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LipschitzConfig:
+        """A named choice of options, with `changes` on top.
+
+        Args:
+            name: `"robust"`: attention by position alone, absolute values, large steps of the residual, wide margins: the
+                most predictions proven at perturbations of 0.3 to 10 %. `"accurate"`: the same with a larger
+                logit_scale, the most accuracy. `"paper"`: the recipe of arXiv 2507.13338 to the letter, its logits as
+                small as its caps make them. Measured on text, 3 blocks deep (docs/LOG.md); deeper is untried. Families
+                with gated MLPs keep their activation: `preset("robust", activation=None)`.
+            changes: fields of LipschitzConfig.
+
+        Raises:
+            ConfigError: an unknown name, or a change that is out of range.
+        """
+        if name not in PRESETS:
+            raise ConfigError(
+                f"LipschitzConfig.preset({name!r}): choose one of {', '.join(map(repr, PRESETS))}."
+            )
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"LipschitzConfig has no field {', '.join(unknown)}.")
+        return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of JSON types."""

@@ -81,7 +81,7 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
         for name in layer.attention.qk_norms:
             _plan_slot(plan, model, name, 1.0)
     if architecture.final_norm:
-        _plan_slot(plan, model, architecture.final_norm, c * config.logit_scale)
+        _plan_slot(plan, model, architecture.final_norm, c * (config.logit_scale or 1.0))
     for kind, path in architecture.readout:
         if kind == "norm":
             _plan_slot(plan, model, path, 1.0)

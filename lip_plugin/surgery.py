@@ -11,7 +11,7 @@ from torch import nn
 from lip_plugin.architecture import Architecture, find_family
 from lip_plugin.blocks import RMS_TO_RMS, ROW, Layout, Segment, whole
 from lip_plugin.checks import check_model, norms_are_gone
-from lip_plugin.config import LipschitzConfig
+from lip_plugin.config import LOGIT_SCALE, LipschitzConfig
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.frozen import UNUSED_SHARE, untrained, zero_and_freeze_
 from lip_plugin.initial import init_orthogonal_
@@ -70,9 +70,9 @@ def retrofit(
         TiedWeightsError, NonFiniteError, ConfigError: see their messages; nothing was changed.
     """
     config = config or LipschitzConfig()
-    chosen = replace(config, norms=config.norms or "remove")
     found = find_retrofit(model)
     if found is not None:
+        chosen = _resolved(config, found[1].architecture)
         if replace(found[1].config, init=config.init) == chosen:
             return RetrofitReport()
         raise ConfigError(
@@ -83,7 +83,7 @@ def retrofit(
     names = parts(model, family.architecture)
     fresh = not family.is_pretrained(model) and not norms_are_gone(model, names)
     check_model(model, names, config, pretrained=family.is_pretrained(model), loading=_loading)
-    config = chosen
+    config = _resolved(config, family.architecture)
     plan = Plan()
     _plan_untie(plan, model, names)
     _plan_caps(plan, model, names, config)
@@ -100,6 +100,14 @@ def retrofit(
     family.on_retrofit(model, config)
     logger.info("retrofit of %s: %d changes", type(model).__name__, len(report))
     return report
+
+
+def _resolved(config: LipschitzConfig, architecture: Architecture) -> LipschitzConfig:
+    """The config with what None stands for written out, so that a later version's defaults change no saved model."""
+    norms, scale = config.norms or "remove", config.logit_scale
+    if scale is None:
+        scale = LOGIT_SCALE if norms == "remove" and architecture.final_norm else 1.0
+    return replace(config, norms=norms, logit_scale=scale)
 
 
 def release(model: nn.Module) -> RetrofitReport:

@@ -258,7 +258,7 @@ class Recipe:
         residual: float | tuple[float, float] | None = None,
         logits: float = 1.0,
         values: float = 1 / 3,
-        logit_scale: float = 1.0,
+        logit_scale: float | None = None,
         activation: str | None = None,
     ) -> None:
         self.family, self.spec = family, SPECS[family]
@@ -272,7 +272,9 @@ class Recipe:
         a = residual if residual is not None else default
         self.a = a if isinstance(a, tuple) else (a, a)
         self.logits, self.values, self.activation = logits, values, activation
-        self.logit_scale = logit_scale
+        # OPT's post-norm models and BERT have no norm slot behind the last block, where the scale would go
+        slot = not family.startswith(("opt_", "bert"))
+        self.logit_scale = logit_scale if logit_scale is not None else 10.0 if slot else 1.0
 
     def linear(self, name: str, x: Tensor, bias: float = 1.0) -> Tensor:
         w = self.w[f"{name}.weight"]

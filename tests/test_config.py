@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lip_plugin import LipschitzConfig
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config import METHOD_NAMES, PRESETS
 from lip_plugin.errors import ConfigError, LipschitzError
 from lip_plugin.linalg.projections import METHODS
 
@@ -123,3 +123,21 @@ def test_json_with_a_bad_value_is_refused_like_python():
 def test_a_config_error_is_both_ours_and_a_value_error():
     assert issubclass(ConfigError, LipschitzError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_presets_are_configs_that_changes_go_on_top_of():
+    for name in PRESETS:
+        assert LipschitzConfig.preset(name, w_max=1.5).w_max == 1.5
+        assert LipschitzConfig.from_json(LipschitzConfig.preset(name).to_json()) == LipschitzConfig.preset(name)
+    assert LipschitzConfig.preset("robust", activation=None).activation is None
+    with pytest.raises(ConfigError, match="robust"):
+        LipschitzConfig.preset("best")
+    with pytest.raises(ConfigError, match="w_min"):
+        LipschitzConfig.preset("robust", w_min=1.0)
+
+
+def test_two_residual_weights_survive_json_as_a_pair():
+    config = LipschitzConfig(residual=[0.5, 0.9])
+    assert config.residual == (0.5, 0.9)
+    assert config == LipschitzConfig(residual=(0.5, 0.9)) == LipschitzConfig.from_json(config.to_json())
+    assert json.loads(config.to_json()) == config.to_dict()

@@ -84,7 +84,7 @@ def test_the_forward_is_the_recipe_and_so_are_its_gradients(family, name):
         residual=chosen.get("residual"),
         logits=chosen["attention_scale"],
         values=chosen.get("value_scale", 1 / 3),
-        logit_scale=chosen.get("logit_scale", 1.0),
+        logit_scale=chosen.get("logit_scale"),
         activation=chosen.get("activation"),
     )
     got, expected = logits_of(model, x), recipe(x)
