@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.errors import ConfigError, NonFiniteError
-from lip_plugin.linalg.symmetric import symmetric_product
+from lip_plugin.linalg.symmetric import product, symmetric_product
 
 Quintic = tuple[float, float, float]
 
@@ -229,7 +229,7 @@ def _iterate(x: Tensor, segments: tuple[_Segment, ...], divide_by: float) -> Ten
             p = p / scale.to(p.dtype)
         if number + 1 == len(segments):
             p = p / divide_by
-        x = p @ x
+        x = product(p, x)
     return x
 
 
@@ -286,10 +286,7 @@ def orthogonalize(
     x = _unit_max(blocks.detach().reshape(-1, d_out, d_in), dtype, check_finite)
     if d_out > d_in:
         x = x.mT
-    if len(x) == 1:  # plain products are faster than batched ones of one
-        x = _iterate(x[0], segments, divide_by)
-    else:
-        x = _iterate(x, segments, divide_by)
+    x = _iterate(x, segments, divide_by)
     if d_out > d_in:
         x = x.mT
     return x.to(blocks.dtype).reshape(blocks.shape)
