@@ -46,5 +46,7 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _one_by_one(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    if a.numel() == 0:
+        return a @ b
     pairs = zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)
     return torch.stack([multiply(p, q) for p, q in pairs]).unflatten(0, a.shape[:-2])
