@@ -158,7 +158,7 @@ def peak_mib(kind: str, tokens: int, options: argparse.Namespace, queue: multipr
     """Put the MiB that training takes at most, of the device (CUDA) or of the whole process, into the queue."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        one = trainer(kind, tokens, 3, options, folder)
+        one = trainer(kind, tokens, 2, options, folder)
         one.args.logging_steps = 10**9  # a certificate's memory is not a step's
         one.train()
     on_device = options.device == "cuda"
@@ -172,14 +172,14 @@ def peak_mib(kind: str, tokens: int, options: argparse.Namespace, queue: multipr
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], help="per step")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512], help="per step")
     for name, default, text in (
         ("width", 768, "of the model"),
         ("layers", 2, "of the model"),
         ("vocabulary", 512, "tokens; the head is a constrained matrix"),
         ("length", 256, "tokens in a sequence, at most"),
-        ("block", 2, "steps in a turn"),
-        ("rounds", 4, "turns that count, of each"),
+        ("block", 1, "steps in a turn"),
+        ("rounds", 5, "turns that count, of each"),
         ("threads", torch.get_num_threads(), "of torch"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
