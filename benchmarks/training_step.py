@@ -1,6 +1,6 @@
 """A whole constrained training step through Trainer against the unconstrained one with the same optimizer.
 
-    python benchmarks/training_step.py                      # GPT-2-small's width, 2 layers, few tokens: minutes on a CPU
+    python benchmarks/training_step.py                      # GPT-2-small's width, 1 layer, few tokens: minutes on a CPU
     python benchmarks/training_step.py --layers 12 --tokens 8192 --vocabulary 50257 --device cuda
     python benchmarks/training_step.py --smoke
 
@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512], help="per step")
     for name, default, text in (
         ("width", 768, "of the model"),
-        ("layers", 2, "of the model"),
+        ("layers", 1, "of the model"),
         ("vocabulary", 512, "tokens; the head is a constrained matrix"),
         ("length", 256, "tokens in a sequence, at most"),
         ("block", 1, "steps in a turn"),
