@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lip_plugin.errors import ConfigError, NonFiniteError
+from lip_plugin.linalg import polar
 from lip_plugin.linalg.polar import (
     _POLAR_EXPRESS_RAW,
     TABLES,
@@ -133,6 +134,67 @@ def test_sigma_max_is_never_above_one_for_adversarial_spectra(shape, compute):
             assert out.shape == blocks.shape
             above = max(ABOVE_ONE[dtype], ABOVE_ONE[compute])
             assert singular_values(out).max() <= 1 + above
+
+
+def wide_and_hostile(d_out: int, d_in: int) -> torch.Tensor:
+    """Spectra whose small values lie just where rounding a Gram matrix to bf16 hides or lifts them."""
+    n = min(d_out, d_in)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    halves = [torch.where(ramp < 0.5, low, 1.0) for low in (0.01, 0.03, 0.06, 0.1)]
+    powers = [torch.logspace(0, -k, n, dtype=torch.float64) for k in (2, 3, 6)]
+    spectra = [*adversarial(n).values(), *halves, *powers, 1 / (1 + n * ramp)]
+    return torch.stack([with_spectrum(d_out, d_in, s) for s in spectra]).float()
+
+
+HALVES = [(shape, torch.bfloat16, steps) for shape in ((64, 768), (200, 500)) for steps in (4, 5, 6)]
+# from 384 on products are made of pieces; a CPU emulates float16 slowly
+HALVES += [((500, 200), torch.bfloat16, 5), ((400, 640), torch.bfloat16, 5), ((32, 128), torch.float16, 5)]
+
+
+@pytest.mark.parametrize(("shape", "compute", "steps"), HALVES, ids=str)
+def test_the_gram_form_in_half_precision_stays_below_one_for_hostile_spectra(shape, compute, steps):
+    out = orthogonalize(wide_and_hostile(*shape), steps=steps, dtype=compute)
+    assert singular_values(out).max() <= 1 + ABOVE_ONE[compute]
+
+
+def test_without_the_shift_the_gram_form_in_bf16_would_leave_its_range(monkeypatch):
+    blocks = wide_and_hostile(256, 640)
+    monkeypatch.setattr(polar, "_SHIFT", 0.0)
+    polar._segments.cache_clear()
+    try:
+        out = orthogonalize(blocks, steps=5, dtype=torch.bfloat16)
+    finally:
+        polar._segments.cache_clear()
+    assert singular_values(out).max() > 1.01
+
+
+def test_the_shift_is_within_the_slack_of_every_step():
+    # sigma^2 may grow by 2 % before each step: `output_range` counts 1 % of sigma; and twice bf16's half
+    # spacing below a power of two is 2^-8 of it, so adding the shift to any diagonal entry there moves it up
+    for name in TABLES:
+        for steps in (2, 3, 5, 8, 12):
+            segments = polar._segments(name, steps, torch.bfloat16, True)
+            assert sum(len(s.quintics) for s in segments) == steps
+            assert len(segments[-1].quintics) == 1  # what rounding lifted is brought back
+            done = 0
+            for segment in segments:
+                top = output_range(name, done)[1] ** 2 if done else 1.0
+                assert segment.shift <= 0.0201 * top
+                if segment.shift:
+                    entries = torch.linspace(0, top, 10_001).bfloat16()
+                    entries = entries[entries < 2.0 ** math.ceil(math.log2(top))]
+                    assert (entries + segment.shift > entries).all()
+                done += len(segment.quintics)
+
+
+def test_half_precision_still_lifts_small_singular_values():
+    s = torch.ones(256, dtype=torch.float64)
+    s[128:], s[192:] = 0.1, 0.01
+    out = orthogonalize(with_spectrum(256, 640, s).float(), steps=5, dtype=torch.bfloat16).double()
+    u, v = orthonormal(256, 256, 1), orthonormal(640, 256, 2)
+    gains = (u.mT @ out * v.mT).sum(1)
+    assert gains.min() >= 0.6  # float32: 0.75; norm_F(G^2)^(1/4) = 3.4 sigma_max, so 0.01 enters as 0.003
+    assert gains.max() <= 1.0 + 2e-3
 
 
 @settings(deadline=None, max_examples=40)

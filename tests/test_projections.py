@@ -375,6 +375,28 @@ class TestEdges:
             assert not out.requires_grad
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place_gives_the_same_bits_in_the_same_memory(method, dtype):
+    for cap in (0.1, 100.0):
+        w = torch.stack([with_spectrum(30, 20, torch.linspace(0, t, 20)) for t in (0.5, 1.2, 30.0)]).to(dtype)
+        for blocks in (w, w.mT.contiguous().mT):
+            expected = project(blocks, cap, method, lr=0.1, weight_decay=0.1)
+            memory = blocks.clone()
+            out = project(memory, cap, method, lr=0.1, weight_decay=0.1, in_place=True)
+            assert out.data_ptr() == memory.data_ptr()
+            assert torch.equal(out, expected)
+
+
+def test_in_place_refuses_before_it_writes():
+    w = torch.ones(2, 3, 4)
+    w[1, 0, 0] = math.nan
+    before = w.clone()
+    with pytest.raises(NonFiniteError):
+        project(w, 0.1, norm_upper=2.0, in_place=True)
+    torch.testing.assert_close(w, before, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_unknown_methods_are_refused_with_the_seven_choices():
     with pytest.raises(ConfigError) as error:
         project(torch.ones(2, 2), 1.0, "softcap")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.norms import refuse_non_finite, sigma_max_upper, sigma_max_within
-from lip_plugin.linalg.polar import orthogonalize
+from lip_plugin.linalg.polar import largest_entry, orthogonalize
 from lip_plugin.linalg.spectrum import top_singular_triple
+from lip_plugin.linalg.symmetric import product, symmetric_product
 
 # Relative overshoot of the cap that rounding may leave, by storage dtype. bf16 and fp16 lose up to
 # 0.24 % when an orthogonal 1024 x 1024 is stored, so there the stored block is what is checked.
@@ -86,7 +87,7 @@ def soft_cap_alpha(x_max: float | Tensor) -> float | Tensor:
 def _gram_and_side(x: Tensor) -> tuple[Tensor, bool]:
     """(Gram matrix on the smaller side, whether it multiplies from the left)."""
     left = x.shape[-2] <= x.shape[-1]
-    return (x @ x.mT if left else x.mT @ x), left
+    return (symmetric_product(x, x.mT) if left else symmetric_product(x.mT, x)), left
 
 
 def _soft_cap(w: Tensor, call: _Call) -> Result:
@@ -98,17 +99,16 @@ def _soft_cap(w: Tensor, call: _Call) -> Result:
     factor: Tensor | None = None
     if call.x_max_host + _SLACK > SOFT_CAP_MAX_INPUT:
         factor = (SOFT_CAP_MAX_INPUT / x_max).clamp(max=1.0)
-    x = w * ((1.0 if factor is None else factor) / call.scale).to(w.dtype)
-    y, left = _gram_and_side(x)
     alpha = soft_cap_alpha(x_max)
     assert isinstance(alpha, Tensor)
-    y = y * alpha.to(y.dtype)
-    y2 = y @ y
+    x = w * ((1.0 if factor is None else factor) / call.scale).to(w.dtype)
+    y, left = _gram_and_side(x)
+    y.mul_(alpha.to(y.dtype))
+    y2 = symmetric_product(y, y)
     inner = torch.add(y2, y, alpha=-3.0)
     inner.diagonal(dim1=-2, dim2=-1).add_(3.0)
-    change = (y2 @ inner) * (-call.scale).to(y.dtype)
-    correction = change @ x if left else x @ change
-    return factor, correction, True
+    change = symmetric_product(y2, inner).mul_((-call.scale).to(y.dtype))
+    return factor, product(change, x) if left else product(x, change), True
 
 
 def _hard_cap(w: Tensor, call: _Call) -> Result:
@@ -156,7 +156,7 @@ def _stiefel(w: Tensor, call: _Call) -> Result:
 
 def _move_top(w: Tensor, call: _Call, target: Callable[[Tensor], Tensor]) -> Result:
     """Add (target(s_1) - s_1) u v^T; whatever else is above the cap is left to be caught."""
-    largest = torch.linalg.vector_norm(w, ord=math.inf, dim=(-2, -1), keepdim=True)
+    largest = largest_entry(w)
     some = largest > 0
     unit = w / torch.where(some, largest, torch.ones_like(largest))
     u, s, v = top_singular_triple(unit)
@@ -244,6 +244,7 @@ def project(
     lr: float = 0.0,
     weight_decay: float = 0.0,
     norm_upper: float | Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """Blocks [..., d_out, d_in] brought within `cap` in the RMS->RMS norm, by one of `METHODS`.
 
@@ -253,9 +254,9 @@ def project(
     host synchronization; finiteness is then checked on a CPU only, elsewhere nan stays nan.
 
     Computed in float32 (float64 blocks in float64); new blocks of the same dtype and shape, whose
-    norm is at most cap * (1 + TOLERANCE[dtype]). Zero and empty blocks give themselves. Raises
-    ConfigError (cap not positive, unknown method, lr * weight_decay outside [0, 1]) and
-    NonFiniteError.
+    norm is at most cap * (1 + TOLERANCE[dtype]); with `in_place` written into `blocks`, which are returned,
+    to the same bits. Zero and empty blocks give themselves. Raises ConfigError (cap not positive,
+    unknown method, lr * weight_decay outside [0, 1]) and NonFiniteError, before anything is written.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
@@ -266,25 +267,29 @@ def project(
     caps = _per_block(cap, blocks, "cap", 0.0)
     known = None if norm_upper is None else _per_block(norm_upper, blocks, "norm_upper", -1e-300)
     if blocks.numel() == 0:
-        return blocks.clone()
+        return blocks if in_place else blocks.clone()
     d_out, d_in = blocks.shape[-2:]
     master = torch.promote_types(blocks.dtype, torch.float32)
     w = blocks.reshape(-1, d_out, d_in).to(master)
     if known is None or w.device.type == "cpu":
-        refuse_non_finite(torch.linalg.vector_norm(w, ord=math.inf, dim=(-2, -1)))
+        refuse_non_finite(largest_entry(w))
     x_max_host = math.inf
     if isinstance(norm_upper, (int, float)) and isinstance(cap, (int, float)):
         x_max_host = norm_upper / cap
     x_max = None if known is None else known / caps
     call = _Call(caps * math.sqrt(d_out / d_in), x_max, x_max_host, 1.0 - lr * weight_decay)
     factor, correction, proven = METHODS[method].fn(w, call)
-    new = w if factor is None else w * factor.to(master)
-    if correction is not None:
-        new = new + correction
+    new = w
+    if in_place and blocks.dtype == master:  # no copy
+        new = new if factor is None else new.mul_(factor.to(master))
+        new = new if correction is None else new.add_(correction)
+    else:
+        new = new if factor is None else new * factor.to(master)
+        new = new if correction is None else new + correction
     if not proven or torch.get_float32_matmul_precision() != "highest":
         new = _caught(new, call.scale, 0.9 * TOLERANCE[master])
     if blocks.dtype != master:
         new = _stored(new, call.scale, blocks.dtype)
-    elif new is w:
-        new = w.clone()
-    return new.reshape(blocks.shape)
+    if in_place:
+        return blocks if new.data_ptr() == blocks.data_ptr() else blocks.copy_(new.reshape(blocks.shape))
+    return (new.clone() if new is w else new).reshape(blocks.shape)

@@ -42,13 +42,19 @@ class Batch:
             view.copy_(blocks[start : start + view.shape[0]])
             start += view.shape[0]
 
-    def like(self, tensors: list[Tensor], layouts: list[Layout]) -> Tensor:
-        """The blocks at the same places in other tensors (updates of the weights, say), gathered."""
-        pieces = [
+    def at(self, tensors: list[Tensor], layouts: list[Layout]) -> list[Tensor]:
+        """Views of the blocks at the same places in other tensors: gradients or momenta of the weights."""
+        return [
             list(layouts[owner].views(tensors[owner]))[position][1]
             for owner, position in zip(self.owners, self.positions)
         ]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+
+
+def gathered_lerp(starts: list[Tensor], ends: list[Tensor], weight: float) -> Tensor:
+    """start + weight (end - start) for lists of equally shaped [count, d_out, d_in], as one new tensor."""
+    if len(starts) == 1:
+        return torch.lerp(starts[0], ends[0], weight)
+    return torch.cat([torch.lerp(start, end, weight) for start, end in zip(starts, ends)])
 
 
 def batches(tensors: Iterable[Tensor], layouts: Iterable[Layout]) -> Iterator[Batch]:

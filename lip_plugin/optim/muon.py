@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,17 +21,23 @@ from lip_plugin.blocks import Layout, clamp_rows_
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
-from lip_plugin.optim.batches import Batch, batches
+from lip_plugin.optim.batches import Batch, batches, gathered_lerp, refuse_sharded
 from lip_plugin.optim.groups import KINDS, param_groups
-from lip_plugin.optim.projection import attach_projection, check_finite, normalize_above_
+from lip_plugin.optim.projection import (
+    attach_projection,
+    largest_entries,
+    normalize_above_,
+    refuse_non_finite,
+)
 
 # Strings, because they live in param_groups and so in state_dicts.
-_PRECISIONS = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How far above 1 rounding may leave sigma_max of an orthogonalized block: tests/test_polar.py, bf16.
 _ORTHOGONAL_SLACK = 2e-3
 # That margin, and the rounding of a float32 projection, are tested, not proven. So every this many
 # steps all blocks are measured (a proven bound) and what is above its cap is divided: nothing can add up.
 _MEASURE_EVERY = 100
+_BF16_FROM = 256  # wide: below, bf16 saves nothing on a CPU (measured), so nothing is rounded to it
 
 
 class LipschitzMuon(torch.optim.Optimizer):
@@ -46,8 +53,9 @@ class LipschitzMuon(torch.optim.Optimizer):
         weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
         betas, eps, adamw_weight_decay: of the AdamW inside.
         steps: of the orthogonalization; with 5, singular values of the update lie in [0.75, 1].
-        precision: of the orthogonalization, `"float32"` or `"bfloat16"`; None takes bfloat16 on CUDA and
-            float32 elsewhere. The projection is computed in float32 either way.
+        precision: of the orthogonalization, `"float32"` or `"bfloat16"`; None takes bfloat16 where it is
+            faster: on CUDA, and on a CPU with bf16 instructions for blocks from 256 wide on. The
+            projection is computed in float32 either way.
 
     Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio.
 
@@ -79,8 +87,10 @@ class LipschitzMuon(torch.optim.Optimizer):
             raise ConfigError(
                 "LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative."
             )
-        if precision not in _PRECISIONS:
-            raise ConfigError(f"LipschitzMuon(precision={precision!r}): choose one of {list(_PRECISIONS)}.")
+        if precision is not None and precision not in _PRECISIONS:
+            raise ConfigError(
+                f"LipschitzMuon(precision={precision!r}): choose None or one of {list(_PRECISIONS)}."
+            )
         model = params if isinstance(params, nn.Module) else None
         groups = param_groups(model, lr, embedding_lr or lr, adamw_lr) if model is not None else params
         for group in groups:  # type: ignore[union-attr]
@@ -130,11 +140,12 @@ class LipschitzMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_rates()
-        self._check_gradients()
+        written = self._check_gradients()
         for group in self.param_groups:
-            {"matrix": self._step_matrices, "row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](
-                group
-            )
+            if group["kind"] == "matrix":
+                self._step_matrices(group, written)
+            else:
+                {"row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](group)
         return loss
 
     def _check_rates(self) -> None:
@@ -146,87 +157,107 @@ class LipschitzMuon(torch.optim.Optimizer):
                     "and rate * weight_decay at most 1, or the decay turns the weights around."
                 )
 
-    def _check_gradients(self) -> None:
-        named = []
+    def _check_gradients(self) -> set[int]:
+        """Refuse gradients that are not finite; ids of the matrices that are not as our last step left them.
+
+        Both at once, so that a step needs one host synchronization.
+        """
+        names, grads, weights = [], [], []
         for group in self.param_groups:
-            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-            for name, p in zip(names, group["params"]):
-                if p.grad is not None:
-                    if p.grad.is_sparse:
-                        raise ConfigError(
-                            f"{name} has a sparse gradient; build its embedding with sparse=False."
-                        )
-                    named.append((f"gradient of {name}", p.grad))
-        check_finite(named)
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                name = group["param_names"][i] if group.get("param_names") else f"parameter {i}"
+                if p.grad.is_sparse:
+                    raise ConfigError(f"{name} has a sparse gradient; build its embedding with sparse=False.")
+                names.append(f"gradient of {name}")
+                grads.append(p.grad)
+                if group["kind"] == "matrix":
+                    refuse_sharded(p)
+                    weights.append(p)
+        if not grads:
+            return set()
+        largest = largest_entries(grads)
+        never = ((-1, -1), largest.new_full((), -1.0))
+        known = [self._known.get(id(w), never) for w in weights]
+        norms = _norms(weights)
+        moved = [(a - b).abs() for a, (_, b) in zip(norms, known, strict=True)]  # nan counts as moved
+        values = torch.stack([*largest.unbind(), *moved]).tolist()
+        refuse_non_finite(names, values[: len(grads)])
+        return {
+            id(w)
+            for w, (place, _), change in zip(weights, known, values[len(grads) :], strict=True)
+            if change != 0.0 or place != (w.data_ptr(), w._version)
+        }
 
-    def _momentum_(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(gradient, momentum buffer moved towards it), in float32 or wider."""
-        assert p.grad is not None
-        grad = p.grad if p.grad.dtype == torch.float64 else p.grad.float()
-        state = self.state[p]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(grad)
-        return grad, state["momentum"].lerp_(grad, 1 - group["momentum"])
+    def _momentum_(self, weights: list[Tensor], group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """(gradients, momentum buffers moved towards them), in float32 or wider."""
+        grads, buffers = [], []
+        for p in weights:
+            assert p.grad is not None
+            grads.append(p.grad if p.grad.dtype == torch.float64 else p.grad.float())
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(grads[-1])
+            buffers.append(self.state[p]["momentum"])
+        if weights:
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return grads, buffers
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
+    def _step_matrices(self, group: dict[str, Any], written: set[int]) -> None:
         rate = group["lr"] * group["lr_ratio"]
         moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         weights = [group["params"][i] for i in moved]
         layouts = [Layout.from_plain(group["layouts"][i]) for i in moved]
         self._steps_taken += 1
-        unknown = self._written_since(weights)
-        if self._steps_taken % _MEASURE_EVERY == 0:
-            unknown = list(range(len(weights)))
+        measure = self._steps_taken % _MEASURE_EVERY == 0
+        unknown = [i for i, w in enumerate(weights) if measure or id(w) in written]
         if unknown:
             normalize_above_([weights[i] for i in unknown], [layouts[i] for i in unknown])
-        moving = [self._momentum_(w, group) for w in weights]
-        grads, buffers = [g for g, _ in moving], [b for _, b in moving]
+        grads, buffers = self._momentum_(weights, group)
         if rate == 0:  # as a warmup's first step: nothing moves, so nothing needs a projection
             return
         for batch in batches(weights, layouts):
             # Nesterov, batch by batch: whole updates of all weights would cost another model's memory
-            update = batch.like(grads, layouts).lerp_(batch.like(buffers, layouts), group["momentum"])
-            self._step_batch(batch, update, rate, group)
+            starts, ends = batch.at(grads, layouts), batch.at(buffers, layouts)
+            self._step_batch(batch, gathered_lerp(starts, ends, group["momentum"]), rate, group)
         for w, norm in zip(weights, _norms(weights), strict=True):
             self._known[id(w)] = ((w.data_ptr(), w._version), norm)
-
-    def _written_since(self, weights: list[Tensor]) -> list[int]:
-        """Indices of the weights that are not as our last step left them; one synchronization."""
-        if not weights:
-            return []
-        none = ((-1, -1), weights[0].new_full((), -1.0, dtype=torch.float32))
-        known = [self._known.get(id(w), none) for w in weights]
-        same = (torch.stack(_norms(weights)) == torch.stack([norm for _, norm in known])).tolist()
-        return [
-            i for i, w in enumerate(weights) if not (same[i] and known[i][0] == (w.data_ptr(), w._version))
-        ]
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
         """Move and project the blocks of one shape; all of them were within their cap before."""
         d_out, d_in = update.shape[-2:]
         decay = group["weight_decay"]
         step = orthogonalize(
-            update, steps=group["steps"], dtype=_PRECISIONS[group["precision"]], check_finite=False
+            update,
+            steps=group["steps"],
+            dtype=_precision(group["precision"], update),
+            check_finite=update.device.type == "cpu",  # costs nothing there, and comes before any change
         )
-        stored = batch.gather()
-        blocks = stored.to(step.dtype).mul_(1 - rate * decay)
-        blocks.add_(step, alpha=-rate * (d_out / d_in) ** 0.5)
+        alone = len(batch.views) == 1 and batch.views[0].dtype == step.dtype  # then without copies
+        blocks = batch.views[0] if alone else batch.gather()
+        narrow = blocks.dtype != step.dtype
+        if decay:
+            blocks = (
+                blocks.mul_(1 - rate * decay) if not narrow else blocks.to(step.dtype) * (1 - rate * decay)
+            )
+        blocks = blocks.to(step.dtype).add_(step, alpha=-rate * (d_out / d_in) ** 0.5)
         began = time.perf_counter()
         if batch.cap is not None:
             # s <- (1 - rate wanted)(s + rate) has its fixed point at 1 / wanted - rate: the cap.
             wanted = 1.0 / (batch.cap + rate) if "weight_decay" in group["method"] else decay
             # The slack covers rounding: of this step, and of the one before.
             upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + _ORTHOGONAL_SLACK)
-            narrow = blocks.dtype != stored.dtype
             blocks = project(
-                blocks.to(stored.dtype),
+                blocks.to(batch.views[0].dtype),
                 batch.cap,
                 group["method"],
                 lr=rate,
                 weight_decay=wanted,
                 norm_upper=None if narrow else upper,
+                in_place=True,
             )
-        batch.scatter_(blocks)
+        if not alone:
+            batch.scatter_(blocks)
         self.seconds_projecting += time.perf_counter() - began
 
     def _step_rows(self, group: dict[str, Any]) -> None:
@@ -235,7 +266,8 @@ class LipschitzMuon(torch.optim.Optimizer):
         for p, plain in zip(group["params"], group["layouts"]):
             if p.grad is None:
                 continue
-            update = torch.lerp(*self._momentum_(p, group), group["momentum"])
+            (grad,), (buffer,) = self._momentum_([p], group)
+            update = torch.lerp(grad, buffer, group["momentum"])
             seen = (p.grad != 0).any(-1, keepdim=True)
             largest = update.abs().amax(-1, keepdim=True)  # first, so that no square over- or underflows
             update = torch.where(seen & (largest > 0), update / largest, 0.0)
@@ -271,6 +303,21 @@ class LipschitzMuon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+@lru_cache(maxsize=1)
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products (AVX-512 BF16, AMX); without, torch emulates them."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _precision(chosen: str | None, update: Tensor) -> torch.dtype | None:
+    """What to orthogonalize `update` in; None leaves it to `orthogonalize`."""
+    if chosen is not None:
+        return _PRECISIONS[chosen]
+    wide = max(update.shape[-2:]) >= _BF16_FROM and update.dtype == torch.float32
+    return torch.bfloat16 if wide and update.device.type == "cpu" and _cpu_multiplies_bf16() else None
 
 
 def _norms(weights: list[Tensor]) -> list[Tensor]:

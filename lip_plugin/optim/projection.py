@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,18 +165,27 @@ def require_retrofit(model: nn.Module) -> Any:
     return found
 
 
+def largest_entries(tensors: list[Tensor]) -> Tensor:
+    """Largest absolute entry of each tensor, float32 [n]; nan where one is nan, 0 for empty tensors."""
+    ends = [torch.aminmax(t.detach()) if t.numel() else (t.new_zeros(()),) * 2 for t in tensors]
+    return torch.stack([torch.maximum(-low, high).float() for low, high in ends])
+
+
 def check_finite(named: list[tuple[str, Tensor]]) -> None:
     """Raise NonFiniteError naming the first tensor with nan or inf; one synchronization if all are well."""
-    if not named:
-        return
-    worst = torch.stack(
-        [t.detach().abs().amax().float() if t.numel() else t.new_zeros(()).float() for _, t in named]
-    )
-    if not bool(torch.isfinite(worst).all()):
-        name = next(n for (n, _), w in zip(named, worst) if not torch.isfinite(w))
-        raise NonFiniteError(
-            f"{name} holds nan or inf. Nothing was changed by this step; lower the learning rate."
-        )
+    if named:
+        largest = largest_entries([t for _, t in named])
+        if not bool(torch.isfinite(largest).all()):
+            refuse_non_finite([n for n, _ in named], [float(v) for v in largest])
+
+
+def refuse_non_finite(names: list[str], largest: list[float]) -> None:
+    """Raise NonFiniteError with the first name whose largest entry is nan or inf."""
+    for name, value in zip(names, largest, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{name} holds nan or inf. Nothing was changed by this step; lower the learning rate."
+            )
 
 
 @torch.no_grad()
