@@ -46,12 +46,11 @@ def parse() -> argparse.Namespace:
         ("length", 64, "characters in a sequence"),
         ("width", 128, "of the model"),
         ("layers", 3, "of the model"),
-        ("w-max", 1.4, "cap on every block, RMS->RMS norm"),
-        ("head-max", 8.0, "cap on the output head"),
-        ("attention-scale", 2.0, "attention logits are this times q.k / d_head"),
+        ("preset", "robust", "of LipschitzConfig: robust, accurate or paper"),
+        ("w-max", 1.0, "cap on every block, RMS->RMS norm"),
         ("lr", 0.1, "RMS->RMS norm per step"),
         ("sequences", 16, "sequences that are certified and attacked"),
-        ("refine", 6, "backward passes on a token at most"),
+        ("refine", 12, "backward passes on a token at most"),
         ("restarts", 4, "of the attack"),
         ("attack-steps", 40, "of the attack"),
     ):
@@ -80,14 +79,8 @@ def train(ids: torch.Tensor, vocabulary: int, options: argparse.Namespace) -> GP
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **nothing))
     model.loss_type = "ForCausalLM"  # said outright: the default warns
-    config = LipschitzConfig(
-        w_max=options.w_max,
-        overrides={"lm_head": options.head_max},
-        biases="drop",
-        attention_scale=options.attention_scale,
-    )
-    retrofit(model, config)
-    optimizer = LipschitzMuon(model, lr=options.lr)
+    retrofit(model, LipschitzConfig.preset(options.preset, w_max=options.w_max, biases="drop"))
+    optimizer = LipschitzMuon(model, lr=options.lr, embedding_lr=options.lr / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0 - s / options.steps)
     for _ in range(options.steps):
         at = torch.randint(len(ids) - options.length, (24,))

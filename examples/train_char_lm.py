@@ -69,9 +69,8 @@ def parse() -> argparse.Namespace:
         ("length", 128, "characters in a sequence"),
         ("width", 128, "of the model"),
         ("layers", 3, "of the model"),
-        ("w-max", 2.0, "cap on every block, RMS->RMS norm"),
-        ("head-max", 8.0, "cap on the output head"),
-        ("attention-scale", 4.0, "attention logits are this times q.k / d_head"),
+        ("preset", "robust", "of LipschitzConfig: robust, accurate or paper"),
+        ("w-max", 1.0, "cap on every block, RMS->RMS norm"),
         ("lr", 0.1, "RMS->RMS norm per step"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
@@ -105,12 +104,8 @@ def main() -> None:
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    config = LipschitzConfig(
-        w_max=options.w_max,
-        overrides={"lm_head": options.head_max},
-        biases="drop",  # they have no cap: without them the certificate from caps holds for the whole run
-        attention_scale=options.attention_scale,
-    )
+    # biases have no cap: without them the certificate from caps holds for the whole run
+    config = LipschitzConfig.preset(options.preset, w_max=options.w_max, biases="drop")
     trainer = Trainer(
         model=model,
         args=args,
@@ -118,7 +113,7 @@ def main() -> None:
         eval_dataset=validation,
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        callbacks=[LipschitzCallback(config)],
+        callbacks=[LipschitzCallback(config, embedding_lr=options.lr / 2)],
     )
     trainer.train()
     if trainer.is_world_process_zero():

@@ -41,7 +41,7 @@ def steps(model: nn.Module, optimizer, count: int, after=None) -> list[float]:
 
 
 def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=2.0, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def adamw(model):

@@ -128,7 +128,9 @@ def test_a_config_error_is_both_ours_and_a_value_error():
 def test_presets_are_configs_that_changes_go_on_top_of():
     for name in PRESETS:
         assert LipschitzConfig.preset(name, w_max=1.5).w_max == 1.5
-        assert LipschitzConfig.from_json(LipschitzConfig.preset(name).to_json()) == LipschitzConfig.preset(name)
+        assert LipschitzConfig.from_json(LipschitzConfig.preset(name).to_json()) == LipschitzConfig.preset(
+            name
+        )
     assert LipschitzConfig.preset("robust", activation=None).activation is None
     with pytest.raises(ConfigError, match="robust"):
         LipschitzConfig.preset("best")

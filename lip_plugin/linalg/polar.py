@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.errors import ConfigError, NonFiniteError
+from lip_plugin.linalg.precision import without_autocast
 from lip_plugin.linalg.symmetric import product, symmetric_product
 
 Quintic = tuple[float, float, float]
@@ -252,6 +253,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+@without_autocast
 def orthogonalize(
     blocks: Tensor,
     coefficients: str = "polar_express",

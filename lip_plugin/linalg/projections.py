@@ -19,6 +19,7 @@ from torch import Tensor
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.norms import refuse_non_finite, sigma_max_upper, sigma_max_within
 from lip_plugin.linalg.polar import largest_entry, orthogonalize
+from lip_plugin.linalg.precision import without_autocast
 from lip_plugin.linalg.spectrum import top_singular_triple
 from lip_plugin.linalg.symmetric import product, symmetric_product
 
@@ -236,6 +237,7 @@ def _stored(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
+@without_autocast
 def project(
     blocks: Tensor,
     cap: float | Tensor,
