@@ -169,7 +169,8 @@ def position_runs() -> list[Run]:
 
     def run(name: str, temperature: float, **changes: Any) -> Run:
         config = {**POSITION, **changes}
-        return Run(f"position/{name}", config, "lipschitz_muon", (0.1,), None, temperature, options)
+        key = f"position, {name}/lipschitz_muon/{config.get('w_max', 1.0):g}"
+        return Run(key, config, "lipschitz_muon", (0.1,), None, temperature, options)
 
     runs = [run(f"temperature {t:g}", t) for t in (0.3, 0.2, 0.1, 0.05, 0.025, 0.015)]
     undone: dict[str, dict[str, Any]] = {
@@ -178,7 +179,7 @@ def position_runs() -> list[Run]:
         "gelu": {"activation": None},
         "residual 0.5": {"residual": 0.5},
         "hard cap": {"method": "hard_cap"},
-        "cap 1.2": {"w_max": 1.2},
+        "a higher cap": {"w_max": 1.2},
     }
     return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
 
