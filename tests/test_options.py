@@ -317,6 +317,27 @@ def test_what_has_no_place_is_refused_before_anything_changes(family, fields, me
     assert {n: type(m) for n, m in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_residual_weights_that_leave_float32_at_this_depth_are_refused_with_those_that_do_not(family):
+    weights = (0.75, 0.9) if family == "gpt2" else 0.95
+    deep = tiny(family, num_hidden_layers=30)
+    with pytest.raises(ConfigError, match="at most residual=") as error:
+        retrofit(deep, LipschitzConfig(residual=weights))
+    most = float(str(error.value).rpartition("=")[2].rstrip("."))
+    retrofit(deep, LipschitzConfig(residual=most))
+    randomize_(deep)
+    project_(deep)
+    x = inputs_for(family)
+    exact = Recipe(family, deep.double(), residual=most)(x)
+    deep.float()
+    loss_of(deep, x).backward()
+    assert all(
+        bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in deep.parameters() if p.requires_grad
+    )
+    # float32: some hundred roundings of 6e-8, and none that overflowed
+    assert float((logits_of(deep, x) - exact).detach().abs().max() / exact.detach().abs().max()) < 1e-4
+
+
 def test_an_attention_that_does_not_use_the_function_is_noticed():
     model, x = with_options("gpt2"), inputs_for("gpt2")
     model.set_attn_implementation("eager")
