@@ -64,7 +64,12 @@ def train(ids: torch.Tensor, vocabulary: int, cap: float | None, options: argpar
     retrofit(
         model,
         LipschitzConfig(
-            w_max=options.w_max, overrides={"lm_head": 8.0}, attention_scale=2.0, gate_max=cap, residual=0.5
+            w_max=options.w_max,
+            overrides={"lm_head": 8.0},
+            logit_scale=1.0,
+            attention_scale=2.0,
+            gate_max=cap,
+            residual=0.5,
         ),
     )
     optimizer = LipschitzMuon(model, lr=0.1)

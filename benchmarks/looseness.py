@@ -53,7 +53,9 @@ def train(steps: int) -> Any:
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": 31}
     model: Any = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    config = LipschitzConfig(w_max=2.0, biases="drop", attention_scale=4.0, overrides={"lm_head": 8.0})
+    config = LipschitzConfig(
+        w_max=2.0, biases="drop", attention_scale=4.0, overrides={"lm_head": 8.0}, logit_scale=1.0
+    )
     retrofit(model, config)
     optimizer = LipschitzMuon(param_groups(model, 0.05, 0.05, 1e-3), lr=0.05)
     for _ in range(steps):

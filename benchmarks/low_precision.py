@@ -157,6 +157,7 @@ def main() -> None:
     config = LipschitzConfig(
         w_max=options.w_max,
         overrides={"lm_head": options.head_max},
+        logit_scale=1.0,
         biases="drop",
         attention_scale=options.attention_scale,
     )

@@ -119,6 +119,7 @@ def main() -> None:
     config = LipschitzConfig(
         w_max=options.w_max,
         overrides={"classifier": options.head_max},
+        logit_scale=1.0,
         biases="drop",
         attention_scale=options.attention_scale,
         value_scale=options.value_scale,

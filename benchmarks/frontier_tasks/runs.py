@@ -147,7 +147,7 @@ def char_runs() -> list[Run]:
     ]
     for method, optimizer in pairs:
         for cap in (1.0, 1.2, 2.0, 4.0):
-            config = {"method": method, "w_max": cap, "biases": "drop"}
+            config = {"method": method, "w_max": cap, "biases": "drop", "logit_scale": 1.0}
             runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, rates[optimizer]))
     return runs + position_runs()
 
@@ -160,6 +160,7 @@ POSITION: dict[str, Any] = {
     "residual": [0.75, 0.9],
     "activation": "abs",
     "biases": "drop",
+    "logit_scale": 1.0,  # the training temperature does it, so that bounds are at the network's own scale
 }
 
 
