@@ -127,8 +127,8 @@ def test_certificate_and_choices_lie_beside_the_checkpoint(trained):
     assert result["iter_num"] == ITERS + 1
 
 
-def test_only_the_head_has_a_cap_of_its_own_unless_told_otherwise():
-    assert Options.from_dict({"w_max": 2.0}).config.overrides == {"lm_head": 8.0}
+def test_options_are_the_configs_fields_and_the_rates():
+    assert Options.from_dict({"w_max": 2.0}).config == LipschitzConfig(w_max=2.0)
     assert Options.from_dict({"overrides": {}}).config.overrides == {}
     assert Options.from_dict(Options(momentum=0.9).to_dict()) == Options(momentum=0.9)
 
@@ -191,7 +191,7 @@ def test_a_plain_load_of_the_checkpoint_fails_closed(tmp_path, norms):
 @pytest.mark.parametrize("bias", [False, True])
 def test_logits_equal_an_explicit_computation_of_the_recipe(bias):
     module = standin_model()
-    undo = patch(module.GPT, LipschitzConfig(w_max=1.5))
+    undo = patch(module.GPT, LipschitzConfig(w_max=1.5, logit_scale=1.0))
     torch.manual_seed(3)
     model = module.GPT(module.GPTConfig(n_layer=3, n_head=4, bias=bias)).double().eval()
     undo()

@@ -28,10 +28,10 @@ def test_the_planned_caps_hold_the_target_and_larger_ones_do_not(family: str) ->
 
 
 def test_overrides_stay_and_the_head_counts() -> None:
-    config = LipschitzConfig(overrides={"lm_head": 4.0})
+    config = LipschitzConfig(overrides={"lm_head": 4.0}, logit_scale=1.0)
     planned = plan_caps(tiny("gpt2"), 5.0, config)
     assert planned.overrides == config.overrides
-    assert planned.w_max < plan_caps(tiny("gpt2"), 5.0).w_max
+    assert planned.w_max < plan_caps(tiny("gpt2"), 5.0, LipschitzConfig(logit_scale=1.0)).w_max
 
 
 def test_twelve_layers_under_a_bound_of_ten() -> None:
@@ -70,7 +70,7 @@ def test_what_a_retrofit_would_refuse_is_refused_here_too() -> None:
 
 
 def test_a_target_below_the_residual_path_is_refused_with_what_it_costs() -> None:
-    config = LipschitzConfig(overrides={"lm_head": 8.0})
+    config = LipschitzConfig(overrides={"lm_head": 8.0}, logit_scale=1.0)
     with pytest.raises(ConfigError, match=r"10\^0.4"):
         plan_caps(tiny("gpt2"), 0.01, config)
 

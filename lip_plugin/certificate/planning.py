@@ -61,7 +61,7 @@ def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = 
     if least > goal:
         raise ConfigError(
             f"plan_caps(target={target:g}): with w_max = {_SMALLEST} the bound is still 10^{least:.2f}, because the residual "
-            "path and the layers in `overrides` (the head?) alone give that. Lower those caps, or raise the target."
+            "path and the layers in `overrides` (the head?) alone give that. Lower those, or raise the target."
         )
     if log10_bound(_LARGEST) <= goal:
         return replace(config, w_max=_LARGEST)
