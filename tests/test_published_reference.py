@@ -138,7 +138,7 @@ def adversarial_weights(heads: int, steps: int = 150) -> Any:
     width, tokens, h = 4 * heads, 17, 1e-3
     generator = torch.Generator().manual_seed(heads)
     model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
-    retrofit(model, LipschitzConfig(granularity="matrix", biases="drop", init="keep"))
+    retrofit(model, LipschitzConfig(granularity="matrix", biases="drop", init="keep", logit_scale=1.0))
     x = torch.randn(tokens, width, generator=generator, dtype=torch.float64).requires_grad_(True)
     v = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     moved = ("c_attn.weight", "attn.c_proj.weight", "lm_head.weight")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 from lip_plugin import LipschitzConfig, certify, release, retrofit
 from lip_plugin.architecture import find_family
+from lip_plugin.config import LOGIT_SCALE
 from lip_plugin.errors import (
     ConfigError,
     LipschitzError,
@@ -268,7 +269,7 @@ def test_the_report_has_a_line_for_every_change_and_prints_as_a_table(family):
 
 
 def test_the_constants_are_those_of_the_telescoped_residual():
-    """c_k = (1-a)^k in the slots, a / c_(k+1) on the branches, 1/3 on attention, 1 / d_head on logits."""
+    """c_k = (1-a)^k in the slots, a / c_(k+1) on the branches, 1/3 on attention, 1 / d_head on logits, last the scale."""
     model = tiny("gpt2", num_hidden_layers=3)
     retrofit(model)
     a, c = 1 / 6, [(5 / 6) ** k for k in range(7)]
@@ -278,7 +279,7 @@ def test_the_constants_are_those_of_the_telescoped_residual():
         assert branch_scale(layer.attn) == pytest.approx(a / c[2 * i + 1] / 3, rel=1e-15)
         assert branch_scale(layer.mlp) == pytest.approx(a / c[2 * i + 2], rel=1e-15)
         assert layer.attn.scaling == 1 / 8
-    assert model.transformer.ln_f.scale == pytest.approx(c[6], rel=1e-15)
+    assert model.transformer.ln_f.scale == pytest.approx(c[6] * LOGIT_SCALE, rel=1e-15)
 
 
 def test_constants_do_not_pile_up_over_release_and_retrofit():

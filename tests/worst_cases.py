@@ -40,7 +40,7 @@ def worst_tokens(d: int, d_head: int, pairs: int, positive: bool = True) -> tupl
 def one_head_gpt2(heads: int, width: int = 48) -> Any:
     """GPT-2 with one layer, every norm 1 or 0, and all of q, k, v in one head; embeddings of RMS norm 1."""
     model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
-    retrofit(model, LipschitzConfig(granularity="matrix"))
+    retrofit(model, LipschitzConfig(granularity="matrix", logit_scale=1.0))
     attention, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
     with torch.no_grad():
         for p in model.parameters():
@@ -76,7 +76,7 @@ def published_claim(model: Any) -> float:
 def layered_gpt2(heads: int, layers: int, width: int = 48) -> Any:
     """GPT-2 of any depth: `one_head_rows` in every attention, feed-forward parts zero, every norm 1 or 0."""
     model: Any = tiny("gpt2", num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
-    retrofit(model, LipschitzConfig(granularity="matrix"))
+    retrofit(model, LipschitzConfig(granularity="matrix", logit_scale=1.0))
     one = one_head_gpt2(heads, width)
     with torch.no_grad():
         for p in model.parameters():
