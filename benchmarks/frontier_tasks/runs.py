@@ -173,7 +173,7 @@ def position_runs() -> list[Run]:
         key = f"position, {name}/lipschitz_muon/{config.get('w_max', 1.0):g}"
         return Run(key, config, "lipschitz_muon", (0.1,), None, temperature, options)
 
-    runs = [run(f"temperature {t:g}", t) for t in (0.3, 0.2, 0.1, 0.05, 0.025, 0.015)]
+    runs = [run(f"temperature {t:g}", t) for t in (0.5, 0.3, 0.2, 0.1, 0.05, 0.025, 0.015)]
     undone: dict[str, dict[str, Any]] = {
         "fixed ALiBi": {"position_bias": "alibi"},
         "content too": {"attention_scale": 0.5},
