@@ -12,6 +12,7 @@ COLORS = {"lipschitz_muon": "tab:blue", "muon": "tab:green", "adamw": "tab:red"}
 MARKERS = "o^sDvPX<>*"
 LIMITS = (0.3, 1.1, 2.0, 5.0, 20.0, 100.0)
 # Many bounds are the same product of caps: drawn this much to the right, so as not to hide each other.
+_FEW = 8  # runs that one panel can show all of
 ASIDE = {"lipschitz_muon": 1.0, "muon": 1.12, "adamw": 1.25}
 
 
@@ -80,7 +81,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "no results yet"
     found = points(rows)
     eps = found[0].eps
-    first, last = f"{'method':<26} {'optimizer':<14}", "".join(f"{'c ' + format(e, 'g'):>8}" for e in eps)
+    first, last = f"{'method':<28} {'optimizer':<14}", "".join(f"{'c ' + format(e, 'g'):>8}" for e in eps)
     lines = [
         "best accuracy (%) at a proven bound, from weights, of at most ...; best certified accuracy (%) at eps (c ...)",
         first + "".join(f"{limit:>7g}" for limit in LIMITS) + f"{'any':>7}" + last,
@@ -91,7 +92,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append(_best(p.accuracy for p in mine))
         proven = [_best(p.certified[i] for p in mine) for i in range(len(eps))]
         lines.append(
-            f"{method[:26]:<26} {optimizer:<14}"
+            f"{method[:28]:<28} {optimizer:<14}"
             + "".join(f"{c:>7}" for c in cells)
             + "".join(f"{c:>8}" for c in proven)
         )
@@ -104,14 +105,14 @@ def _by_cap(found: list[Point]) -> list[str]:
     caps = sorted({p.cap for p in found if p.constrained}, key=float)
     lines = [
         f"accuracy / certified accuracy at eps {found[0].eps[middle]:g} (%), by cap",
-        f"{'method':<26} {'optimizer':<14}" + "".join(f"{cap:>13}" for cap in caps),
+        f"{'method':<28} {'optimizer':<14}" + "".join(f"{cap:>13}" for cap in caps),
     ]
     for method, optimizer in dict.fromkeys((p.method, p.optimizer) for p in found if p.constrained):
         at = {p.cap: p for p in found if (p.method, p.optimizer) == (method, optimizer)}
         cells = [f"{100 * p.accuracy:.1f} /{100 * p.certified[middle]:5.1f}" for p in at.values()]
         by_cap = dict(zip(at, cells, strict=True))
         lines.append(
-            f"{method[:26]:<26} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps)
+            f"{method[:28]:<28} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps)
         )
     return lines
 
@@ -220,16 +221,20 @@ def _log10(values: Any) -> Any:
 
 
 def _curves(axis: Any, found: list[Point]) -> None:
-    """Certified (solid) and attacked (dashed) accuracy of each optimizer's best, and of the best without constraint."""
+    """Certified (solid) and attacked (dotted) accuracy: of all of a few runs, else of each optimizer's best."""
     eps = found[0].eps
     groups = [[p for p in found if p.constrained and p.optimizer == o] for o in COLORS]
     groups.append([p for p in found if not p.constrained])
     chosen: dict[Point, None] = {}
     for group in filter(None, groups):
+        if len(found) <= _FEW:
+            chosen |= dict.fromkeys(group)
+            continue
         for i in (0, len(eps) // 2 + 1) if group[0].constrained else (0,):
             chosen[max(group, key=lambda p: p.certified[i])] = None
     for index, p in enumerate(chosen):
         color = COLORS[p.optimizer] if p.constrained else "black"
+        color = f"C{index}" if len(found) <= _FEW else color
         marker = MARKERS[index % len(MARKERS)]
         axis.plot(eps, p.certified, f"{marker}-", color=color, label=p.name, alpha=0.85, markersize=5)
         axis.plot(eps, p.attacked, f"{marker}:", color=color, alpha=0.5, markersize=4)
