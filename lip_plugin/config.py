@@ -160,9 +160,10 @@ class LipschitzConfig:
         Args:
             name: `"robust"`: attention by position alone, absolute values, large steps of the residual, wide margins: the
                 most predictions proven at perturbations of 1 % (at 3 and 10 % a logit_scale of 3.3 and 2 proves more).
-                `"accurate"`: the same with a larger logit_scale, the most accuracy. `"paper"`: the recipe of arXiv 2507.13338 to the letter, its logits as
-                small as its caps make them. Measured on text, 3 blocks deep (docs/LOG.md); deeper is untried. Families
-                with gated MLPs keep their activation: `preset("robust", activation=None)`.
+                `"accurate"`: the same with a larger logit_scale, the most accuracy. `"paper"`: the recipe of arXiv
+                2507.13338 to the letter, its logits as small as its caps make them. Measured on text, 3 blocks deep
+                (docs/LOG.md); deeper is untried. Families with gated MLPs keep their activation:
+                `preset("robust", activation=None)`.
             changes: fields of LipschitzConfig.
 
         Raises:
