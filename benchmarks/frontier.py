@@ -33,7 +33,8 @@ from frontier_tasks.table import draw, table
 from tqdm.auto import tqdm
 
 TASKS = {"mlp": mlp_runs, "char": char_runs}
-RESULTS = Path(__file__).parent.parent / "docs" / "frontier.jsonl"
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = {"mlp": DOCS / "frontier.jsonl", "char": DOCS / "frontier_char.jsonl"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", choices=("smoke", "quick", "small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="*", help="names of runs, with * and ?")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of JSON lines")
+    parser.add_argument("--results", type=Path, help="the file of JSON lines; in docs/ without")
     parser.add_argument("--dataset", help="mlp: an image data set of the hub; scikit-learn's digits without")
     parser.add_argument("--text", help="char: a text file; the Python language reference without")
     parser.add_argument("--list", action="store_true", help="names, and which seeds are done")
@@ -50,7 +51,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="a few steps of everything, into a temporary file"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--threads", type=int, help="of torch; all cores without")
+    options = parser.parse_args(arguments)
+    options.results = options.results or RESULTS[options.task]
+    return options
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -182,11 +186,14 @@ def work(options: argparse.Namespace) -> None:
 def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of this task, budget and data."""
     rows = read(options.results)
-    return [row for row in rows if (row["task"], row["budget"], row["data"]) == _where(options)]
+    here = [row for row in rows if (row["task"], row["budget"], row["data"]) == _where(options)]
+    return [row for row in here if fnmatch.fnmatchcase(row["name"], options.only)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
             smoke(options, Path(folder))
@@ -210,8 +217,9 @@ def smoke(options: argparse.Namespace, folder: Path) -> None:
     """A run of each kind in both tasks, then the table and the figure."""
     options.budget, options.results = "smoke", folder / "results.jsonl"
     for options.task in TASKS:
-        for options.only in ("unconstrained/*", "soft_cap/*/1"):
+        for options.only in ("unconstrained/*", "*soft_cap/*/1"):
             work(options)
+        options.only = "*"
         rows = rows_of(options)
         draw(rows, folder / f"{options.task}.png")
         print(table(rows))

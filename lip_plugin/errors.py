@@ -41,3 +41,7 @@ class CertificateError(LipschitzError, RuntimeError):
 
 class TrainerError(LipschitzError, RuntimeError):
     """The training stack is configured in a way that the constraint cannot survive."""
+
+
+class DistributedError(LipschitzError, RuntimeError):
+    """Processes disagree, or another one failed: raised on all of them, so that none waits for ever."""

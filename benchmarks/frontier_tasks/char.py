@@ -70,12 +70,23 @@ def train(
     for _ in range(steps):
         at = torch.randint(len(split.train) - options.length, (options.batch,)).tolist()
         batch = torch.stack([split.train[i : i + options.length] for i in at])
-        stepping.take(_loss(model(batch).logits / run.temperature, batch))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=getattr(options, "autocast", False)):
+            logits = model(batch).logits
+        stepping.take(_training_loss(logits.float(), batch, run))
         yield model
 
 
-def _loss(logits: Tensor, ids: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+def _training_loss(logits: Tensor, ids: Tensor, run: Run) -> Tensor:
+    """Cross-entropy at the run's temperature, after its margin is taken from the right logits."""
+    if "margin" in run.loss:
+        right = nn.functional.one_hot(ids[:, 1:], logits.shape[-1])
+        logits = torch.cat([logits[:, :-1] - run.loss["margin"] * right, logits[:, -1:]], 1)
+    return _loss(logits / run.temperature, ids, run.loss.get("label_smoothing", 0.0))
+
+
+def _loss(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    predicted, following = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    return nn.functional.cross_entropy(predicted, following, label_smoothing=label_smoothing)
 
 
 @torch.no_grad()

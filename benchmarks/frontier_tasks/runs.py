@@ -14,11 +14,14 @@ from torch import nn
 
 from lip_plugin import LipschitzMuon, attach_projection
 from lip_plugin.config import METHOD_NAMES
+from lip_plugin.optim.groups import POSITION_RATE
+from lip_plugin.position import OffsetBias
 
 CAPS = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
 # The learning rates that are tried: LipschitzMuon's in RMS->RMS norm per step, torch.optim.Muon's in spectral norm.
 RATES = {"lipschitz_muon": (0.02, 0.06, 0.2), "muon": (0.02, 0.06, 0.2), "adamw": (1e-3, 4e-3, 1.6e-2)}
-# What a budget is, task by task. `small` of char is 3.07 M characters. `full` of char has the batch and the model of
+# What a budget is, task by task. `quick` of char is 0.41 M characters, in bf16 autocast (scored and proven in float32):
+# two minutes a run, for maps of many. `small` of char is 3.07 M characters. `full` of char has the batch and the model of
 # arXiv 2507.13338's released Shakespeare sweeps (batch 64, length 256); 2000 steps are 32.8 M characters.
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {
@@ -59,13 +62,14 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
             "attack": (1, 2),
         },
         "quick": {
-            "steps": 150,
+            "steps": 200,
             "batch": 8,
             "width": 256,
             "length": 256,
             "examples": 4,
-            "refine": 0,
+            "refine": 4,
             "attack": (2, 10),
+            "autocast": True,
         },
         "small": {
             "steps": 1500,
@@ -101,6 +105,7 @@ class Run:
         steps: optimizer steps; None takes the budget's.
         temperature: logits are divided by it in the training loss, and nowhere else.
         options: more arguments of the optimizer.
+        loss: of task char: `margin`, taken from the right logit before the temperature divides, and `label_smoothing`.
     """
 
     name: str
@@ -110,10 +115,14 @@ class Run:
     steps: int | None = None
     temperature: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, float] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """JSON types, as a results file holds them."""
+        """JSON types, as a results file holds them; the plain loss is left out."""
         values = {**vars(self), "config": self.config and dict(self.config), "options": dict(self.options)}
+        values["loss"] = dict(self.loss)
+        if not self.loss:
+            del values["loss"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "name"}
 
 
@@ -133,23 +142,22 @@ def mlp_runs() -> list[Run]:
     return runs
 
 
+_OFFSET_RATE = POSITION_RATE * 0.1
+_CHAR_RATES = {"lipschitz_muon": 0.1, "muon": 0.06, "adamw": 4e-3}
+
+
 def char_runs() -> list[Run]:
-    """Baselines with norms and biases; the paper's recipe with a few methods, optimizers and caps."""
+    """Baselines with norms and biases; the paper's recipe, and position alone, by method, optimizer and cap."""
     runs = [
         Run("unconstrained/adamw", None, "adamw", (1e-3, 4e-3)),
         Run("unconstrained/muon", None, "muon", (0.02, 0.06)),
     ]
-    rates = {"lipschitz_muon": (0.1,), "muon": (0.06,), "adamw": (4e-3,)}
-    pairs = [
-        *((method, "lipschitz_muon") for method in METHOD_NAMES),
-        *((method, "muon") for method in ("soft_cap", "spectral_normalize")),
-        *((method, "adamw") for method in ("soft_cap", "spectral_normalize", "spectral_hammer")),
-    ]
-    for method, optimizer in pairs:
-        for cap in (1.0, 1.2, 2.0, 4.0):
-            config = {"method": method, "w_max": cap, "biases": "drop", "logit_scale": 1.0}
-            runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, rates[optimizer]))
-    return runs + position_runs()
+    for method in METHOD_NAMES:
+        for optimizer, rate in _CHAR_RATES.items():
+            for cap in (1.0, 1.2, 2.0, 4.0):
+                config = {"method": method, "w_max": cap, "biases": "drop", "logit_scale": 1.0}
+                runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, (rate,)))
+    return runs + position_runs() + position_map()
 
 
 # What a bound of 1 is best spent on, found by leaving one out at a time: docs/LOG.md, 2026-11-24.
@@ -168,10 +176,10 @@ def position_runs() -> list[Run]:
     """Attention by position alone, absolute values: by training temperature, then one choice undone at a time."""
     options = {"embedding_lr": 0.05}
 
-    def run(name: str, temperature: float, **changes: Any) -> Run:
+    def run(name: str, temperature: float, loss: Mapping[str, float] | None = None, **changes: Any) -> Run:
         config = {**POSITION, **changes}
         key = f"position, {name}/lipschitz_muon/{config.get('w_max', 1.0):g}"
-        return Run(key, config, "lipschitz_muon", (0.1,), None, temperature, options)
+        return Run(key, config, "lipschitz_muon", (0.1,), None, temperature, options, loss or {})
 
     runs = [run(f"temperature {t:g}", t) for t in (0.5, 0.3, 0.2, 0.1, 0.05, 0.025, 0.015)]
     undone: dict[str, dict[str, Any]] = {
@@ -181,8 +189,24 @@ def position_runs() -> list[Run]:
         "residual 0.5": {"residual": 0.5},
         "hard cap": {"method": "hard_cap"},
         "a higher cap": {"w_max": 1.2},
+        "label smoothing 0.1": {"loss": {"label_smoothing": 0.1}},
+        "margin 0.1": {"loss": {"margin": 0.1}},
+        "margin 0.3": {"loss": {"margin": 0.3}},
     }
     return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
+
+
+def position_map() -> list[Run]:
+    """Attention by position alone at temperature 0.1: every method with every optimizer at two caps."""
+    runs = []
+    for method in METHOD_NAMES:
+        for optimizer, rate in _CHAR_RATES.items():
+            options = {"embedding_lr": 0.05} if optimizer == "lipschitz_muon" else {}
+            for cap in (1.0, 1.4):
+                config = {**POSITION, "method": method, "w_max": cap}
+                name = f"position, {method}/{optimizer}/{cap:g}"
+                runs.append(Run(name, config, optimizer, (rate,), None, 0.1, options))
+    return runs
 
 
 class Steps:
@@ -207,9 +231,14 @@ class Steps:
 def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
     """The last one projects, after all of them have moved."""
     options = dict(run.options)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if run.optimizer == "lipschitz_muon":
-        return [LipschitzMuon(model, lr=lr, **options)]  # projects by itself
+        return [LipschitzMuon(model, lr=lr, **options)]  # projects by itself, and knows the rate of position tables
+    offsets = [m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad]
+    named = [
+        (n, p)
+        for n, p in model.named_parameters()
+        if p.requires_grad and all(p is not table for table in offsets)
+    ]
     if run.optimizer == "adamw":
         found: list[Any] = [
             torch.optim.AdamW(
@@ -227,6 +256,8 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
         )
     else:
         raise ValueError(f"optimizer {run.optimizer!r}: choose one of {', '.join(RATES)}")
+    if offsets:  # at the rate that LipschitzMuon gives them in these runs
+        found.insert(0, torch.optim.AdamW(offsets, lr=_OFFSET_RATE, weight_decay=0.0, betas=(0.9, 0.99)))
     if run.config is not None:
         attach_projection(found[-1], model)
     return found
