@@ -81,7 +81,9 @@ class Layout:
 
     def covers(self, weight: Tensor) -> bool:
         """Whether the segments tile the rows of `weight` exactly."""
-        rows = self.matrix(weight.detach()).shape[0]
+        if weight.dim() < 2:  # flattened
+            return False
+        rows = weight.shape[1 if self.transposed else 0]  # by shapes alone: it may be sharded
         edges = [0, *(s.stop for s in self.segments)]
         return all(s.start == e for s, e in zip(self.segments, edges)) and edges[-1] == rows
 

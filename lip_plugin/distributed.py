@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from lip_plugin.errors import DistributedError, UnsupportedModelError
 
+# torch 2.13's name, and the one before
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Elements that one process owns at a time: 64 MiB of float32, a few large matrices in a batch.
 _ROUND = 1 << 24
 
@@ -90,7 +92,9 @@ def home_of(tensor: Tensor, replicas: Any = None) -> Home:
 def pieces_of(length: int, processes: int) -> list[int]:
     """How many rows each process has of `length`, as torch.chunk cuts them: the last may have fewer, or none."""
     chunk = -(-length // processes)
-    return [max(0, min(chunk, length - start)) for start in range(0, chunk * processes, chunk or 1)][:processes]
+    return [max(0, min(chunk, length - start)) for start in range(0, chunk * processes, chunk or 1)][
+        :processes
+    ]
 
 
 def owners(costs: Sequence[float], processes: int) -> list[int]:
@@ -190,7 +194,9 @@ def _raise_together(failure: BaseException | None, groups: list[Any], tensors: S
     if failure is not None:
         raise failure
     if bool(failed):
-        raise DistributedError("another process failed while it worked on its share; its own message says at what.")
+        raise DistributedError(
+            "another process failed while it worked on its share; its own message says at what."
+        )
 
 
 def largest_together(values: Tensor, groups: Sequence[Any]) -> Tensor:
@@ -229,9 +235,7 @@ def _gathered(
     widths = [tensors[i].numel() // max(1, tensors[i].shape[home.dim]) for i in mine]
     counts = [sum(rows[i][s] * w for i, w in zip(mine, widths, strict=True)) for s in range(home.size)]
     received = torch.empty(sum(counts), dtype=parts[0].dtype, device=parts[0].device)
-    dist.all_to_all_single(
-        received, torch.cat(flat), counts, [len(f) for f in flat], group=home.group
-    )
+    dist.all_to_all_single(received, torch.cat(flat), counts, [len(f) for f in flat], group=home.group)
     pieces: list[list[Tensor]] = [[] for _ in mine]
     for source, block in enumerate(received.split(counts)):
         lengths = [rows[i][source] * w for i, w in zip(mine, widths, strict=True)]
@@ -251,9 +255,14 @@ def _give_back(home: Home, tensors: list[Tensor], owner: list[int], wholes: list
         return
     rows = [pieces_of(t.shape[home.dim], home.size) for t in tensors]
     mine = [i for i, of in enumerate(owner) if of == home.rank]
-    cut = [_flat(w, home.dim).view(w.shape[home.dim], -1).split(rows[i]) for i, w in zip(mine, wholes, strict=True)]
+    cut = [
+        _flat(w, home.dim).view(w.shape[home.dim], -1).split(rows[i])
+        for i, w in zip(mine, wholes, strict=True)
+    ]
     parts = [local(t) for t in tensors]
-    send = [torch.cat([c[r].flatten() for c in cut]) if cut else parts[0].new_empty(0) for r in range(home.size)]
+    send = [
+        torch.cat([c[r].flatten() for c in cut]) if cut else parts[0].new_empty(0) for r in range(home.size)
+    ]
     counts = [sum(p.numel() for p, of in zip(parts, owner, strict=True) if of == s) for s in range(home.size)]
     received = torch.empty(sum(counts), dtype=parts[0].dtype, device=parts[0].device)
     dist.all_to_all_single(received, torch.cat(send), counts, [len(s) for s in send], group=home.group)
@@ -275,7 +284,7 @@ def _hand_round(home: Home, tensors: list[Tensor], owner: list[int]) -> None:
         if mine:
             send[: counts[home.rank]] = torch.cat(mine)
         received = send.new_empty(max(counts) * home.size)
-        dist.all_gather_into_tensor(received, send, group=home.group)
+        _all_gather(received, send, group=home.group)
         for source in (s for s in range(home.size) if s != home.rank):
             start = source * max(counts)
             for t in (t for t, of in typed if of == source):

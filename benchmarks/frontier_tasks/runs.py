@@ -232,7 +232,9 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
     """The last one projects, after all of them have moved."""
     options = dict(run.options)
     if run.optimizer == "lipschitz_muon":
-        return [LipschitzMuon(model, lr=lr, **options)]  # projects by itself, and knows the rate of position tables
+        return [
+            LipschitzMuon(model, lr=lr, **options)
+        ]  # projects by itself, and knows the rate of position tables
     offsets = [m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad]
     named = [
         (n, p)

@@ -22,6 +22,7 @@ from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, refuse_non_fini
 from lip_plugin.certificate.nodes import attentions
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, div, log10, mul, root, to_float, up
+from lip_plugin.certificate.whole import has_shards, on_first_process, sharded_too
 from lip_plugin.errors import CertificateError, ConfigError
 
 FORMAT = "lip_plugin.certificate/2"
@@ -90,9 +91,13 @@ class Certificate:
     def verify(self, model: nn.Module) -> None:
         """Raise CertificateError unless this certificate was computed from this very model.
 
-        It asks whose certificate this is, not whether the number is right; for that, certify again.
+        It asks whose certificate this is, not whether the number is right; for that, certify again. Of a sharded
+        model every process asks, together.
         """
-        check_belongs(self, model)
+        if has_shards(model):
+            on_first_process(model, self.verify)
+        else:
+            check_belongs(self, model)
 
     def l2(self, tokens: int) -> float:
         """Bound between Euclidean norms over a whole sequence of `tokens` tokens: l2 -> l2.
@@ -159,11 +164,13 @@ class Certificate:
         return "\n".join([head, "-" * len(head), *rows, "-" * len(head), last, pairs])
 
 
+@sharded_too
 def certify(model: nn.Module, source: str = "weights", *, check: bool = True) -> Certificate:
     """Prove an upper bound on Lip(embeddings -> logits), token norm to token norm.
 
     Args:
-        model: a model of a known family, retrofitted or not, wrapped or not.
+        model: a model of a known family, retrofitted or not, wrapped or not. Of a sharded one (FSDP2) every process
+            calls this, together; the first gathers it in main memory, and all get its certificate.
         source: `"weights"` measures every norm (upwards, in float64); `"caps"` uses the caps alone.
         check: compare the graph with the model's own forward first. The comparison is remembered, so
             a second call costs nothing while the structure is unchanged.

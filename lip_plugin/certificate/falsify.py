@@ -29,6 +29,7 @@ from lip_plugin.certificate.progress import progress
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.starts import d_in_of, structured
 from lip_plugin.certificate.upper import to_float
+from lip_plugin.certificate.whole import sharded_too
 from lip_plugin.errors import CertificateError, ConfigError
 
 __all__ = ["Falsification", "NodeFalsification", "Witness", "attained", "falsify", "falsify_node"]
@@ -74,6 +75,7 @@ class NodeFalsification:
     start: str
 
 
+@sharded_too
 def falsify(
     model: nn.Module,
     restarts: int = 8,

@@ -15,6 +15,7 @@ from lip_plugin.blocks import ROW, Layout
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.certify import bound_of
 from lip_plugin.certificate.measure import cap_norms
+from lip_plugin.certificate.whole import sharded_too
 from lip_plugin.checks import check_model
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
@@ -27,6 +28,7 @@ _FREE = ("w_max", "overrides", "method", "init")  # what another config of a ret
 _TOLERANCE = 1e-4  # of log10 w_max
 
 
+@sharded_too
 def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = None) -> LipschitzConfig:
     """The config with the largest `w_max` whose certificate from caps is at most `target`, token norm to token norm.
 

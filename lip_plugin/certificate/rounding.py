@@ -36,6 +36,7 @@ from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
 from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, ZERO, add, div, exponential, mul, root, to_float, up
+from lip_plugin.certificate.whole import sharded_too
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.linalg.norms import sum_rms_max_upper
 
@@ -68,6 +69,7 @@ class Arithmetic:
         return mul(up(n), self.unit)
 
 
+@sharded_too
 @torch.no_grad()
 def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) -> float:
     """Bound on the token norm of (logits computed in `dtype`) - (logits in real arithmetic), same stored weights.

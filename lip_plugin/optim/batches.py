@@ -75,10 +75,18 @@ def batches(tensors: Iterable[Tensor], layouts: Iterable[Layout]) -> Iterator[Ba
     yield from open_batches.values()
 
 
+def cost_of(weight: Tensor, layout: Layout) -> float:
+    """Operations of a step on this weight's blocks, up to a factor: what owners are chosen by."""
+    rows = sum(s.count * s.d_out for s in layout.segments)
+    d_in = weight.numel() / max(1, rows)
+    return sum(s.count * s.d_out * d_in * min(s.d_out, d_in) for s in layout.segments)
+
+
 def refuse_sharded(tensor: Tensor) -> None:
     """Raise for a DTensor: a shard of a matrix has another norm than the matrix."""
     if hasattr(tensor, "full_tensor"):
         raise UnsupportedModelError(
-            "This parameter is sharded (DTensor), and the norm of a shard is not the norm of its matrix. "
-            "Train with DDP (torchrun or accelerate without FSDP)."
+            "This parameter is sharded (DTensor), and the norm of a shard is not the norm of its matrix. Of sharded models "
+            "LipschitzMuon, attach_projection, project_, certify, falsify and plan_caps work; for anything else take "
+            "lip_plugin.certificate.whole.gathered(model), a plain copy on the first process."
         )

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from lip_plugin.blocks import ROW
+from lip_plugin.distributed import home_of
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import require_retrofit
 from lip_plugin.position import OffsetBias
 
@@ -29,11 +29,15 @@ def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: flo
     root, state = require_retrofit(model)
     layouts = {id(m.weight): m.layout for _, m in constrained_modules(root)}
     for name, module in constrained_modules(root):
-        refuse_sharded(module.weight)
+        if home_of(module.weight).dim and module.layout.norm == ROW:
+            raise UnsupportedModelError(
+                f"{name}.weight is a table of rows, and its rows are cut between processes: shard it along its first axis, "
+                "as fully_shard does by default."
+            )
         if module.layout.norm != ROW and not module.layout.covers(module.weight):
             raise UnsupportedModelError(
-                f"{name}.weight has shape {tuple(module.weight.shape)}, which its blocks do not tile: it was flattened or "
-                "sharded (FSDP). Train with DDP, or build the optimizer before sharding."
+                f"{name}.weight has shape {tuple(module.weight.shape)}, which its blocks do not tile: it was flattened "
+                "(FSDP1). Use fully_shard (FSDP2), or DDP."
             )
     ratios = {
         "matrix": 1.0,

@@ -18,17 +18,14 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lip_plugin.blocks import Layout, clamp_rows_
+from lip_plugin.distributed import local, on_owners, replicas_of
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
-from lip_plugin.optim.batches import Batch, batches, gathered_lerp, refuse_sharded
+from lip_plugin.optim.batches import Batch, batches, cost_of, gathered_lerp
 from lip_plugin.optim.groups import KINDS, param_groups
-from lip_plugin.optim.projection import (
-    attach_projection,
-    largest_entries,
-    normalize_above_,
-    refuse_non_finite,
-)
+from lip_plugin.optim.projection import attach_projection, keep_within_caps_, normalize_above_
+from lip_plugin.optim.watch import Watch
 
 # Strings, because they live in param_groups and so in state_dicts.
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,13 +53,18 @@ class LipschitzMuon(torch.optim.Optimizer):
         precision: of the orthogonalization, `"float32"` or `"bfloat16"`; None takes bfloat16 where it is
             faster: on CUDA, and on a CPU with bf16 instructions for blocks from 256 wide on. The
             projection is computed in float32 either way.
+        process_group: its members hold equal copies of the parameters and of the gradients (DDP): each matrix is then
+            stepped by one of them, and handed to the others. None takes that of the DistributedDataParallel that
+            `params` is, and otherwise lets every process step for itself. Sharded parameters (FSDP2) are
+            always shared out, over the group that they are sharded over.
 
     Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio.
 
     Raises:
         ConfigError: rates that are not positive, or groups without `kind`.
         NotRetrofittedError: a model that `retrofit` was not applied to.
-        NonFiniteError: at a step, a gradient with nan or inf: named, before anything is changed.
+        NonFiniteError: at a step, a gradient with nan or inf: named, before anything is changed, on all processes.
+        DistributedError: at a step, processes that do not agree on which parameters have gradients.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         adamw_weight_decay: float = 0.0,
         steps: int = 5,
         precision: str | None = None,
+        process_group: Any = None,
     ) -> None:
         for name, rate in (("lr", lr), ("embedding_lr", embedding_lr), ("adamw_lr", adamw_lr)):
             if rate is not None and not 0 < rate < float("inf"):
@@ -117,18 +120,21 @@ class LipschitzMuon(torch.optim.Optimizer):
             "precision": precision,
         }
         super().__init__(groups, defaults)  # type: ignore[arg-type]
-        # The weights as our last projection left them, by address, version and Frobenius norm: a weight
-        # that something else wrote to since (a loaded checkpoint, a user, even through `.data`,
-        # which no version counter sees) is measured again instead of trusted.
-        self._known: dict[int, tuple[tuple[int, int], Tensor]] = {}
-        self.seconds_projecting = 0.0
-        self._steps_taken = 0  # by groups of matrices; only paces the measurements
+        self._reset()
+        self.process_group = process_group
+        if model is not None:
+            self.process_group = process_group if process_group is not None else replicas_of(model)
+            keep_within_caps_(model, self.process_group, only_frozen=True)  # no step would look at those
         if model is not None and any(hasattr(m, "lora_A") for m in model.modules()):
             attach_projection(self, model)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known = {}
+        self._reset()
+        self.process_group = None  # a group belongs to a run, not to a pickle
+
+    def _reset(self) -> None:
+        self._watch = Watch()
         self.seconds_projecting = 0.0
         self._steps_taken = 0  # by groups of matrices; only paces the measurements
 
@@ -140,7 +146,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_rates()
-        written = self._check_gradients()
+        written = self._watch.inspect(self.param_groups, self.process_group)
         for group in self.param_groups:
             if group["kind"] == "matrix":
                 self._step_matrices(group, written)
@@ -157,48 +163,16 @@ class LipschitzMuon(torch.optim.Optimizer):
                     "and rate * weight_decay at most 1, or the decay turns the weights around."
                 )
 
-    def _check_gradients(self) -> set[int]:
-        """Refuse gradients that are not finite; ids of the matrices that are not as our last step left them.
-
-        Both at once, so that a step needs one host synchronization.
-        """
-        names, grads, weights = [], [], []
-        for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                name = group["param_names"][i] if group.get("param_names") else f"parameter {i}"
-                if p.grad.is_sparse:
-                    raise ConfigError(f"{name} has a sparse gradient; build its embedding with sparse=False.")
-                names.append(f"gradient of {name}")
-                grads.append(p.grad)
-                if group["kind"] == "matrix":
-                    refuse_sharded(p)
-                    weights.append(p)
-        if not grads:
-            return set()
-        largest = largest_entries(grads)
-        never = ((-1, -1), largest.new_full((), -1.0))
-        known = [self._known.get(id(w), never) for w in weights]
-        norms = _norms(weights)
-        moved = [(a - b).abs() for a, (_, b) in zip(norms, known, strict=True)]  # nan counts as moved
-        values = torch.stack([*largest.unbind(), *moved]).tolist()
-        refuse_non_finite(names, values[: len(grads)])
-        return {
-            id(w)
-            for w, (place, _), change in zip(weights, known, values[len(grads) :], strict=True)
-            if change != 0.0 or place != (w.data_ptr(), w._version)
-        }
-
     def _momentum_(self, weights: list[Tensor], group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """(gradients, momentum buffers moved towards them), in float32 or wider."""
+        """(gradients, momentum buffers moved towards them), in float32 or wider: the parts that are here."""
         grads, buffers = [], []
         for p in weights:
             assert p.grad is not None
-            grads.append(p.grad if p.grad.dtype == torch.float64 else p.grad.float())
+            wide = torch.promote_types(p.grad.dtype, torch.float32)
+            grads.append(local(p.grad).to(wide))
             if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(grads[-1])
-            buffers.append(self.state[p]["momentum"])
+                self.state[p]["momentum"] = torch.zeros_like(p, dtype=wide)
+            buffers.append(local(self.state[p]["momentum"]))
         if weights:
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return grads, buffers
@@ -210,18 +184,32 @@ class LipschitzMuon(torch.optim.Optimizer):
         layouts = [Layout.from_plain(group["layouts"][i]) for i in moved]
         self._steps_taken += 1
         measure = self._steps_taken % _MEASURE_EVERY == 0
-        unknown = [i for i, w in enumerate(weights) if measure or id(w) in written]
-        if unknown:
-            normalize_above_([weights[i] for i in unknown], [layouts[i] for i in unknown])
+        unknown = {i for i, w in enumerate(weights) if measure or id(w) in written}
         grads, buffers = self._momentum_(weights, group)
-        if rate == 0:  # as a warmup's first step: nothing moves, so nothing needs a projection
+        if (
+            rate == 0 and not unknown
+        ):  # as a warmup's first step: nothing moves, so nothing needs a projection
             return
-        for batch in batches(weights, layouts):
-            # Nesterov, batch by batch: whole updates of all weights would cost another model's memory
-            starts, ends = batch.at(grads, layouts), batch.at(buffers, layouts)
-            self._step_batch(batch, gathered_lerp(starts, ends, group["momentum"]), rate, group)
-        for w, norm in zip(weights, _norms(weights), strict=True):
-            self._known[id(w)] = ((w.data_ptr(), w._version), norm)
+
+        def work(mine: list[int], wholes: list[Tensor], updates: list[Tensor]) -> None:
+            theirs = [layouts[i] for i in mine]
+            above = [k for k, i in enumerate(mine) if i in unknown]
+            normalize_above_([wholes[k] for k in above], [theirs[k] for k in above])
+            starts = updates or [grads[i] for i in mine]
+            ends = updates or [buffers[i] for i in mine]
+            for batch in batches(wholes, theirs) if rate else ():
+                # Nesterov, batch by batch: whole updates of all weights would cost another model's memory
+                between = gathered_lerp(batch.at(starts, theirs), batch.at(ends, theirs), group["momentum"])
+                self._step_batch(batch, between, rate, group)
+
+        on_owners(
+            weights,
+            work,
+            replicas=self.process_group,
+            costs=[cost_of(w, layout) for w, layout in zip(weights, layouts, strict=True)],
+            extra=lambda i: torch.lerp(grads[i], buffers[i], group["momentum"]),
+        )
+        self._watch.remember(weights)
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
         """Move and project the blocks of one shape; all of them were within their cap before."""
@@ -267,14 +255,15 @@ class LipschitzMuon(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             (grad,), (buffer,) = self._momentum_([p], group)
+            here = local(p)  # whole rows, so their norms need nothing from elsewhere
             update = torch.lerp(grad, buffer, group["momentum"])
-            seen = (p.grad != 0).any(-1, keepdim=True)
+            seen = (grad != 0).any(-1, keepdim=True)
             largest = update.abs().amax(-1, keepdim=True)  # first, so that no square over- or underflows
             update = torch.where(seen & (largest > 0), update / largest, 0.0)
             size = update.square().mean(-1, keepdim=True).sqrt()
             update = torch.where(size > 0, update / size, 0.0)
-            p.mul_(1 - rate * group["weight_decay"]).add_(update.to(p.dtype), alpha=-rate)
-            for segment, rows in Layout.from_plain(plain).views(p):
+            here.mul_(1 - rate * group["weight_decay"]).add_(update.to(p.dtype), alpha=-rate)
+            for segment, rows in Layout.from_plain(plain).views(here):
                 if segment.cap is not None:
                     clamp_rows_(rows, segment.cap)
 
@@ -289,10 +278,10 @@ class LipschitzMuon(torch.optim.Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in params],
+            [local(p.grad) for p in params],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             amsgrad=False,
@@ -318,9 +307,3 @@ def _precision(chosen: str | None, update: Tensor) -> torch.dtype | None:
         return _PRECISIONS[chosen]
     wide = max(update.shape[-2:]) >= _BF16_FROM and update.dtype == torch.float32
     return torch.bfloat16 if wide and update.device.type == "cpu" and _cpu_multiplies_bf16() else None
-
-
-def _norms(weights: list[Tensor]) -> list[Tensor]:
-    """Frobenius norms, float32 whatever the weights are (bf16 would round two different ones to one)."""
-    wide = [torch.promote_types(w.dtype, torch.float32) for w in weights]
-    return [torch.linalg.vector_norm(w.detach(), dtype=d).float() for w, d in zip(weights, wide, strict=True)]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lip_plugin.blocks import ROW, Layout, clamp_rows_
+from lip_plugin.distributed import groups_of, largest_together, local, on_owners, replicas_of
 from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.linalg.projections import METHODS, project
 from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.batches import batches
+from lip_plugin.optim.batches import batches, cost_of
 from lip_plugin.surgery import find_retrofit
 
 
@@ -47,45 +48,79 @@ def register_projector(projector: Projector, norms: Callable[[nn.Module], list[B
 
 @torch.no_grad()
 def project_weights_(
-    weights: list[Tensor], layouts: list[Layout], method: str, *, lr: float = 0.0, weight_decay: float = 0.0
+    weights: list[Tensor],
+    layouts: list[Layout],
+    method: str,
+    *,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
+    replicas: Any = None,
 ) -> None:
-    """Bring every block of the weights within its cap, in place, whatever the blocks are now."""
-    matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
-    for batch in batches([weights[i] for i in matrices], [layouts[i] for i in matrices]):
-        if batch.cap is not None:
-            batch.scatter_(project(batch.gather(), batch.cap, method, lr=lr, weight_decay=weight_decay))
-    for weight, layout in zip(weights, layouts):
-        if layout.norm == ROW:
-            for segment, rows in layout.views(weight):
-                if segment.cap is not None:
-                    clamp_rows_(rows, segment.cap)
+    """Bring every block of the weights within its cap, in place, whatever the blocks are now.
+
+    Sharded weights are projected whole, by one process each; see lip_plugin/distributed.py for `replicas`.
+    """
+
+    def work(whole: list[Tensor], of: list[Layout]) -> None:
+        for batch in batches(whole, of):
+            if batch.cap is not None:
+                batch.scatter_(project(batch.gather(), batch.cap, method, lr=lr, weight_decay=weight_decay))
+
+    _on_matrices(weights, layouts, work, replicas)
+    _clamp_tables_(weights, layouts)
 
 
 @torch.no_grad()
-def normalize_above_(weights: list[Tensor], layouts: list[Layout]) -> None:
+def normalize_above_(weights: list[Tensor], layouts: list[Layout], replicas: Any = None) -> None:
     """Divide the blocks whose proven norm exceeds the cap by more than TOLERANCE; leave the others' bits alone."""
-    for batch in batches(weights, layouts):
-        if batch.cap is None:
-            continue
-        blocks = batch.gather()
-        above = rms_to_rms_upper(blocks) > batch.cap * (1 + TOLERANCE)
-        if bool(above.any()):
-            blocks[above] = project(blocks[above], batch.cap, "spectral_normalize")
-            batch.scatter_(blocks)
+
+    def work(whole: list[Tensor], of: list[Layout]) -> None:
+        for batch in batches(whole, of):
+            if batch.cap is None:
+                continue
+            blocks = batch.gather()
+            above = rms_to_rms_upper(blocks) > batch.cap * (1 + TOLERANCE)
+            if bool(above.any()):
+                blocks[above] = project(blocks[above], batch.cap, "spectral_normalize")
+                batch.scatter_(blocks)
+
+    _on_matrices(weights, layouts, work, replicas)
+    _clamp_tables_(weights, layouts)
+
+
+def _on_matrices(
+    weights: list[Tensor],
+    layouts: list[Layout],
+    work: Callable[[list[Tensor], list[Layout]], None],
+    replicas: Any,
+) -> None:
+    """`work` on the whole matrices (not on tables of rows), each by its owner."""
+    matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
+    on_owners(
+        [weights[i] for i in matrices],
+        lambda mine, wholes, _: work(wholes, [layouts[matrices[k]] for k in mine]),
+        replicas=replicas,
+        costs=[cost_of(weights[i], layouts[i]) for i in matrices],
+    )
+
+
+def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
+    """Rows are whole wherever they are (lip_plugin.optim.groups asks that), so each process clamps its own."""
+    for weight, layout in zip(weights, layouts):
+        for segment, rows in layout.views(local(weight)) if layout.norm == ROW else ():
+            if segment.cap is not None:
+                clamp_rows_(rows, segment.cap)
 
 
 @torch.no_grad()
-def keep_within_caps_(model: nn.Module) -> None:
+def keep_within_caps_(model: nn.Module, process_group: Any = None, *, only_frozen: bool = False) -> None:
     """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
     root, state = require_retrofit(model)
     for projector in _PROJECTORS:  # first: they refuse by name what they cannot keep, before a change
         projector(root, state.config.method, 0.0)
-    found = [m for _, m in constrained_modules(root)]
-    matrices = [m for m in found if m.layout.norm != ROW]
-    normalize_above_([m.weight for m in matrices], [m.layout for m in matrices])
-    for module in found:
-        if module.layout.norm == ROW:
-            clamp_rows_(module.weight, module.layout.segments[0].cap)
+    found = [m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)]
+    replicas = process_group if process_group is not None else replicas_of(model)
+    normalize_above_([m.weight for m in found], [m.layout for m in found], replicas)
 
 
 @torch.no_grad()
@@ -96,6 +131,8 @@ def project_(model: nn.Module, method: str | None = None, *, lr: float = 0.0) ->
         model: a retrofitted model, wrapped or not (DDP, peft).
         method: one of the seven projections; None takes the config's.
         lr: the learning rate, in RMS->RMS norm per step, for the methods that are coupled to it.
+
+    Sharded (FSDP2) or replicated (DDP) models: every process calls it, and each matrix is projected by one.
 
     Returns:
         Proven norms over caps after the projection, one entry per layer.
@@ -109,29 +146,42 @@ def project_(model: nn.Module, method: str | None = None, *, lr: float = 0.0) ->
 
 
 @torch.no_grad()
-def step_projection_(model: nn.Module, method: str | None, *, lr: float, frozen: bool = False) -> None:
+def step_projection_(
+    model: nn.Module, method: str | None, *, lr: float, frozen: bool = False, process_group: Any = None
+) -> None:
     """What `attach_projection` does after a step: trainable weights, then adapters, then nothing else."""
     root, state = require_retrofit(model)
+    replicas = process_group if process_group is not None else replicas_of(model)
     method = method or state.config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
-    check_finite([(f"{n}.weight", m.weight) for n, m in found])
+    check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
     # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
     decay = 1.0 / (state.config.w_max + lr)
-    project_weights_(
-        [m.weight for _, m in found], [m.layout for _, m in found], method, lr=lr, weight_decay=decay
-    )
+    weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
+    project_weights_(weights, layouts, method, lr=lr, weight_decay=decay, replicas=replicas)
     for projector in _PROJECTORS:
         projector(root, method, lr)
 
 
 def attach_projection(
-    optimizer: torch.optim.Optimizer, model: nn.Module, method: str | None = None
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    method: str | None = None,
+    *,
+    process_group: Any = None,
 ) -> RemovableHandle:
     """After every step of `optimizer`, bring each block of `model` within its cap.
 
     Works with any optimizer: it is a `register_step_post_hook`, so a step that a gradient scaler
     skips projects nothing, and one that runs is always followed by it. An accelerate wrapper
     is looked through.
+
+    Args:
+        optimizer: torch's, or an accelerate wrapper of one.
+        model: the retrofitted model, wrapped or not.
+        method: one of the seven projections; None takes the config's.
+        process_group: its members hold equal copies (DDP), so each matrix is projected by one of them; None takes that of
+            a DistributedDataParallel around the model. Sharded (FSDP2) weights need none.
 
     Returns:
         A handle; `handle.remove()` takes the projection off again.
@@ -147,11 +197,12 @@ def attach_projection(
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
-        step_projection_(model, method, lr=float(stepped.param_groups[0]["lr"]))
+        rate = float(stepped.param_groups[0]["lr"])
+        step_projection_(model, method, lr=rate, process_group=process_group)
         stepped.seconds_projecting += time.perf_counter() - began  # type: ignore[attr-defined]
 
     inner.seconds_projecting = 0.0
-    keep_within_caps_(model)
+    keep_within_caps_(model, process_group)
     return inner.register_step_post_hook(after_step)
 
 
@@ -171,10 +222,13 @@ def largest_entries(tensors: list[Tensor]) -> Tensor:
     return torch.stack([torch.maximum(-low, high).float() for low, high in ends])
 
 
-def check_finite(named: list[tuple[str, Tensor]]) -> None:
-    """Raise NonFiniteError naming the first tensor with nan or inf; one synchronization if all are well."""
+def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
+    """Raise NonFiniteError naming the first tensor with nan or inf, on all processes; one synchronization if all are well."""
     if named:
-        largest = largest_entries([t for _, t in named])
+        tensors = [t for _, t in named]
+        largest = largest_entries([local(t) for t in tensors])
+        spread = groups_of(tensors, replicas)
+        largest = largest_together(largest, spread) if spread else largest
         if not bool(torch.isfinite(largest).all()):
             refuse_non_finite([n for n, _ in named], [float(v) for v in largest])
 
@@ -190,29 +244,51 @@ def refuse_non_finite(names: list[str], largest: list[float]) -> None:
 
 @torch.no_grad()
 def block_norms(model: nn.Module) -> list[BlockNorms]:
-    """Proven upper norms over caps of every constrained layer's weight, in the model's order."""
+    """Proven upper norms over caps of every constrained layer's weight, in the model's order; on all processes the same."""
     root, _ = require_retrofit(model)
     found = list(constrained_modules(root))
-    worst = [0.0] * len(found)
-    matrices = [i for i, (_, m) in enumerate(found) if m.layout.norm != ROW]
-    for batch in batches([found[i][1].weight for i in matrices], [found[i][1].layout for i in matrices]):
-        if batch.cap is None:
-            continue
-        upper = (rms_to_rms_upper(batch.gather()) / batch.cap).tolist()
-        start = 0
-        for view, owner in zip(batch.views, batch.owners):
-            index = matrices[owner]
-            worst[index] = max(worst[index], *upper[start : start + view.shape[0]])
-            start += view.shape[0]
-    for i, (_, module) in enumerate(found):
-        if module.layout.norm == ROW:
-            for segment, rows in module.layout.views(module.weight):
-                if segment.cap is not None:
-                    worst[i] = max(worst[i], float(row_rms_max_upper(rows[0])) / segment.cap)
-    counts = [sum(s.count for s in m.layout.segments) for _, m in found]
-    plain = {name: BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst, counts)}
+    weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
+    matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
+    worst = torch.zeros(len(found), dtype=torch.float64)
+
+    def work(mine: list[int], wholes: list[Tensor], _: list[Tensor]) -> None:
+        owned = [matrices[k] for k in mine]
+        worst[owned] = torch.tensor(_worst(wholes, [layouts[i] for i in owned]), dtype=torch.float64)
+
+    on_owners(
+        [weights[i] for i in matrices],
+        work,
+        costs=[cost_of(weights[i], layouts[i]) for i in matrices],
+        write=False,
+    )
+    for i, layout in enumerate(layouts):
+        for segment, rows in layout.views(local(weights[i])) if layout.norm == ROW else ():
+            if segment.cap is not None and rows.numel():
+                worst[i] = float(row_rms_max_upper(rows[0])) / segment.cap
+    spread = groups_of(weights)
+    if spread:
+        device = local(weights[0]).device
+        worst = largest_together(worst.to(device), spread).cpu()
+    counts = [sum(s.count for s in layout.segments) for layout in layouts]
+    plain = {
+        name: BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst.tolist(), counts, strict=True)
+    }
     for norms in _PROJECTORS.values():
         for merged in norms(root):  # of a wrapped layer the merged weight counts, not the base alone
             plain.pop(f"{merged.name}.base_layer", None)
             plain[merged.name] = merged
     return list(plain.values())
+
+
+def _worst(weights: list[Tensor], layouts: list[Layout]) -> list[float]:
+    """Largest proven norm over cap of each matrix; 0 where nothing has a cap."""
+    worst = [0.0] * len(weights)
+    for batch in batches(weights, layouts):
+        if batch.cap is None:
+            continue
+        upper = (rms_to_rms_upper(batch.gather()) / batch.cap).tolist()
+        start = 0
+        for view, owner in zip(batch.views, batch.owners, strict=True):
+            worst[owner] = max(worst[owner], *upper[start : start + view.shape[0]])
+            start += view.shape[0]
+    return worst

@@ -1,0 +1,130 @@
+"""A sharded model (FSDP2) as a plain one on the first process, for whatever has to look at all of it.
+
+A certificate compares the graph with the model's own forward, on copies, and reads every weight. A sharded model can
+neither be copied nor run on one process alone. So its weights are gathered, one at a time, into a plain
+model of the same modules in the first process's main memory, with FSDP's classes and hooks taken off; what is
+asked for is computed there, and its answer, or its error, is given to all processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lip_plugin.distributed import is_sharded
+
+T = TypeVar("T")
+P = ParamSpec("P")
+_OURS = "torch.distributed."  # where FSDP's hooks and states come from
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether a parameter or buffer of the model is a DTensor."""
+    return any(is_sharded(t) for t in (*model.parameters(), *model.buffers()))
+
+
+def on_first_process(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
+    """`function` of a plain copy of a sharded model, computed on rank 0 of the world; the same result everywhere.
+
+    Collective: every process calls it, in the same order. The result has to pickle.
+
+    Raises what `function` raises, on every process.
+    """
+    whole = gathered(model)
+    answer: list[Any] = [None, None]
+    if whole is not None:
+        try:
+            answer[0] = function(whole)
+        except Exception as error:  # the others wait for an answer
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def sharded_too(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function of (model, ...) take sharded models: it is then collective, and has one result everywhere."""
+
+    @wraps(function)
+    def either(*args: P.args, **kwargs: P.kwargs) -> T:
+        model, *rest = args
+        if not has_shards(cast(nn.Module, model)):
+            return function(*args, **kwargs)
+        return on_first_process(cast(nn.Module, model), lambda whole: function(whole, *rest, **kwargs))  # type: ignore[arg-type]
+
+    return either
+
+
+@torch.no_grad()
+def gathered(model: nn.Module) -> nn.Module | None:
+    """A plain copy of a sharded model with its whole weights, on the CPU of rank 0; None on the other processes."""
+    first = dist.get_rank() == 0
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(model):
+        value: Any = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        if not first:
+            continue
+        plain = value.detach().to("cpu", copy=not is_sharded(tensor))
+        memo[id(tensor)] = (
+            nn.Parameter(plain, requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else plain
+        )
+    if not first:
+        return None
+    with _plain_modules(model):
+        return copy.deepcopy(model, memo)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer once, in the order of the modules: the same on every process."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+@contextmanager
+def _plain_modules(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules have the classes, hooks and attributes that they had before fully_shard."""
+    from torch.distributed.fsdp import FSDPModule
+
+    before: list[tuple[nn.Module, type, dict[str, Any]]] = []
+    try:
+        for module in model.modules():
+            cls, own = type(module), module.__dict__
+            before.append((module, cls, dict(own)))
+            for name in [k for k in own if k.startswith("__composable_api_state_key")]:
+                del own[name]
+            for name in _HOOKS:
+                kept = [(k, hook) for k, hook in own[name].items() if not _is_distributed(hook)]
+                own[name] = type(own[name])(kept)
+            if isinstance(module, FSDPModule):
+                module.__class__ = next(c for c in cls.__mro__[1:] if c is not FSDPModule)
+        yield
+    finally:
+        for module, cls, own in before:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(own)
+
+
+def _is_distributed(hook: Any) -> bool:
+    """Whether torch.distributed registered the hook (a method of its states, or a wrapper around one)."""
+    inner = getattr(hook, "__wrapped__", hook)
+    owner = getattr(inner, "__self__", inner)
+    module = (
+        getattr(type(owner), "__module__", "") if owner is not inner else getattr(inner, "__module__", "")
+    )
+    return str(module).startswith(_OURS)
