@@ -3,7 +3,8 @@
     Trainer(model=model, args=args, train_dataset=data, callbacks=[LipschitzCallback()])
 
 When the Trainer has been built the model is raw, on its device, and there is no optimizer yet: that
-is where the callback retrofits, and points `args.optim` at LipschitzMuon. What it logs is in METRICS.
+is where the callback retrofits, and points `args.optim` at LipschitzMuon. What it logs is in hf_measure.METRICS. On
+several processes certificates are computed by the first one, while the others wait for its answer.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer_optimizer as hf_optimizer
+from transformers.training_args import ParallelMode
 
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.certify import certify
-from lip_plugin.certificate.graph import Watch
-from lip_plugin.certificate.nodes import attentions
+from lip_plugin.certificate.whole import has_shards
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, TrainerError
+from lip_plugin.integrations.hf_measure import CERTIFICATE, measured, probe, write_certificate
 from lip_plugin.optim.muon import LipschitzMuon
-from lip_plugin.optim.projection import attach_projection, block_norms, keep_within_caps_
+from lip_plugin.optim.projection import attach_projection, keep_within_caps_
 from lip_plugin.surgery import find_retrofit, retrofit
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,6 @@ logger = logging.getLogger(__name__)
 OPTIM_NAME = "lipschitz_muon"
 HF_DEFAULT_LR = 5e-5  # TrainingArguments' default: means that the user chose none
 DEFAULT_LR = 0.05  # RMS->RMS norm per step
-
-METRICS = {
-    "lip/log10_certificate": "log10 of the certificate from the weights as they are (embeddings -> logits)",
-    "lip/log10_certificate_caps": "the same from the caps alone: holds for the whole run, but for biases, which have no cap",
-    "lip/radius": "proven token norm of what enters the first block",
-    "lip/worst_norm_over_cap": "largest proven block norm over its cap; at most 1.001",
-    "lip/largest_activation": "largest absolute activation seen on two training sequences",
-    "lip/attention_entropy_seen": "smallest entropy, in nats, of a full-length attention row on them",
-    "lip/attention_entropy_proven": "proven lower bound of that entropy, for any input",
-    "lip/seconds_projecting": "seconds spent in projections since training began (launch time only on a GPU)",
-    "lip/seconds_certifying": "seconds spent in certificates and these measurements since training began",
-}
 
 
 class LipschitzCallback(TrainerCallback):
@@ -61,7 +49,7 @@ class LipschitzCallback(TrainerCallback):
         probe_tokens: length of the two sequences that activations and entropies are seen on.
         **muon: further arguments of LipschitzMuon (`adamw_lr`, `embedding_lr`, `momentum`, ...).
 
-    The keys it logs are in `METRICS`. They reach the progress bar, `trainer.state.log_history` and
+    The keys it logs are in `hf_measure.METRICS`. They reach the progress bar, `trainer.state.log_history` and
     TensorBoard. Other reporters (wandb, mlflow) run before a user's callback; for those add one line
     after building the Trainer: `LipschitzCallback.put_first(trainer)`.
 
@@ -135,13 +123,16 @@ class LipschitzCallback(TrainerCallback):
                 "train(). Build the model first and pass it as Trainer(model=...)."
             )
         inner = getattr(optimizer, "optimizer", optimizer)
-        keep_within_caps_(model)
-        if not isinstance(inner, LipschitzMuon):
-            self._handle = attach_projection(inner, model)
+        replicas = _replicas(args, model)
+        keep_within_caps_(model, replicas)
+        if isinstance(inner, LipschitzMuon):
+            inner.process_group = replicas
+        else:
+            self._handle = attach_projection(inner, model, process_group=replicas)
         inner.seconds_projecting = 0.0
         self._seconds_certifying = 0.0
         if state.is_world_process_zero:
-            self._probe = _probe(kwargs.get("train_dataloader"), model, self.probe_tokens)
+            self._probe = probe(kwargs.get("train_dataloader"), model, self.probe_tokens)
             if "tensorboard" in (args.report_to or []):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -157,10 +148,12 @@ class LipschitzCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
         began = time.perf_counter()
-        values = measure(kwargs["model"], self._probe)
+        values = measured(kwargs["model"], self._probe)
+        if not state.is_world_process_zero:
+            return
         self._seconds_certifying += time.perf_counter() - began
         inner = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         values["lip/seconds_projecting"] = float(getattr(inner, "seconds_projecting", 0.0))
@@ -172,12 +165,17 @@ class LipschitzCallback(TrainerCallback):
                 self._writer.add_scalar(key, value, state.global_step)
             self._writer.flush()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save and state.is_world_process_zero:
+            # of an earlier run that got as far: it must not lie beside other weights if this save is cut off
+            (_checkpoint(args, state) / CERTIFICATE).unlink(missing_ok=True)
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-            write_certificate(kwargs["model"], folder)
+        write_certificate(kwargs["model"], _checkpoint(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,38 +186,18 @@ class LipschitzCallback(TrainerCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if state.is_world_process_zero:
-            write_certificate(kwargs["model"], Path(str(args.output_dir)))
+        write_certificate(kwargs["model"], Path(str(args.output_dir)))
 
 
-def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
-    """The values of METRICS for a model now, the two times excepted; `ids` [batch, tokens] may be None."""
-    certificate, caps = certify(model), certify(model, "caps")
-    values = {
-        "lip/log10_certificate": certificate.log10_lipschitz,
-        "lip/log10_certificate_caps": caps.log10_lipschitz,
-        "lip/radius": certificate.radius,
-        "lip/worst_norm_over_cap": max(b.worst_over_cap for b in block_norms(model)),
-    }
-    if ids is not None:
-        watch, graph = Watch(), build(model)
-        with torch.no_grad():
-            x = graph.embed(ids, torch.float32)
-            graph.body.run(x, watch)
-        windows = [attention.window for _, attention in attentions(graph.body.nodes) if attention.window]
-        visible = min([x.shape[1], *windows])  # of the last token: all others, or a window of them
-        values["lip/largest_activation"] = watch.largest_activation
-        values["lip/attention_entropy_seen"] = watch.smallest_entropy
-        values["lip/attention_entropy_proven"] = certificate.smallest_entropy_lower(visible)
-    return values
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
 
 
-def write_certificate(model: nn.Module, folder: Path) -> None:
-    """Write `certificate.json` of the weights as they are into `folder`, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "certificate.json.tmp"
-    temporary.write_text(certify(model).to_json())
-    os.replace(temporary, folder / "certificate.json")
+def _replicas(args: TrainingArguments, model: nn.Module) -> Any:
+    """The group of processes that hold equal copies of the model (DDP); None alone, or if it is sharded."""
+    if args.parallel_mode != ParallelMode.DISTRIBUTED or has_shards(model):
+        return None
+    return torch.distributed.group.WORLD
 
 
 def _refuse(args: TrainingArguments, model: Any, optimizer: Any) -> None:
@@ -278,16 +256,3 @@ class MuonFactory:
 
 def _tensorboard_dir(args: TrainingArguments) -> str:
     return getattr(args, "logging_dir", None) or os.path.join(str(args.output_dir), "runs")
-
-
-def _probe(loader: Any, model: nn.Module, tokens: int) -> torch.Tensor | None:
-    """Two sequences of the training set, cut to `tokens`; None if the data cannot be indexed."""
-    try:
-        dataset = loader.dataset
-        batch = loader.collate_fn([dataset[i] for i in range(min(2, len(dataset)))])
-        name = getattr(model, "main_input_name", "input_ids")
-        ids = batch[name][:, :tokens] if name == "input_ids" else batch[name]
-    except (AttributeError, TypeError, KeyError, IndexError, NotImplementedError):
-        logger.info("training data cannot be indexed: activations and entropies are not measured")
-        return None
-    return ids.to(next(model.parameters()).device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lip_plugin.activation import activation_kind
 from lip_plugin.config import LipschitzConfig
+from lip_plugin.distributed import is_sharded
 from lip_plugin.errors import ConfigError, NonFiniteError, TiedWeightsError, UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
@@ -32,6 +33,7 @@ def check_model(
         loading: the model is a skeleton whose weights come next (from_pretrained): values and
             devices are not looked at, and the choice of norms was made when it was saved.
     """
+    refuse_shards(model, "retrofit")
     if not loading:
         _check_values(model)
         _check_norms_choice(model, names, config, pretrained)
@@ -47,6 +49,16 @@ def check_model(
     if config.norms != "keep":
         _check_recipe(model, names)
         _check_options(model, names, config)
+
+
+def refuse_shards(model: nn.Module, what: str) -> None:
+    """Raise UnsupportedModelError if a parameter is a DTensor: its values, and FSDP's view of the modules, are elsewhere."""
+    for name, p in model.named_parameters():
+        if is_sharded(p):
+            raise UnsupportedModelError(
+                f"{name} is sharded already. Order: {what}(model), then fully_shard(model). A saved retrofitted model can be "
+                "loaded sharded: from_pretrained(folder, distributed_config=...)."
+            )
 
 
 def norms_are_gone(model: nn.Module, names: Parts) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lip_plugin.errors import DistributedError, UnsupportedModelError
 
+T = TypeVar("T")
 # torch 2.13's name, and the one before
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Elements that one process owns at a time: 64 MiB of float32, a few large matrices in a batch.
@@ -45,6 +46,27 @@ class Home:
     @property
     def rank(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
+
+
+def processes() -> int:
+    """How many processes there are; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """`function()` on rank 0; its result, which has to pickle, or its error, on every process. Collective."""
+    if processes() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except Exception as error:  # the others wait for an answer
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def is_sharded(tensor: Tensor) -> bool:

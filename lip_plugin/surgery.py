@@ -10,7 +10,7 @@ from torch import nn
 
 from lip_plugin.architecture import Architecture, find_family
 from lip_plugin.blocks import RMS_TO_RMS, ROW, Layout, Segment, whole
-from lip_plugin.checks import check_model, norms_are_gone
+from lip_plugin.checks import check_model, norms_are_gone, refuse_shards
 from lip_plugin.config import LOGIT_SCALE, LipschitzConfig
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.frozen import UNUSED_SHARE, untrained, zero_and_freeze_
@@ -115,10 +115,13 @@ def release(model: nn.Module) -> RetrofitReport:
 
     Constants and scaled activations stay, because the trained weights compute through them;
     retrofit() may be called again, with any config. A model that is not retrofitted is left alone.
+
+    Raises UnsupportedModelError for a sharded model.
     """
     found = find_retrofit(model)
     if found is None:
         return RetrofitReport()
+    refuse_shards(model, "release")
     root, _ = found
     plan = Plan()
     for name, module in list(constrained_modules(root)):

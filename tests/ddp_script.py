@@ -108,7 +108,8 @@ def main(out: Path) -> None:
     counter, written, write = Counter(), [], hf_trainer.write_certificate
 
     def write_and_tell(model: nn.Module, folder: Path) -> None:
-        written.append(str(folder))
+        if dist.get_rank() == 0:
+            written.append(str(folder))
         write(model, folder)
 
     hf_trainer.write_certificate = write_and_tell

@@ -51,7 +51,9 @@ class Case:
 _NO_BIASES = {"biases": "drop"}
 CASES = {
     "gpt2": Case("gpt2", vocabulary=5, config=_NO_BIASES),
-    "gpt2 position": Case("gpt2", config={"position_bias": "learned", "attention_scale": 0, "activation": "abs"}),
+    "gpt2 position": Case(
+        "gpt2", config={"position_bias": "learned", "attention_scale": 0, "activation": "abs"}
+    ),
     "llama": Case("llama", accumulate=2, clip=0.5),
     "llama frozen": Case("llama", frozen="q_proj.weight"),
     "llama adamw": Case("llama", optimizer="adamw"),
@@ -86,7 +88,11 @@ def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def shard(model: nn.Module, bf16: bool) -> nn.Module:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if bf16
+        else MixedPrecisionPolicy()
+    )
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     for layer in layers:
@@ -108,7 +114,10 @@ def backward(case: Case, model: nn.Module, step: int, rank: int, world: int) -> 
             model.require_backward_grad_sync = last
         with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
             logits = model(mine).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1), mine[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1),
+            mine[:, 1:].flatten(),
+        )
         (loss / case.accumulate).backward()
         total += float(loss.detach())
     return total / case.accumulate

@@ -18,7 +18,7 @@ from lip_plugin.certificate.fingerprint import Fingerprint, fingerprint
 from lip_plugin.cli import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.errors import CertificateError, CheckpointError, NonFiniteError, UnsupportedModelError
 from lip_plugin.integrations.hf_checkpoint import certify_streamed, load_checkpoint
-from lip_plugin.integrations.hf_trainer import write_certificate
+from lip_plugin.integrations.hf_measure import write_certificate
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 

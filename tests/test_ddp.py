@@ -64,7 +64,7 @@ def test_the_lone_callback_trains_with_muon_on_both_ranks(ranks, family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_only_the_first_rank_certifies_logs_and_writes(ranks, family):
+def test_only_the_first_rank_logs_and_writes(ranks, family):
     folder, (one, two) = ranks
     assert (one[family]["logged"], two[family]["logged"]) == (2, 0)
     assert len(one["written"]) == 6  # at two checkpoints and at the end, of two families

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from lip_plugin import Certificate, LipschitzCallback, LipschitzConfig, LipschitzMuon, certify, retrofit
 from lip_plugin.errors import ConfigError, LipschitzError, TrainerError
-from lip_plugin.integrations.hf_trainer import DEFAULT_LR, METRICS
+from lip_plugin.integrations.hf_measure import METRICS
+from lip_plugin.integrations.hf_trainer import DEFAULT_LR
 from lip_plugin.surgery import find_retrofit
 
 # transformers 5.23 renamed it

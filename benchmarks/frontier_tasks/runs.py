@@ -66,9 +66,9 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch": 8,
             "width": 256,
             "length": 256,
-            "examples": 4,
-            "refine": 4,
-            "attack": (2, 10),
+            "examples": 2,
+            "refine": 1,
+            "attack": (1, 6),
             "autocast": True,
         },
         "small": {

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lip_plugin.distributed import is_sharded
+from lip_plugin.distributed import is_sharded, on_first
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -39,16 +39,7 @@ def on_first_process(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
     Raises what `function` raises, on every process.
     """
     whole = gathered(model)
-    answer: list[Any] = [None, None]
-    if whole is not None:
-        try:
-            answer[0] = function(whole)
-        except Exception as error:  # the others wait for an answer
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    return on_first(lambda: function(cast(nn.Module, whole)))
 
 
 def sharded_too(function: Callable[P, T]) -> Callable[P, T]:

@@ -1,0 +1,104 @@
+"""What LipschitzCallback logs and writes: certificates, norms over caps, activations and entropies of a model in training.
+
+Of a sharded model (FSDP2) all of this is collective: every process calls it, the first one computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_plugin.certificate.build import build
+from lip_plugin.certificate.certify import certify
+from lip_plugin.certificate.graph import Watch
+from lip_plugin.certificate.nodes import attentions
+from lip_plugin.certificate.whole import has_shards, on_first_process
+from lip_plugin.distributed import on_first
+from lip_plugin.optim.projection import block_norms
+
+CERTIFICATE = "certificate.json"
+logger = logging.getLogger(__name__)
+
+METRICS = {
+    "lip/log10_certificate": "log10 of the certificate from the weights as they are (embeddings -> logits)",
+    "lip/log10_certificate_caps": "the same from the caps alone: holds for the whole run, but for biases, which have no cap",
+    "lip/radius": "proven token norm of what enters the first block",
+    "lip/worst_norm_over_cap": "largest proven block norm over its cap; at most 1.001",
+    "lip/largest_activation": "largest absolute activation seen on two training sequences",
+    "lip/attention_entropy_seen": "smallest entropy, in nats, of a full-length attention row on them",
+    "lip/attention_entropy_proven": "proven lower bound of that entropy, for any input",
+    "lip/seconds_projecting": "seconds spent in projections since training began (launch time only on a GPU)",
+    "lip/seconds_certifying": "seconds spent in certificates and these measurements since training began",
+}
+
+
+def measured(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
+    """`measure` on the first process; the same values, or the same error, on all of them. Collective."""
+    if has_shards(model):
+        return on_first_process(model, lambda whole: measure(whole, None if ids is None else ids.cpu()))
+    return on_first(lambda: measure(model, ids))
+
+
+def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
+    """The values of METRICS for a model now, the two times excepted; `ids` [batch, tokens] may be None."""
+    certificate, caps = certify(model), certify(model, "caps")
+    values = {
+        "lip/log10_certificate": certificate.log10_lipschitz,
+        "lip/log10_certificate_caps": caps.log10_lipschitz,
+        "lip/radius": certificate.radius,
+        "lip/worst_norm_over_cap": max(b.worst_over_cap for b in block_norms(model)),
+    }
+    if ids is not None:
+        watch, graph = Watch(), build(model)
+        with torch.no_grad():
+            x = graph.embed(ids, torch.float32)
+            graph.body.run(x, watch)
+        windows = [attention.window for _, attention in attentions(graph.body.nodes) if attention.window]
+        visible = min([x.shape[1], *windows])  # of the last token: all others, or a window of them
+        values["lip/largest_activation"] = watch.largest_activation
+        values["lip/attention_entropy_seen"] = watch.smallest_entropy
+        values["lip/attention_entropy_proven"] = certificate.smallest_entropy_lower(visible)
+    return values
+
+
+def write_certificate(model: nn.Module, folder: Path) -> None:
+    """Write `certificate.json` of the weights as they are into `folder`, whole or not at all.
+
+    Collective: the first process writes, and if it cannot (a full disk), all of them raise.
+    """
+
+    def write(whole: nn.Module) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "certificate.json.tmp"
+        try:
+            with temporary.open("w") as file:
+                file.write(certify(whole).to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / CERTIFICATE)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    if has_shards(model):
+        on_first_process(model, write)
+    else:
+        on_first(lambda: write(model))
+
+
+def probe(loader: Any, model: nn.Module, tokens: int) -> torch.Tensor | None:
+    """Two sequences of the training set, cut to `tokens`; None if the data cannot be indexed."""
+    try:
+        dataset = loader.dataset
+        batch = loader.collate_fn([dataset[i] for i in range(min(2, len(dataset)))])
+        name = getattr(model, "main_input_name", "input_ids")
+        ids = batch[name][:, :tokens] if name == "input_ids" else batch[name]
+    except (AttributeError, TypeError, KeyError, IndexError, NotImplementedError):
+        logger.info("training data cannot be indexed: activations and entropies are not measured")
+        return None
+    return ids.to(next(model.parameters()).device)
