@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from lip_plugin.certificate.planning import plan_caps
     from lip_plugin.certificate.robustness import attacked_accuracy, certified_accuracy, certified_radius
     from lip_plugin.certificate.rounding import forward_rounding_upper
+    from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
     from lip_plugin.config import LipschitzConfig
     from lip_plugin.integrations.hf_trainer import LipschitzCallback
     from lip_plugin.optim.muon import LipschitzMuon
     from lip_plugin.optim.projection import attach_projection, project_
+    from lip_plugin.recap import recap_
     from lip_plugin.surgery import release, retrofit
 
 __version__ = "0.1.0"
@@ -46,6 +48,9 @@ _HOMES = {
     "certified_accuracy": "lip_plugin.certificate.robustness",
     "attacked_accuracy": "lip_plugin.certificate.robustness",
     "activation_report": "lip_plugin.certificate.activations",
+    "recap_": "lip_plugin.recap",
+    "save_checkpoint": "lip_plugin.checkpoint",
+    "load_checkpoint": "lip_plugin.checkpoint",
     "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
 }
 __all__ = [
@@ -61,10 +66,13 @@ __all__ = [
     "certify",
     "falsify",
     "forward_rounding_upper",
+    "load_checkpoint",
     "plan_caps",
     "project_",
+    "recap_",
     "release",
     "retrofit",
+    "save_checkpoint",
 ]
 
 

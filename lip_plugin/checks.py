@@ -45,7 +45,7 @@ def check_model(
     _check_leaves(model, names)
     _check_ties(model, names, config)
     _check_nothing_left_over(model, names)
-    _check_overrides(names, config)
+    check_overrides(names, config)
     if config.norms != "keep":
         _check_recipe(model, names)
         _check_options(model, names, config)
@@ -239,7 +239,8 @@ def _check_nothing_left_over(model: nn.Module, names: Parts) -> None:
             )
 
 
-def _check_overrides(names: Parts, config: LipschitzConfig) -> None:
+def check_overrides(names: Parts, config: LipschitzConfig) -> None:
+    """Raise ConfigError for an override that matches no layer."""
     known = [name for _, name in (*names.linears(), *names.tables())]
     for key in config.overrides:
         if not any(name == key or name.endswith("." + key) for name in known):

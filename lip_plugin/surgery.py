@@ -39,6 +39,11 @@ class RetrofitState:
     architecture: Architecture
 
 
+def set_state(root: nn.Module, state: RetrofitState) -> None:
+    """Have the model's root remember this."""
+    root.__dict__[_MARK] = state
+
+
 def find_retrofit(model: nn.Module) -> tuple[nn.Module, RetrofitState] | None:
     """(root, state) of the retrofitted model inside `model`, whatever wraps it; None if there is none."""
     for module in model.modules():
@@ -96,7 +101,7 @@ def retrofit(
         what = "fixed at zero" if zero else "not trained"
         plan.add(name, what, lambda p=p, zero=zero: zero_and_freeze_(p, zero))  # type: ignore[misc]
     report = plan.carry_out()
-    model.__dict__[_MARK] = RetrofitState(config, family.architecture)
+    set_state(model, RetrofitState(config, family.architecture))
     family.on_retrofit(model, config)
     logger.info("retrofit of %s: %d changes", type(model).__name__, len(report))
     return report
@@ -155,7 +160,19 @@ def _plan_untie(plan: Plan, model: nn.Module, names: Parts) -> None:
 
 
 def _plan_caps(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    interleaved = names.architecture.attention.interleaved
+    interleaved, caps = names.architecture.attention.interleaved, caps_by_name(names, config)
+    for role, name in names.linears():
+        module: Any = model.get_submodule(name)
+        layout = linear_layout(module, role, caps[name], names, config.granularity, interleaved=interleaved)
+        _plan_constrain(plan, name, module, layout)
+    for role, name in names.tables():
+        module = table_of(model, name)
+        rows = module.weight.numel() // module.weight.shape[-1]
+        _plan_constrain(plan, name, module, whole(role, rows, caps[name], norm=ROW))
+
+
+def caps_by_name(names: Parts, config: LipschitzConfig) -> dict[str, float]:
+    """The cap of every matrix (RMS->RMS) and of every table of rows (RMS), by full name."""
     tables = names.tables()
     # what enters the first block: one row of each table; of images, a patch (or `first`) and a position
     shared = [role for role, _ in tables if role != "position" or config.position_bias is None]
@@ -163,16 +180,12 @@ def _plan_caps(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConf
     unused = config.embedding_max * UNUSED_SHARE
     if len(shared) < len(tables):
         share *= 1.0 - UNUSED_SHARE
+    caps = {}
     for role, name in names.linears():
-        module: Any = model.get_submodule(name)
-        cap = cap_of(name, config, default=share / config.pixel_max if role == "patch" else None)
-        layout = linear_layout(module, role, cap, names, config.granularity, interleaved=interleaved)
-        _plan_constrain(plan, name, module, layout)
+        caps[name] = cap_of(name, config, default=share / config.pixel_max if role == "patch" else None)
     for role, name in tables:
-        module = table_of(model, name)
-        rows = module.weight.numel() // module.weight.shape[-1]
-        cap = cap_of(name, config, default=share if role in shared else unused)
-        _plan_constrain(plan, name, module, whole(role, rows, cap, norm=ROW))
+        caps[name] = cap_of(name, config, default=share if role in shared else unused)
+    return caps
 
 
 def _plan_constrain(plan: Plan, name: str, module: Any, layout: Layout) -> None:

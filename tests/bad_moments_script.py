@@ -1,0 +1,147 @@
+"""What each of two processes runs in test_bad_moments.py: torchrun --nproc_per_node 2 bad_moments_script.py OUT."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import torch.distributed as dist
+from distributed_cases import CASES, backward, model_of, optimizer_of, shard, whole_weights
+from families import tiny
+from torch import nn
+
+from lip_plugin import certify, project_, release, retrofit, save_checkpoint
+from lip_plugin.distributed import local
+from lip_plugin.optim import muon
+from lip_plugin.optim.projection import block_norms
+
+CASE = CASES["llama"]
+
+
+def setup(how: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = model_of(CASE)
+    wrapped = shard(model, False) if how == "fsdp" else nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(CASE, wrapped)
+    step(wrapped, optimizer)
+    return wrapped, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    backward(CASE, model, 0, dist.get_rank(), dist.get_world_size())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def parameter(model: nn.Module, ending: str) -> Any:
+    return next(p for n, p in model.named_parameters() if n.endswith(ending))
+
+
+def moment(how: str, what: Callable[[nn.Module, torch.optim.Optimizer], None]) -> dict[str, Any]:
+    """What `what` raises here; whether the weights are as before; whether training goes on after it."""
+    model, optimizer = setup(how)
+    backward(CASE, model, 1, dist.get_rank(), dist.get_world_size())
+    before = whole_weights(model)
+    found: dict[str, Any] = {"kind": None, "text": ""}
+    try:
+        what(model, optimizer)
+    except Exception as error:
+        kinds = [c.__name__ for c in type(error).__mro__]
+        found = {"kind": "OSError" if "OSError" in kinds else kinds[0], "text": str(error)}
+    after = whole_weights(model)
+    if not any(w.isnan().any() for w in after.values()):
+        found["worst"] = max(b.worst_over_cap for b in block_norms(model))
+    found["unchanged"] = all(torch.equal(before[n], w) or w.isnan().any() for n, w in after.items())
+    optimizer.zero_grad()
+    for p in model.parameters():  # mend what was broken on purpose
+        local(p.data).nan_to_num_(nan=0.1)
+    step(model, optimizer)
+    found["goes on"] = True
+    return found
+
+
+def nan_in_one_shard(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if dist.get_rank() == 1:
+        local(parameter(model, "layers.0.mlp.up_proj.weight").grad)[-1, -1] = float("nan")
+    optimizer.step()
+
+
+def inf_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if dist.get_rank() == 0:
+        parameter(model, "layers.0.mlp.up_proj.weight").grad[0, 0] = float("inf")
+    optimizer.step()
+
+
+def gradient_on_one_only(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if dist.get_rank() == 0:
+        parameter(model, "layers.0.self_attn.q_proj.weight").grad = None
+    optimizer.step()
+
+
+def one_fails_at_its_share(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    whole = muon.orthogonalize
+    if dist.get_rank() == 1:
+
+        def fails(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("out of memory, say")
+
+        muon.orthogonalize = fails  # type: ignore[assignment]
+    try:
+        optimizer.step()
+    finally:
+        muon.orthogonalize = whole
+
+
+def weights_that_are_nan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if dist.get_rank() == 0:
+        local(parameter(model, "layers.1.mlp.down_proj.weight").data)[0, 0] = float("nan")
+    project_(model)
+
+
+def certificate_of_nan(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    local(parameter(model, "layers.1.mlp.down_proj.weight").data)[0, 0] = float("nan")
+    certify(model)
+
+
+def full_disk(folder: Path) -> Callable[[nn.Module, torch.optim.Optimizer], None]:
+    def save(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            save_checkpoint(folder, 1, model, optimizer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return save
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {
+        "nan in one shard": moment("fsdp", nan_in_one_shard),
+        "inf in ddp": moment("ddp", inf_in_ddp),
+        "gradient on one process only": moment("ddp", gradient_on_one_only),
+        "one process fails at its share": moment("fsdp", one_fails_at_its_share),
+        "weights that are nan": moment("fsdp", weights_that_are_nan),
+        "retrofit of a sharded model": moment(
+            "fsdp", lambda m, o: retrofit(shard(tiny("llama"), False)) and None
+        ),
+        "release of a sharded model": moment("fsdp", lambda m, o: release(m) and None),
+        "certificate of nan": moment("fsdp", certificate_of_nan),
+        "a full disk on the first process": moment("fsdp", full_disk(out / "run")),
+    }
+    (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
