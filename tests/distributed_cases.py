@@ -65,6 +65,8 @@ CASES = {
     "llama bf16": Case("llama", bf16=True),
 }
 
+SWAPPED = ("llama double", "llama adamw")
+
 
 def model_of(case: Case) -> nn.Module:
     model = tiny(case.family, vocab_size=case.vocabulary, **{**_SMALL, **case.model})
@@ -98,6 +100,16 @@ def shard(model: nn.Module, bf16: bool) -> nn.Module:
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def swap(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case) -> nn.Module:
+    """Shard the model of an optimizer that is there already, and put the shards into its groups, as accelerate does."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    wrapped = shard(model, case.bf16)
+    now = dict(wrapped.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [now[names[id(p)]] for p in group["params"]]
+    return wrapped
 
 
 def backward(case: Case, model: nn.Module, step: int, rank: int, world: int) -> float:
@@ -134,6 +146,8 @@ def train(case: Case, how: str = "alone") -> dict[str, Any]:
     elif how == "fsdp":
         wrapped = shard(model, case.bf16)
     optimizer = optimizer_of(case, wrapped)
+    if how == "swapped":
+        wrapped = swap(model, optimizer, case)
     worst, losses = [], []
     for step in range(STEPS):
         losses.append(backward(case, wrapped, step, rank, world))
@@ -162,7 +176,7 @@ def train(case: Case, how: str = "alone") -> dict[str, Any]:
 
 
 def worst_of(model: nn.Module, how: str) -> float:
-    if how != "fsdp":
+    if how not in ("fsdp", "swapped"):
         return worst_over_cap(model)
     plain = gathered(model)
     return 0.0 if plain is None else worst_over_cap(plain)
@@ -182,6 +196,7 @@ def main(out: Path) -> None:
     results: dict[str, Any] = {
         how: {name: train(CASES[name], how) for name in names} for how in ("ddp", "fsdp")
     }
+    results["swapped"] = {name: train(CASES[name], "swapped") for name in SWAPPED if name in names}
     results |= {"pid": os.getpid(), "rank": dist.get_rank(), "world": dist.get_world_size()}
     torch.save(results, out / f"rank-{dist.get_rank()}.pt")
     dist.barrier()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_cases import CASES, STEPS, train
+from distributed_cases import CASES, STEPS, SWAPPED, train
 from oracles import CAP_TOLERANCE
 
 from lip_plugin import Certificate
@@ -88,6 +88,30 @@ def test_weights_after_all_steps_are_those_of_one_process(ranks, alone, name, ho
     for weight, expected in one["weights"].items():
         difference = float((many["weights"][weight] - expected).abs().max())
         assert difference <= ROUNDING[CASES[name].double], weight
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_an_optimizer_built_before_the_model_was_sharded_steps_the_shards(ranks, alone, name):
+    for rank in ranks:
+        found = rank["swapped"][name]
+        assert len(found["sharded"]) == len(found["weights"])
+        for weight, expected in alone[name]["weights"].items():
+            difference = float((found["weights"][weight] - expected).abs().max())
+            assert difference <= ROUNDING[CASES[name].double], weight
+    assert max(ranks[0]["swapped"][name]["worst"]) <= 1 + CAP_TOLERANCE
+
+
+def test_the_ready_configs_are_accelerates_own():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((Path(__file__).parent.parent / "integrations" / "accelerate").glob("*.yaml"))
+    assert [f.stem for f in files] == ["ddp_1", "ddp_2", "ddp_8", "fsdp2_1", "fsdp2_2", "fsdp2_8"]
+    for file in files:
+        config = load_config_from_file(str(file))  # refuses unknown keys
+        assert config.num_processes == int(file.stem[-1])
+        kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+        assert kind == ("FSDP" if "fsdp2" in file.stem else "NO" if file.stem == "ddp_1" else "MULTI_GPU")
+        assert config.fsdp_config.get("fsdp_version") == (2 if "fsdp2" in file.stem else None)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

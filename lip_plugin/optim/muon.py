@@ -154,6 +154,14 @@ class LipschitzMuon(torch.optim.Optimizer):
                 {"row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](group)
         return loss
 
+    def share_work(self, model: nn.Module) -> None:
+        """Let the processes of the DistributedDataParallel around `model` step a share of the matrices each.
+
+        For loops that wrap the model after the optimizer was built, as accelerate's prepare does. Without DDP it
+        changes nothing; what is sharded is shared out anyway.
+        """
+        self.process_group = replicas_of(model)
+
     def _check_rates(self) -> None:
         for group in self.param_groups:
             rate, decay = group["lr"] * group["lr_ratio"], group["weight_decay"]
