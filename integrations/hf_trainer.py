@@ -206,6 +206,12 @@ def _refuse(args: TrainingArguments, model: Any, optimizer: Any) -> None:
             "DeepSpeed owns optimizer and weights, so no projection could run after its step. Use accelerate "
             "with DDP: remove deepspeed= and start with torchrun."
         )
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}
+    if args.fsdp and int(plugin.get("fsdp_version", 2)) != 2:
+        raise TrainerError(
+            "FSDP1 flattens weights, and a matrix in pieces has no norm. Use FSDP2: fsdp_config={'version': 2}, or "
+            "integrations/accelerate/fsdp2_8.yaml."
+        )
     if args.use_liger_kernel:
         raise TrainerError(
             "Liger kernels replace the forward passes that the certificate describes. Set use_liger_kernel=False."

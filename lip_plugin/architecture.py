@@ -159,6 +159,11 @@ def families() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
+def family_named(name: str) -> Family:
+    """The family that is registered under this name: of a retrofitted model, whatever has become of its class since."""
+    return _FAMILIES[name]
+
+
 def find_family(model: nn.Module) -> Family:
     """The family of `model`.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lip_plugin.architecture import find_family
+from lip_plugin.architecture import family_named
 from lip_plugin.blocks import Layout
 from lip_plugin.checks import check_overrides
 from lip_plugin.errors import ConfigError
@@ -53,7 +53,7 @@ def recap_(
     if overrides is not None:
         changes["overrides"] = dict(overrides)
     config = replace(state.config, **changes)
-    names = parts(root, state.architecture)
+    names, family = parts(root, state.architecture), family_named(state.architecture.name)
     check_overrides(names, config)
     caps = caps_by_name(names, config)
     found = dict(constrained_modules(root))
@@ -70,7 +70,7 @@ def recap_(
     for group, index, name in homes:
         group["layouts"][index] = layouts[name].to_plain()
     set_state(root, RetrofitState(config, state.architecture))
-    find_family(root).on_retrofit(root, config)
+    family.on_retrofit(root, config)
     keep_within_caps_(model, process_group)
     return report
 

@@ -17,7 +17,17 @@ from distributed_cases import CASES, backward, model_of, optimizer_of, shard, wh
 from families import tiny
 from torch import nn
 
-from lip_plugin import certify, project_, release, retrofit, save_checkpoint
+from lip_plugin import (
+    certify,
+    falsify,
+    forward_rounding_upper,
+    plan_caps,
+    project_,
+    recap_,
+    release,
+    retrofit,
+    save_checkpoint,
+)
 from lip_plugin.distributed import local
 from lip_plugin.optim import muon
 from lip_plugin.optim.projection import block_norms
@@ -122,6 +132,27 @@ def full_disk(folder: Path) -> Callable[[nn.Module, torch.optim.Optimizer], None
     return save
 
 
+def calls_on_shards() -> dict[str, Any]:
+    """What else takes a sharded model: the same answers on all processes."""
+    model, optimizer = setup("fsdp")
+    bound = certify(model)
+    bound.verify(model)
+    found: dict[str, Any] = {
+        "certified": bound.lipschitz,
+        "attained": falsify(model, restarts=1, steps=2).lower_bound,
+        "caps": certify(model, "caps").lipschitz,
+        "planned": plan_caps(model, 2.0).w_max,
+        "rounding": forward_rounding_upper(model, torch.float32, 8),
+    }
+    changed = recap_(model, optimizer, w_max=0.5)
+    found["changed"] = len(changed)
+    found["worst after"] = max(b.worst_over_cap for b in block_norms(model))
+    found["caps after"] = certify(model, "caps").lipschitz
+    step(model, optimizer)
+    found["worst after a step"] = max(b.worst_over_cap for b in block_norms(model))
+    return found
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -138,6 +169,7 @@ def main(out: Path) -> None:
         "certificate of nan": moment("fsdp", certificate_of_nan),
         "a full disk on the first process": moment("fsdp", full_disk(out / "run")),
     }
+    results["calls on shards"] = calls_on_shards()
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

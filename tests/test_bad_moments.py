@@ -15,7 +15,7 @@ from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, project_, recap_, retrofit
 from lip_plugin.config import METHOD_NAMES
-from lip_plugin.errors import ConfigError, NonFiniteError
+from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
 
 SCRIPT = Path(__file__).with_name("bad_moments_script.py")
@@ -300,3 +300,26 @@ def test_gradients_of_one_process_are_named(moments):
     assert "embed_tokens" not in moments[0]["nan in one shard"]["text"]
     assert "gradient of model.layers.0.mlp.up_proj.weight" in moments[0]["nan in one shard"]["text"]
     assert "some processes" in moments[1]["gradient on one process only"]["text"]
+
+
+def test_whatever_takes_a_sharded_model_answers_alike_everywhere(moments):
+    one, two = (rank["calls on shards"] for rank in moments)
+    assert one == two
+    assert 0 < one["attained"] <= one["certified"] <= one["caps"]
+    assert 0 < one["rounding"] < math.inf
+    assert one["planned"] < 1.0  # a bound of 2 needs smaller caps than those of 1
+    assert one["changed"] > 10
+    assert one["caps after"] < one["caps"]
+    assert max(one["worst after"], one["worst after a step"]) <= 1 + CAP_TOLERANCE
+
+
+def test_flattened_weights_are_refused_with_the_cure():
+    model, optimizer = started()
+    gradients(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    flat = nn.Parameter(weight.detach().flatten())
+    flat.grad = torch.ones_like(flat)
+    for group in optimizer.param_groups:
+        group["params"] = [flat if p is weight else p for p in group["params"]]
+    with pytest.raises(UnsupportedModelError, match="FSDP2"):
+        optimizer.step()

@@ -90,3 +90,8 @@ def refuse_sharded(tensor: Tensor) -> None:
             "LipschitzMuon, attach_projection, project_, certify, falsify and plan_caps work; for anything else take "
             "lip_plugin.certificate.whole.gathered(model), a plain copy on the first process."
         )
+    if tensor.dim() < 2:
+        raise UnsupportedModelError(
+            f"This weight has shape {tuple(tensor.shape)}: it was flattened (FSDP1), and a piece of a matrix has no norm. Use "
+            "FSDP2 (fully_shard; fsdp_version: 2 in accelerate), or DDP."
+        )
