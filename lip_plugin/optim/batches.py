@@ -63,6 +63,7 @@ def batches(tensors: Iterable[Tensor], layouts: Iterable[Layout]) -> Iterator[Ba
     sizes: dict[tuple, int] = {}
     for owner, (tensor, layout) in enumerate(zip(tensors, layouts)):
         refuse_sharded(tensor)
+        refuse_flattened(tensor)
         for position, (segment, view) in enumerate(layout.views(tensor)):
             key = (*view.shape[1:], view.dtype, view.device, segment.cap)
             if key in open_batches and sizes[key] + view.numel() > MAX_ELEMENTS:
@@ -90,8 +91,12 @@ def refuse_sharded(tensor: Tensor) -> None:
             "LipschitzMuon, attach_projection, project_, certify, falsify and plan_caps work; for anything else take "
             "lip_plugin.certificate.whole.gathered(model), a plain copy on the first process."
         )
-    if tensor.dim() < 2:
+
+
+def refuse_flattened(weight: Tensor) -> None:
+    """Raise for a matrix without two axes: FSDP1 joins weights and cuts them anywhere."""
+    if weight.dim() < 2:
         raise UnsupportedModelError(
-            f"This weight has shape {tuple(tensor.shape)}: it was flattened (FSDP1), and a piece of a matrix has no norm. Use "
+            f"This weight has shape {tuple(weight.shape)}: it was flattened (FSDP1), and a piece of a matrix has no norm. Use "
             "FSDP2 (fully_shard; fsdp_version: 2 in accelerate), or DDP."
         )
