@@ -9,8 +9,8 @@ with an untied head, which the retrofit unties as well, so that both have the sa
 the matrices that the other constrains, AdamW for the rest. Two Trainers in one process take turns of a few steps,
 each in its own thread, of which one runs at a time; a step is timed from on_step_begin to on_step_end, so
 logging, certificates and data loading are left out. What a log entry with its certificate costs is given apart. Peak
-memory is that of separate processes. The optimizers cost the same at any number of tokens, so the ratio tends to that of
-the forward and backward passes as tokens grow.
+memory is that of one step, in separate processes. The optimizers cost the same at any number of tokens, so the
+ratio tends to that of the forward and backward passes as tokens grow.
 """
 
 from __future__ import annotations
@@ -154,20 +154,34 @@ def interleaved(
     return {kind: its.seconds[options.block :] for kind, its in zip(KINDS, turns, strict=True)}, certifying
 
 
+class Peak(TrainerCallback):
+    """MiB that the last step takes at most: of the device (CUDA), or of the whole process (Linux)."""
+
+    def __init__(self, on_device: bool) -> None:
+        self.on_device, self.mib = on_device, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.on_device:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.on_device:
+            self.mib = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            self.mib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
 def peak_mib(kind: str, tokens: int, options: argparse.Namespace, queue: multiprocessing.Queue) -> None:
-    """Put the MiB that training takes at most, of the device (CUDA) or of the whole process, into the queue."""
+    """Put the MiB that the third step takes at most into the queue: not the retrofit, nor the certificate at the end."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        one = trainer(kind, tokens, 2, options, folder)
-        one.args.logging_steps = 10**9  # a certificate's memory is not a step's
+        one, peak = trainer(kind, tokens, 3, options, folder), Peak(options.device == "cuda")
+        one.args.logging_steps = 10**9
+        one.add_callback(peak)
         one.train()
-    on_device = options.device == "cuda"
-    # not ru_maxrss, which a child inherits
-    queue.put(
-        torch.cuda.max_memory_allocated() / 2**20
-        if on_device
-        else int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    )
+    queue.put(peak.mib)
 
 
 def parse() -> argparse.Namespace:

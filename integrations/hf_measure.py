@@ -17,8 +17,7 @@ from lip_plugin.certificate.build import build
 from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.graph import Watch
 from lip_plugin.certificate.nodes import attentions
-from lip_plugin.certificate.whole import has_shards, on_first_process
-from lip_plugin.distributed import on_first
+from lip_plugin.certificate.whole import together
 from lip_plugin.optim.projection import block_norms
 
 CERTIFICATE = "certificate.json"
@@ -39,9 +38,7 @@ METRICS = {
 
 def measured(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
     """`measure` on the first process; the same values, or the same error, on all of them. Collective."""
-    if has_shards(model):
-        return on_first_process(model, lambda whole: measure(whole, None if ids is None else ids.cpu()))
-    return on_first(lambda: measure(model, ids))
+    return together(model, lambda whole: measure(whole, ids if whole is model or ids is None else ids.cpu()))
 
 
 def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
@@ -85,10 +82,7 @@ def write_certificate(model: nn.Module, folder: Path) -> None:
             temporary.unlink(missing_ok=True)
             raise
 
-    if has_shards(model):
-        on_first_process(model, write)
-    else:
-        on_first(lambda: write(model))
+    together(model, write)
 
 
 def probe(loader: Any, model: nn.Module, tokens: int) -> torch.Tensor | None:

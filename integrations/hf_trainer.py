@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer_optimizer as hf_optimizer
 from transformers.training_args import ParallelMode
 
@@ -82,7 +82,11 @@ class LipschitzCallback(TrainerCallback):
     def put_first(trainer: Any) -> None:
         """Let this callback log before every reporter, so that wandb and others get its keys."""
         callbacks = trainer.callback_handler.callbacks
-        callbacks.sort(key=lambda callback: not isinstance(callback, LipschitzCallback))
+        # behind Trainer's own, which says whether a step logs, evaluates and saves
+        order = (DefaultFlowCallback, LipschitzCallback)
+        callbacks.sort(
+            key=lambda c: next((i for i, kind in enumerate(order) if isinstance(c, kind)), len(order))
+        )
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,8 +173,9 @@ class LipschitzCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_save and state.is_world_process_zero:
-            # of an earlier run that got as far: it must not lie beside other weights if this save is cut off
-            (_checkpoint(args, state) / CERTIFICATE).unlink(missing_ok=True)
+            _make_way(_checkpoint(args, state))
+
+    on_epoch_end = on_evaluate = on_step_end  # where Trainer decides to save, too
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,6 +196,12 @@ class LipschitzCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def _make_way(folder: Path) -> None:
+    """A folder that an earlier run wrote: if this save is cut off, it must not pass for complete, nor its certificate stay."""
+    for name in (CERTIFICATE, "trainer_state.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _replicas(args: TrainingArguments, model: nn.Module) -> Any:

@@ -14,6 +14,7 @@ All of it is collective: every process of the group calls the same functions, in
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -63,6 +64,13 @@ def on_first(function: Callable[[], T]) -> T:
             answer[0] = function()
         except Exception as error:  # the others wait for an answer
             answer[1] = error
+        try:
+            pickle.dumps(answer)
+        except Exception as error:
+            answer = [
+                None,
+                DistributedError(f"{answer[1] or answer[0]!r} cannot be sent to other processes: {error!r}"),
+            ]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
@@ -230,9 +238,26 @@ def largest_together(values: Tensor, groups: Sequence[Any]) -> Tensor:
 
 
 def groups_of(tensors: Sequence[Tensor], replicas: Any = None) -> list[Any]:
-    """The process groups that the tensors are spread over, each once, in order."""
-    found: dict[Any, None] = {home_of(tensor, replicas).group: None for tensor in tensors}
-    return [group for group in found if group is not None]
+    """All process groups that hold parts or copies of the tensors, each once, in order: who has to agree about them."""
+    found: dict[Any, None] = {}
+    for tensor in tensors:
+        if is_sharded(tensor):
+            mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+            found |= {mesh.get_group(axis): None for axis in range(mesh.ndim) if mesh.size(axis) > 1}
+        elif home_of(tensor, replicas).group is not None:
+            found[replicas] = None
+    return list(found)
+
+
+def settle_(model: nn.Module) -> None:
+    """Put every FSDP2 module back to its shards.
+
+    After a forward pass without a backward pass FSDP2 leaves some parameters gathered: `module.weight` is then a copy that
+    nobody trains, and what is written to it is lost. Sends nothing; does nothing to what is sharded already.
+    """
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 def replicas_of(model: nn.Module) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import torch
 import torch.distributed as dist
 from distributed_cases import CASES, backward, model_of, optimizer_of, shard, whole_weights
 from families import tiny
+from oracles import worst_over_cap
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from lip_plugin import (
     certify,
     falsify,
     forward_rounding_upper,
+    load_checkpoint,
     plan_caps,
     project_,
     recap_,
@@ -28,7 +33,8 @@ from lip_plugin import (
     retrofit,
     save_checkpoint,
 )
-from lip_plugin.distributed import local
+from lip_plugin.certificate.whole import gathered
+from lip_plugin.distributed import local, on_first
 from lip_plugin.optim import muon
 from lip_plugin.optim.projection import block_norms
 
@@ -153,6 +159,97 @@ def calls_on_shards() -> dict[str, Any]:
     return found
 
 
+def forward_only(model: nn.Module) -> None:
+    """As an evaluation does: FSDP2 leaves some parameters gathered after it."""
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def after_an_evaluation() -> dict[str, float]:
+    """Worst stored norm over its cap, by a float64 SVD of a copy, after an evaluation and then each of these."""
+    found = {}
+    for kind in ("muon", "adamw"):
+        model = model_of(CASE)
+        fully_shard(model)
+        optimizer = optimizer_of(replace(CASE, optimizer=kind), model)
+        backward(CASE, model, 0, dist.get_rank(), dist.get_world_size())
+        forward_only(model)
+        optimizer.step()
+        found[f"{kind} step"] = worst_stored(model)
+        forward_only(model)
+        recap_(model, optimizer, w_max=0.5)
+        found[f"{kind} recap"] = worst_stored(model)
+    model = shard(model_of(CASE), False)
+    forward_only(model)
+    project_(model)
+    found["project"] = worst_stored(model)
+    return found
+
+
+def worst_stored(model: nn.Module) -> float:
+    """Whatever is gathered now, the stored shards count."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    plain = gathered(model)
+    worst = torch.tensor(0.0 if plain is None else worst_over_cap(plain), dtype=torch.float64)
+    dist.broadcast(worst, 0)
+    return float(worst)
+
+
+def certified_after_an_evaluation() -> bool:
+    """Whether a certificate is of the stored weights, even if an evaluation left copies of older ones."""
+    model, optimizer = setup("fsdp")
+    backward(CASE, model, 1, dist.get_rank(), dist.get_world_size())
+    forward_only(model)
+    optimizer.step()
+    stated = certify(model)
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return stated == certify(model)
+
+
+def several_models(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A model for each process, over a mesh of its own: one certificate cannot be for both."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("copies", "shards"))
+    own = model_of(CASE)
+    fully_shard(own, mesh=mesh["shards"])
+    certify(own)
+
+
+def cannot_be_copied(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    inner = next(m for m in model.modules() if hasattr(m, "lm_head"))
+    inner.lock = threading.Lock()  # type: ignore[assignment]
+    try:
+        certify(model)
+    finally:
+        del inner.lock
+
+
+def nan_of_one_replica(folder: Path) -> Callable[[nn.Module, torch.optim.Optimizer], None]:
+    def save(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if dist.get_rank() == 0:
+            parameter(model, "layers.1.mlp.down_proj.weight").data[0, 0] = float("nan")
+        save_checkpoint(folder, 1, model, optimizer)
+
+    return save
+
+
+def does_not_pickle(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    on_first(lambda: lambda: None)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """The first process's extra, and work that is still shared out, after a load."""
+    model, optimizer = setup("ddp")
+    save_checkpoint(folder, 1, model, optimizer, {f"key {i}": float(dist.get_rank()) for i in range(10)})
+    model, optimizer = setup("ddp")
+    extra: dict[str, Any] = {f"key {i}": None for i in range(10)}
+    load_checkpoint(folder, model, optimizer, extra)
+    return {"extra": sorted(set(extra.values())), "shared": optimizer.process_group is not None}  # type: ignore[attr-defined]
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -169,7 +266,16 @@ def main(out: Path) -> None:
         "certificate of nan": moment("fsdp", certificate_of_nan),
         "a full disk on the first process": moment("fsdp", full_disk(out / "run")),
     }
+    results |= {
+        "several models": moment("fsdp", several_models),
+        "a model that cannot be copied": moment("fsdp", cannot_be_copied),
+        "nan of one replica at a save": moment("ddp", nan_of_one_replica(out / "nan")),
+        "a result that does not pickle": moment("ddp", does_not_pickle),
+    }
     results["calls on shards"] = calls_on_shards()
+    results["after an evaluation"] = after_an_evaluation()
+    results["certified after an evaluation"] = certified_after_an_evaluation()
+    results["resumed"] = resumed(out / "resumed")
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

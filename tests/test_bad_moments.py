@@ -271,6 +271,10 @@ MOMENTS = {
     "release of a sharded model": "UnsupportedModelError",
     "certificate of nan": "NonFiniteError",
     "a full disk on the first process": "OSError",
+    "several models": "UnsupportedModelError",
+    "a model that cannot be copied": "TypeError",
+    "nan of one replica at a save": "NonFiniteError",
+    "a result that does not pickle": "DistributedError",
 }
 
 
@@ -323,3 +327,16 @@ def test_flattened_weights_are_refused_with_the_cure():
         group["params"] = [flat if p is weight else p for p in group["params"]]
     with pytest.raises(UnsupportedModelError, match="FSDP2"):
         optimizer.step()
+
+
+def test_after_an_evaluation_it_is_the_stored_weights_that_are_projected_and_certified(moments):
+    for rank in moments:
+        assert len(rank["after an evaluation"]) == 5
+        for what, worst in rank["after an evaluation"].items():
+            assert worst <= 1 + CAP_TOLERANCE, what
+        assert rank["certified after an evaluation"]
+
+
+def test_after_a_load_work_is_still_shared_and_the_first_process_has_the_say(moments):
+    for rank in moments:
+        assert rank["resumed"] == {"extra": [0.0], "shared": True}

@@ -10,18 +10,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_cases import CASES, backward, model_of, optimizer_of
 from families import data_for, tiny
+from oracles import CAP_TOLERANCE, worst_over_cap
 from test_distributed import launch
 from transformers import Trainer, TrainingArguments
 
-from lip_plugin import Certificate, LipschitzCallback, certify
-from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
-from lip_plugin.errors import CertificateError, CheckpointError
+from lip_plugin import (
+    Certificate,
+    LipschitzCallback,
+    LipschitzMuon,
+    attach_projection,
+    certify,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lip_plugin.errors import CertificateError, CheckpointError, ConfigError
+from lip_plugin.integrations.hf_resume import last_checkpoint
+from lip_plugin.modules import constrained_modules
 
 SCRIPT = Path(__file__).with_name("checkpoint_script.py")
 STEPS = 30
@@ -148,6 +159,123 @@ def test_another_model_is_refused(tmp_path):
         load_checkpoint(tmp_path, other, optimizer_of(case, other))
 
 
+def stepped(model, optimizer, steps=2, seed=50):
+    for step in range(seed, seed + steps):
+        backward(CASES["llama"], model, step, 0, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def made(kind: str, **config):
+    case = replace(CASES["llama"], config=config)
+    model = model_of(case)
+    if kind == "sgd without momentum":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attach_projection(optimizer, model)
+        return model, optimizer
+    return model, optimizer_of(replace(case, optimizer=kind), model)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw", "sgd without momentum"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_saving_changes_nothing_and_loading_brings_back_the_same_bits(tmp_path, kind, steps):
+    model, optimizer = made(kind)
+    stepped(model, optimizer, steps)
+    before = [p.detach().clone() for p in model.parameters()]
+    save_checkpoint(tmp_path, steps, model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    again, other = made(kind)
+    assert load_checkpoint(tmp_path, again, other) == steps
+    assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+    stepped(model, optimizer)
+    stepped(again, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_bf16_weights_keep_the_momentum_that_they_had(tmp_path):
+    runs = []
+    for _ in range(2):
+        model = model_of(CASES["llama"]).bfloat16()
+        runs.append((model, LipschitzMuon(model, lr=0.05)))
+    (model, optimizer), (again, other) = runs
+    stepped(model, optimizer)
+    save_checkpoint(tmp_path, 2, model, optimizer)
+    load_checkpoint(tmp_path, again, other)
+    momenta = [s["momentum"] for s in other.state.values() if "momentum" in s]
+    assert {m.dtype for m in momenta} == {torch.float32}
+    stepped(model, optimizer)
+    stepped(again, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_parameter_that_never_had_a_gradient_does_not_matter(tmp_path):
+    model, optimizer = made("muon")
+    x = torch.randn(2, 5, 24)
+    model(inputs_embeds=x).logits.square().mean().backward()  # the embedding takes no part
+    assert model.get_input_embeddings().weight.grad is None
+    optimizer.step()
+    save_checkpoint(tmp_path, 1, model, optimizer)
+    assert load_checkpoint(tmp_path, *made("muon")) == 1
+
+
+def test_caps_of_the_run_that_goes_on_hold_not_those_that_were_saved(tmp_path):
+    model, optimizer = made("muon", w_max=2.0)
+    stepped(model, optimizer, 5)
+    save_checkpoint(tmp_path, 5, model, optimizer)
+    case = replace(CASES["llama"], config={"w_max": 0.5})
+    tighter = model_of(case)
+    other = LipschitzMuon(tighter, lr=0.1)
+    with pytest.raises(CertificateError, match="other settings"):  # the certificate is of caps of 2
+        load_checkpoint(tmp_path, tighter, other)
+    for step in range(10):
+        stepped(tighter, other, 1, step)
+        assert worst_over_cap(tighter) <= 1 + CAP_TOLERANCE
+
+
+def test_frozen_otherwise_than_when_it_was_saved_every_layout_is_its_own(tmp_path):
+    model, optimizer = made("muon")
+    stepped(model, optimizer)
+    save_checkpoint(tmp_path, 2, model, optimizer)
+    case = replace(CASES["llama"], frozen="q_proj.weight")
+    again = model_of(case)
+    other = LipschitzMuon(again, lr=0.1)
+    load_checkpoint(tmp_path, again, other)
+    layouts = {id(m.weight): m.layout.to_plain() for _, m in constrained_modules(again)}
+    for group in other.param_groups:
+        for p, layout in zip(
+            group["params"], group.get("layouts") or [None] * len(group["params"]), strict=True
+        ):
+            assert layout == layouts.get(id(p))
+    stepped(again, other)
+    assert worst_over_cap(again) <= 1 + CAP_TOLERANCE
+
+
+def test_a_folder_with_later_steps_is_refused_and_what_is_given_is_given_back(tmp_path):
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, 7, model, optimizer, {"step": 123, "list": [1, "a"], "t": torch.ones(2)})
+    extra = {"step": 0, "list": None, "t": None}
+    assert load_checkpoint(tmp_path, model, optimizer, extra) == 7
+    assert extra["step"] == 123
+    assert extra["list"] == [1, "a"]
+    assert torch.equal(extra["t"], torch.ones(2))
+    with pytest.raises(ConfigError, match="step-7"):
+        save_checkpoint(tmp_path, 5, model, optimizer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-7"]
+
+
+def test_a_removal_that_was_cut_off_does_not_count(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, model, optimizer)
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed as it begins
+    save_checkpoint(tmp_path, 3, model, optimizer)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "step-3")
+    shutil.rmtree(tmp_path / "step-2")
+    assert (tmp_path / "step-1").is_dir()
+    assert load_checkpoint(tmp_path, *trained(0)) is None
+
+
 def trainer(folder: Path, steps: int) -> Trainer:
     args = TrainingArguments(
         str(folder), max_steps=steps, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=1
@@ -157,11 +285,55 @@ def trainer(folder: Path, steps: int) -> Trainer:
 
 
 @pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", "cut"),
+        ("model.safetensors", "gone"),
+        ("optimizer.pt", "gone"),
+        ("rng_state.pth", "gone"),
+        ("trainer_state.json", "gone"),
+        ("optimizer_0/__0_0.distcp", "without metadata"),
+        ("adapter_model.safetensors", "half"),
+    ],
+)
+def test_what_lacks_a_part_is_no_complete_checkpoint(tmp_path, name, change):
+    run = trainer(tmp_path, 4)
+    run.train()
+    newest = tmp_path / "checkpoint-4"
+    assert last_checkpoint(tmp_path) == str(newest)
+    file = newest / name
+    if change == "gone":
+        file.unlink()
+    elif change == "cut":
+        file.write_text(file.read_text()[:20])
+    else:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x" * 64)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_save_over_an_older_run_that_is_cut_off_leaves_nothing_to_go_on_from(tmp_path, first, monkeypatch):
+    trainer(tmp_path, 2).train()
+    assert (tmp_path / "checkpoint-2" / "certificate.json").is_file()
+    again = trainer(tmp_path, 2)
+    if first:
+        LipschitzCallback.put_first(again)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(again, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert not (tmp_path / "checkpoint-2" / "certificate.json").exists()
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
     "missing", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"]
 )
 def test_a_trainer_goes_on_from_its_last_complete_checkpoint(tmp_path, missing):
-    from lip_plugin.integrations.hf_resume import last_checkpoint
-
     whole = trainer(tmp_path / "whole", 8)
     whole.train()
     broken = trainer(tmp_path / "broken", 8)

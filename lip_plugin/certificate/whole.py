@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lip_plugin.distributed import is_sharded, on_first
+from lip_plugin.distributed import is_sharded, on_first, settle_
+from lip_plugin.errors import UnsupportedModelError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -28,6 +29,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def has_shards(model: nn.Module) -> bool:
     """Whether a parameter or buffer of the model is a DTensor."""
+    settle_(model)
     return any(is_sharded(t) for t in (*model.parameters(), *model.buffers()))
 
 
@@ -36,44 +38,60 @@ def on_first_process(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
 
     Collective: every process calls it, in the same order. The result has to pickle.
 
-    Raises what `function` raises, on every process.
+    Raises what `function` raises, on every process; UnsupportedModelError for a model that is not spread over all of them.
     """
-    whole = gathered(model)
-    return on_first(lambda: function(cast(nn.Module, whole)))
+    values = _whole_values(model)
+    return on_first(lambda: function(_copy(model, values)))
+
+
+def together(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
+    """`function` on the first process, of the model or of a plain copy of a sharded one; its result, or error, on all."""
+    return on_first_process(model, function) if has_shards(model) else on_first(lambda: function(model))
 
 
 def sharded_too(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function of (model, ...) take sharded models: it is then collective, and has one result everywhere."""
 
     @wraps(function)
-    def either(*args: P.args, **kwargs: P.kwargs) -> T:
-        model, *rest = args
-        if not has_shards(cast(nn.Module, model)):
-            return function(*args, **kwargs)
-        return on_first_process(cast(nn.Module, model), lambda whole: function(whole, *rest, **kwargs))  # type: ignore[arg-type]
+    def either(model: Any, *rest: Any, **kwargs: Any) -> T:
+        call: Any = function
+        if not has_shards(model):
+            return call(model, *rest, **kwargs)
+        return on_first_process(model, lambda whole: call(whole, *rest, **kwargs))
 
-    return either
+    return cast(Callable[P, T], either)
+
+
+def gathered(model: nn.Module) -> nn.Module | None:
+    """A plain copy of a sharded model with its whole weights, on the CPU of rank 0; None on the other processes."""
+    settle_(model)
+    values = _whole_values(model)
+    return _copy(model, values) if dist.get_rank() == 0 else None
 
 
 @torch.no_grad()
-def gathered(model: nn.Module) -> nn.Module | None:
-    """A plain copy of a sharded model with its whole weights, on the CPU of rank 0; None on the other processes."""
-    first = dist.get_rank() == 0
-    memo: dict[int, Any] = {}
+def _whole_values(model: nn.Module) -> dict[int, Any]:
+    """Whole parameters and buffers by the id of the model's own, on rank 0; empty elsewhere. Collective, and nothing else."""
+    first, values = dist.get_rank() == 0, {}
     for tensor in _tensors(model):
+        if is_sharded(tensor) and tensor.device_mesh.size() != dist.get_world_size():  # type: ignore[attr-defined]
+            raise UnsupportedModelError(
+                f"the model is sharded over {tensor.device_mesh.size()} of {dist.get_world_size()} processes, so there are "  # type: ignore[attr-defined]
+                "several models, and one certificate cannot be for all of them. Shard over a mesh of all processes."
+            )
         value: Any = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-        if not first:
-            continue
-        plain = value.detach().to("cpu", copy=not is_sharded(tensor))
-        memo[id(tensor)] = (
-            nn.Parameter(plain, requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else plain
-        )
-    if not first:
-        return None
+        if first:
+            plain = value.detach().to("cpu", copy=not is_sharded(tensor))
+            if isinstance(tensor, nn.Parameter):
+                plain = nn.Parameter(plain, requires_grad=tensor.requires_grad)
+            values[id(tensor)] = plain
+    return values
+
+
+def _copy(model: nn.Module, values: dict[int, Any]) -> nn.Module:
+    """The model with these values in place of its own tensors, its modules as they were before fully_shard."""
     with _plain_modules(model):
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, dict(values))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

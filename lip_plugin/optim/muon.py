@@ -34,6 +34,12 @@ _ORTHOGONAL_SLACK = 2e-3
 # That margin, and the rounding of a float32 projection, are tested, not proven. So every this many
 # steps all blocks are measured (a proven bound) and what is above its cap is divided: nothing can add up.
 _MEASURE_EVERY = 100
+_OWN = (
+    "layouts",
+    "kind",
+    "method",
+    "param_names",
+)  # of a group: they belong to the model, not to a saved state
 _BF16_FROM = 256  # wide: below, bf16 saves nothing on a CPU (measured), so nothing is rounded to it
 
 
@@ -58,7 +64,8 @@ class LipschitzMuon(torch.optim.Optimizer):
             `params` is, and otherwise lets every process step for itself. Sharded parameters (FSDP2) are
             always shared out, over the group that they are sharded over.
 
-    Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio.
+    Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio. Frozen matrices are brought within their caps
+    when the optimizer is built from a model; write to one later, and it takes a `project_(model)`.
 
     Raises:
         ConfigError: rates that are not positive, or groups without `kind`.
@@ -131,12 +138,31 @@ class LipschitzMuon(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        self.process_group = None  # a group belongs to a run, not to a pickle
+        self.__dict__.setdefault(
+            "process_group", None
+        )  # a pickle has none; loading a state keeps the run's own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Momenta, rates and step counts of a saved state; caps, kinds and methods stay this optimizer's own.
+
+        They say what the model of now was retrofitted with: the saved ones may be of other caps, or of other parameters.
+        """
+        own = [{k: g[k] for k in _OWN if k in g} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.update(kept)
+        # torch casts what it loads to the parameter's dtype; a momentum is float32 of bf16 weights as well
+        saved = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for i, p in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
+            momentum = state_dict["state"].get(i, {}).get("momentum")
+            if momentum is not None and momentum.dtype != p.dtype:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.state[p]["momentum"] = momentum.detach().to(device=p.device, dtype=wide, copy=True)
 
     def _reset(self) -> None:
         self._watch = Watch()
         self.seconds_projecting = 0.0
-        self._steps_taken = 0  # by groups of matrices; only paces the measurements
+        self._steps_taken = 0  # only paces the measurements
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -146,6 +172,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_rates()
+        self._steps_taken += 1
         written = self._watch.inspect(self.param_groups, self.process_group)
         for group in self.param_groups:
             if group["kind"] == "matrix":
@@ -190,7 +217,6 @@ class LipschitzMuon(torch.optim.Optimizer):
         moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         weights = [group["params"][i] for i in moved]
         layouts = [Layout.from_plain(group["layouts"][i]) for i in moved]
-        self._steps_taken += 1
         measure = self._steps_taken % _MEASURE_EVERY == 0
         unknown = {i for i, w in enumerate(weights) if measure or id(w) in written}
         grads, buffers = self._momentum_(weights, group)
@@ -243,15 +269,22 @@ class LipschitzMuon(torch.optim.Optimizer):
             wanted = 1.0 / (batch.cap + rate) if "weight_decay" in group["method"] else decay
             # The slack covers rounding: of this step, and of the one before.
             upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + _ORTHOGONAL_SLACK)
-            blocks = project(
-                blocks.to(batch.views[0].dtype),
-                batch.cap,
-                group["method"],
-                lr=rate,
-                weight_decay=wanted,
-                norm_upper=None if narrow else upper,
-                in_place=True,
-            )
+            try:
+                blocks = project(
+                    blocks.to(batch.views[0].dtype),
+                    batch.cap,
+                    group["method"],
+                    lr=rate,
+                    weight_decay=wanted,
+                    norm_upper=None if narrow else upper,
+                    in_place=True,
+                )
+            except (
+                BaseException
+            ):  # out of memory, say: the weight has moved already, and must not stay above its cap
+                if alone:
+                    batch.views[0].mul_(batch.cap / upper)
+                raise
         if not alone:
             batch.scatter_(blocks)
         self.seconds_projecting += time.perf_counter() - began

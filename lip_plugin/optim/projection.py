@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lip_plugin.blocks import ROW, Layout, clamp_rows_
-from lip_plugin.distributed import groups_of, largest_together, local, on_owners, replicas_of
+from lip_plugin.distributed import groups_of, largest_together, local, on_owners, replicas_of, settle_
 from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.linalg.projections import METHODS, project
@@ -207,12 +207,13 @@ def attach_projection(
 
 
 def require_retrofit(model: nn.Module) -> Any:
-    """(root, state) of the retrofitted model inside; raises NotRetrofittedError."""
+    """(root, state) of the retrofitted model inside, its weights settled; raises NotRetrofittedError."""
     found = find_retrofit(model)
     if found is None:
         raise NotRetrofittedError(
             f"{type(model).__name__} has no constrained layer. Call retrofit(model, LipschitzConfig(...)) first."
         )
+    settle_(model)
     return found
 
 
