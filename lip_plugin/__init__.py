@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
     from lip_plugin.config import LipschitzConfig
     from lip_plugin.integrations.hf_trainer import LipschitzCallback
+    from lip_plugin.losses import MarginLoss
     from lip_plugin.optim.muon import LipschitzMuon
     from lip_plugin.optim.projection import attach_projection, project_
     from lip_plugin.recap import recap_
@@ -48,6 +49,7 @@ _HOMES = {
     "certified_accuracy": "lip_plugin.certificate.robustness",
     "attacked_accuracy": "lip_plugin.certificate.robustness",
     "activation_report": "lip_plugin.certificate.activations",
+    "MarginLoss": "lip_plugin.losses",
     "recap_": "lip_plugin.recap",
     "save_checkpoint": "lip_plugin.checkpoint",
     "load_checkpoint": "lip_plugin.checkpoint",
@@ -58,6 +60,7 @@ __all__ = [
     "LipschitzCallback",
     "LipschitzConfig",
     "LipschitzMuon",
+    "MarginLoss",
     "activation_report",
     "attach_projection",
     "attacked_accuracy",

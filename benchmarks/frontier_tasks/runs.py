@@ -194,6 +194,7 @@ def position_runs() -> list[Run]:
         "label smoothing 0.1": {"loss": {"label_smoothing": 0.1}},
         "margin 0.1": {"loss": {"margin": 0.1}},
         "margin 0.3": {"loss": {"margin": 0.3}},
+        "margin 0.5": {"loss": {"margin": 0.5}},
     }
     return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
 
