@@ -56,6 +56,8 @@ class MarginLoss:
         if self.model.training and self.margin:
             lowered = logits.new_full((len(labels), 1), -self.margin * self._scale)
             logits = logits.scatter_add(1, labels.clamp_min(0)[:, None], lowered)
-        if num_items_in_batch is None or not self.model.training:  # Trainer averages evaluation batches itself
+        if (
+            num_items_in_batch is None or not self.model.training
+        ):  # Trainer averages evaluation batches itself
             return F.cross_entropy(logits, labels)
         return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch

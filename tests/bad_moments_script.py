@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES, backward, model_of, optimizer_of, shard, whole_weights
+from distributed_cases import CASES, backward, leave, model_of, optimizer_of, shard, whole_weights
 from families import tiny
 from oracles import worst_over_cap
 from torch import nn
@@ -277,8 +277,7 @@ def main(out: Path) -> None:
     results["certified after an evaluation"] = certified_after_an_evaluation()
     results["resumed"] = resumed(out / "resumed")
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

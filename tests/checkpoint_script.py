@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES, backward, model_of, optimizer_of, shard, whole_weights
+from distributed_cases import CASES, backward, leave, model_of, optimizer_of, shard, whole_weights
 from torch import nn
 
 from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
@@ -27,9 +27,7 @@ def main(run: Path, steps: int, name: str, how: str) -> None:
         return
     dist.init_process_group("gloo")
     work(run, steps, name, how, dist.get_rank(), dist.get_world_size())
-    # only now, when nothing holds on to the group any more: DDP does, and may then wait for ever at the exit
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def work(run: Path, steps: int, name: str, how: str, rank: int, world: int) -> None:

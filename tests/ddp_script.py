@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
+from distributed_cases import leave
 from families import tiny
 from oracles import loss_of, worst_over_cap
 from torch import nn
@@ -121,8 +122,7 @@ def main(out: Path) -> None:
     results |= {"pid": os.getpid(), "rank": dist.get_rank(), "world_size": dist.get_world_size()}
     results |= {"backend": dist.get_backend(), "lines": counter.lines, "written": written}
     torch.save(results, out / f"rank-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -89,13 +89,14 @@ def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def shard(model: nn.Module, bf16: bool) -> nn.Module:
+def shard(model: nn.Module, bf16: bool, copies: int = 1) -> nn.Module:
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if bf16
         else MixedPrecisionPolicy()
     )
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (world,) if copies == 1 else (copies, world // copies))
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -143,8 +144,8 @@ def train(case: Case, how: str = "alone") -> dict[str, Any]:
     wrapped = model
     if how == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
-    elif how == "fsdp":
-        wrapped = shard(model, case.bf16)
+    elif how in ("fsdp", "hsdp"):
+        wrapped = shard(model, case.bf16, copies=1 if how == "fsdp" else 2)
     optimizer = optimizer_of(case, wrapped)
     if how == "swapped":
         wrapped = swap(model, optimizer, case)
@@ -176,7 +177,7 @@ def train(case: Case, how: str = "alone") -> dict[str, Any]:
 
 
 def worst_of(model: nn.Module, how: str) -> float:
-    if how not in ("fsdp", "swapped"):
+    if how in ("alone", "ddp"):
         return worst_over_cap(model)
     plain = gathered(model)
     return 0.0 if plain is None else worst_over_cap(plain)
@@ -189,6 +190,17 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def leave() -> None:
+    """End a process of several. torch's threads now and then abort, or wait for ever, at the interpreter's exit (seen with
+    2.13 and gloo, once in some twenty runs, when all work was done), so there is no such exit.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -197,10 +209,11 @@ def main(out: Path) -> None:
         how: {name: train(CASES[name], how) for name in names} for how in ("ddp", "fsdp")
     }
     results["swapped"] = {name: train(CASES[name], "swapped") for name in SWAPPED if name in names}
+    if dist.get_world_size() == 4:  # two copies, each sharded over two
+        results["hsdp"] = {name: train(CASES[name], "hsdp") for name in SWAPPED if name in names}
     results |= {"pid": os.getpid(), "rank": dist.get_rank(), "world": dist.get_world_size()}
     torch.save(results, out / f"rank-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def launch(
     ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(
-        [*command, str(script), *arguments], env=variables, capture_output=True, text=True, timeout=240
+        [*command, str(script), *arguments], env=variables, capture_output=True, text=True, timeout=600
     )
 
 
@@ -99,6 +99,20 @@ def test_an_optimizer_built_before_the_model_was_sharded_steps_the_shards(ranks,
             difference = float((found["weights"][weight] - expected).abs().max())
             assert difference <= ROUNDING[CASES[name].double], weight
     assert max(ranks[0]["swapped"][name]["worst"]) <= 1 + CAP_TOLERANCE
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_copies_that_are_sharded_each_train_as_one_process_does(ranks, alone, name):
+    if len(ranks) < 4:
+        pytest.skip("two copies of two shards take four processes")
+    for rank in ranks:
+        found = rank["hsdp"][name]
+        assert len(found["sharded"]) == len(found["weights"])
+        assert found["certificate"] == ranks[0]["hsdp"][name]["certificate"]
+        for weight, expected in alone[name]["weights"].items():
+            difference = float((found["weights"][weight] - expected).abs().max())
+            assert difference <= ROUNDING[CASES[name].double], weight
+    assert max(ranks[0]["hsdp"][name]["worst"]) <= 1 + CAP_TOLERANCE
 
 
 def test_the_ready_configs_are_accelerates_own():
