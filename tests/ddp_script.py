@@ -18,10 +18,12 @@ from distributed_cases import leave
 from families import tiny
 from oracles import loss_of, worst_over_cap
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from lip_plugin import LipschitzCallback, LipschitzMuon, attach_projection, retrofit
+from lip_plugin import LipschitzCallback, LipschitzMuon, attach_projection, certify, retrofit
+from lip_plugin.distributed import is_sharded
 from lip_plugin.integrations import hf_trainer
+from lip_plugin.optim.projection import block_norms
 
 torch.set_num_threads(1)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
@@ -81,6 +83,50 @@ def with_trainer(family: str, folder: Path) -> dict:
     }
 
 
+def sharded(folder: Path) -> dict:
+    """A saved retrofitted model, loaded sharded (FSDP2) by transformers, in a Trainer with a lone callback."""
+    from transformers.distributed import DistributedConfig
+
+    if dist.get_rank() == 0:
+        base = tiny("llama", **SMALL)
+        retrofit(base)
+        base.save_pretrained(folder / "base")
+    dist.barrier()
+    spread = DistributedConfig(fsdp_size=dist.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=spread)
+    texts = [[(start + t) % 7 for t in range(16)] for start in range(64)]
+    args = TrainingArguments(
+        str(folder / "run"),
+        max_steps=STEPS,
+        logging_steps=5,
+        save_steps=5,
+        save_only_model=True,  # transformers cannot save the optimizer of a model that it sharded
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"input_ids": ids, "labels": ids} for ids in texts],
+        callbacks=[LipschitzCallback()],
+    )
+    trainer.train()
+    certificate = certify(trainer.model)
+    trainer.save_model(str(folder / "final"))
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return {
+        "sharded": sum(is_sharded(p) for p in model.parameters()),
+        "parameters": sum(1 for _ in model.parameters()),
+        "optimizer": type(inner).__name__,
+        "worst": max(b.worst_over_cap for b in block_norms(trainer.model)),
+        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+        "logged": sum("lip/log10_certificate" in e for e in trainer.state.log_history),
+        "certificate": certificate.to_json(),
+    }
+
+
 def by_hand(kind: str) -> dict:
     """A bare loop: retrofit, DDP, and either LipschitzMuon or AdamW with a projection."""
     rank = dist.get_rank()
@@ -119,6 +165,7 @@ def main(out: Path) -> None:
     logger.addHandler(counter)
     results = {family: with_trainer(family, out / family) for family in ("gpt2", "llama")}
     results |= {kind: by_hand(kind) for kind in ("muon", "adamw")}
+    results["sharded"] = sharded(out / "sharded")
     results |= {"pid": os.getpid(), "rank": dist.get_rank(), "world_size": dist.get_world_size()}
     results |= {"backend": dist.get_backend(), "lines": counter.lines, "written": written}
     torch.save(results, out / f"rank-{dist.get_rank()}.pt")

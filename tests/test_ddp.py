@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import CAP_TOLERANCE
+from transformers import AutoModelForCausalLM
 
 from lip_plugin import Certificate
 
@@ -67,7 +68,7 @@ def test_the_lone_callback_trains_with_muon_on_both_ranks(ranks, family):
 def test_only_the_first_rank_logs_and_writes(ranks, family):
     folder, (one, two) = ranks
     assert (one[family]["logged"], two[family]["logged"]) == (2, 0)
-    assert len(one["written"]) == 6  # at two checkpoints and at the end, of two families
+    assert len(one["written"]) == 9  # at two checkpoints and at the end, of two families and the sharded one
     assert two["written"] == []
     written = sorted(
         p.relative_to(folder / family).as_posix() for p in (folder / family).rglob("certificate.json*")
@@ -81,3 +82,19 @@ def test_lines_about_the_model_are_logged_once(ranks):
     _, (one, two) = ranks
     tables = [sum("capped (rms_to_rms)" in line for line in rank["lines"]) for rank in (one, two)]
     assert tables == [2, 0]  # one report for each family, on rank 0
+
+
+def test_a_lone_callback_trains_a_model_that_transformers_sharded(ranks):
+    folder, both = ranks
+    for rank in (r["sharded"] for r in both):
+        assert rank["sharded"] == rank["parameters"] > 5
+        assert rank["optimizer"] == "LipschitzMuon"
+        assert rank["worst"] <= 1.0 + CAP_TOLERANCE
+        assert rank["losses"][-1] < rank["losses"][0]
+        assert rank["certificate"] == both[0]["sharded"]["certificate"]
+    assert [r["sharded"]["logged"] for r in both] == [2, 0]
+    stated = Certificate.from_json(both[0]["sharded"]["certificate"])
+    stated.verify(AutoModelForCausalLM.from_pretrained(folder / "sharded" / "final"))
+    checkpoint = folder / "sharded" / "run" / "checkpoint-10"
+    beside = Certificate.from_json((checkpoint / "certificate.json").read_text())
+    beside.verify(AutoModelForCausalLM.from_pretrained(checkpoint))
