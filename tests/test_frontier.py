@@ -132,7 +132,7 @@ def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
 def test_the_character_task_proves_what_it_states(tmp_path: Path) -> None:
     chosen = options(tmp_path, "--only", "soft_cap/*/1.2", task="char")
     frontier.work(chosen)
-    chosen.only = "unconstrained/*"
+    chosen.only = ["unconstrained/*"]
     frontier.work(chosen)
     rows = frontier.read(chosen.results)
     assert [r["run"]["optimizer"] for r in rows] == [*RATES, "adamw", "muon"]

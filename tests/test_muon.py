@@ -15,6 +15,7 @@ from lip_plugin import LipschitzConfig, LipschitzMuon, project_, retrofit
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
+from lip_plugin.optim.batches import batches
 from lip_plugin.optim.groups import param_groups
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 19}
@@ -539,8 +540,8 @@ def test_fused_attention_heads_are_stepped_one_by_one():
             assert bool(moved[head].any()) == touched
 
 
-def test_a_sharded_parameter_is_refused_by_name(tmp_path):
-    """A DTensor's shard has another norm than its matrix."""
+def test_a_sharded_parameter_is_stepped_whole_and_refused_where_only_shards_are_seen(tmp_path):
+    """A DTensor's shard has another norm than its matrix; several processes are in test_distributed.py."""
     distributed = pytest.importorskip("torch.distributed")
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -549,10 +550,19 @@ def test_a_sharded_parameter_is_refused_by_name(tmp_path):
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         model = small("llama")
         module = model.model.layers[0].mlp.up_proj
+        with torch.no_grad():
+            module.weight.mul_(3.0)
         module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
         assert isinstance(module.weight, DTensor)
-        for call in (lambda: project_(model), lambda: LipschitzMuon(model)):
-            with pytest.raises(UnsupportedModelError, match=r"(?i)sharded"):
-                call()
+        worst = {b.name: b.worst_over_cap for b in project_(model)}
+        assert worst["model.layers.0.mlp.up_proj"] <= 1 + CAP_TOLERANCE
+        optimizer = LipschitzMuon(model, lr=0.1)
+        before = module.weight.to_local().clone()
+        module.weight.grad = torch.ones_like(module.weight)
+        optimizer.step()
+        assert not torch.equal(before, module.weight.to_local())
+        assert isinstance(optimizer.state[module.weight]["momentum"], DTensor)
+        with pytest.raises(UnsupportedModelError, match=r"(?i)sharded"):
+            next(batches([module.weight], [module.layout]))
     finally:
         distributed.destroy_process_group()

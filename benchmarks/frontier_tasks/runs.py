@@ -195,6 +195,7 @@ def position_runs() -> list[Run]:
         "margin 0.1": {"loss": {"margin": 0.1}},
         "margin 0.3": {"loss": {"margin": 0.3}},
         "margin 0.5": {"loss": {"margin": 0.5}},
+        "margin 1": {"loss": {"margin": 1.0}},
     }
     return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
 

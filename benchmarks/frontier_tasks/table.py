@@ -35,7 +35,16 @@ class Point:
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.method.replace("_", " "), self.optimizer, self.cap)))
+        return " ".join(filter(None, (self.short.replace("_", " "), self.optimizer, self.cap)))
+
+    @property
+    def short(self) -> str:
+        return self.method.replace("temperature ", "T ")
+
+    @property
+    def projection(self) -> str:
+        """The method without the recipe that it is part of."""
+        return self.short.removeprefix("position, ")
 
 
 def points(rows: Iterable[dict[str, Any]]) -> list[Point]:
@@ -92,11 +101,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append(_best(p.accuracy for p in mine))
         proven = [_best(p.certified[i] for p in mine) for i in range(len(eps))]
         lines.append(
-            f"{method[:28]:<28} {optimizer:<14}"
+            f"{_short(method)} {optimizer:<14}"
             + "".join(f"{c:>7}" for c in cells)
             + "".join(f"{c:>8}" for c in proven)
         )
     return "\n".join([*lines, "", *_by_cap(found), f"{len(found)} runs, seeds: {_seeds(found)}"])
+
+
+def _short(method: str) -> str:
+    return f"{method.replace('temperature ', 'T ')[:28]:<28}"
 
 
 def _by_cap(found: list[Point]) -> list[str]:
@@ -111,9 +124,7 @@ def _by_cap(found: list[Point]) -> list[str]:
         at = {p.cap: p for p in found if (p.method, p.optimizer) == (method, optimizer)}
         cells = [f"{100 * p.accuracy:.1f} /{100 * p.certified[middle]:5.1f}" for p in at.values()]
         by_cap = dict(zip(at, cells, strict=True))
-        lines.append(
-            f"{method[:28]:<28} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps)
-        )
+        lines.append(f"{_short(method)} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps))
     return lines
 
 
@@ -159,7 +170,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
     """Filled from weights, hollow from caps; unconstrained ones as stars, beyond the edge at the edge."""
-    methods = list(dict.fromkeys(p.method for p in found if p.constrained))
+    methods = list(dict.fromkeys(p.projection for p in found if p.constrained))
     for p in found:
         y, color = getattr(p, what), COLORS[p.optimizer]
         if not p.constrained:
@@ -169,7 +180,7 @@ def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
                 label = f"10^{p.bound:.1f} $\\rightarrow$"
                 axis.annotate(label, (10**x, y), (-8, -3), textcoords="offset points", fontsize=7, ha="right")
             continue
-        marker = MARKERS[methods.index(p.method) % len(MARKERS)]
+        marker = MARKERS[methods.index(p.projection) % len(MARKERS)]
         aside = ASIDE[p.optimizer]
         axis.plot(10**p.bound * aside, y, marker, color=color, markersize=5, alpha=0.8)
         axis.plot(10**p.caps * aside, y, marker, color=color, markersize=8, alpha=0.4, fillstyle="none")
