@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from lip_plugin import (
     LipschitzConfig,
     LipschitzMuon,
+    MarginLoss,
     attacked_accuracy,
     certified_accuracy,
     certify,
@@ -47,6 +48,8 @@ def parse() -> argparse.Namespace:
         ("width", 128, "of the model"),
         ("layers", 3, "of the model"),
         ("preset", "robust", "of LipschitzConfig: robust, accurate or paper"),
+        ("logit-scale", 5.0, "of LipschitzConfig: an inverse temperature"),
+        ("margin", 0.0, "of MarginLoss, at the network's own scale; 0 trains without"),
         ("w-max", 1.0, "cap on every block, RMS->RMS norm"),
         ("lr", 0.1, "RMS->RMS norm per step"),
         ("sequences", 16, "sequences that are certified and attacked"),
@@ -78,15 +81,16 @@ def train(ids: torch.Tensor, vocabulary: int, options: argparse.Namespace) -> GP
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **nothing))
-    model.loss_type = "ForCausalLM"  # said outright: the default warns
-    retrofit(model, LipschitzConfig.preset(options.preset, w_max=options.w_max, biases="drop"))
+    changes = {"w_max": options.w_max, "biases": "drop", "logit_scale": options.logit_scale}
+    retrofit(model, LipschitzConfig.preset(options.preset, **changes))
+    loss = MarginLoss(model, options.margin)
     optimizer = LipschitzMuon(model, lr=options.lr, embedding_lr=options.lr / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0 - s / options.steps)
     for _ in range(options.steps):
         at = torch.randint(len(ids) - options.length, (24,))
         batch = torch.stack([ids[i : i + options.length] for i in at])
         optimizer.zero_grad()
-        model(batch, labels=batch).loss.backward()
+        loss(model(batch).logits, batch).backward()
         optimizer.step()
         schedule.step()
     return model.eval()
