@@ -96,7 +96,9 @@ def shard(model: nn.Module, bf16: bool, copies: int = 1) -> nn.Module:
         else MixedPrecisionPolicy()
     )
     world = dist.get_world_size()
-    mesh = dist.init_device_mesh("cpu", (world,) if copies == 1 else (copies, world // copies))
+    names, sizes = ("copies", "shards"), (copies, world // copies)
+    mesh = dist.init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    mesh = mesh["shards"] if copies == 1 else mesh
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
