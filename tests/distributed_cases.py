@@ -193,8 +193,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def leave() -> None:
-    """End a process of several. torch's threads now and then abort, or wait for ever, at the interpreter's exit (seen with
-    2.13 and gloo, once in some twenty runs, when all work was done), so there is no such exit.
+    """End a process of several.
+
+    When all work is done, torch's threads now and then abort, or wait for ever, at the interpreter's exit (met three times
+    with 2.13 and gloo), so there is no such exit.
     """
     dist.barrier()
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from oracles import CAP_TOLERANCE
 from transformers import AutoModelForCausalLM
 
 from lip_plugin import Certificate
+from lip_plugin.errors import TrainerError
+from lip_plugin.integrations import hf_trainer
 
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
@@ -98,3 +101,16 @@ def test_a_lone_callback_trains_a_model_that_transformers_sharded(ranks):
     checkpoint = folder / "sharded" / "run" / "checkpoint-10"
     beside = Certificate.from_json((checkpoint / "certificate.json").read_text())
     beside.verify(AutoModelForCausalLM.from_pretrained(checkpoint))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp1_is_refused_before_anything_is_changed(version):
+    """Its arguments cannot be built without a launcher, so what `_refuse` reads of them is given."""
+    args = SimpleNamespace(
+        deepspeed=None, fsdp=True, fsdp_plugin_args={"fsdp_version": version}, use_liger_kernel=False
+    )
+    if version == 2:
+        hf_trainer._refuse(args, None, None)
+        return
+    with pytest.raises(TrainerError, match="FSDP2"):
+        hf_trainer._refuse(args, None, None)

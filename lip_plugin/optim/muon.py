@@ -34,12 +34,8 @@ _ORTHOGONAL_SLACK = 2e-3
 # That margin, and the rounding of a float32 projection, are tested, not proven. So every this many
 # steps all blocks are measured (a proven bound) and what is above its cap is divided: nothing can add up.
 _MEASURE_EVERY = 100
-_OWN = (
-    "layouts",
-    "kind",
-    "method",
-    "param_names",
-)  # of a group: they belong to the model, not to a saved state
+# Of a group: what belongs to the model of now, not to a saved state.
+_OWN = ("layouts", "kind", "method", "param_names")
 _BF16_FROM = 256  # wide: below, bf16 saves nothing on a CPU (measured), so nothing is rounded to it
 
 
@@ -138,9 +134,8 @@ class LipschitzMuon(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        self.__dict__.setdefault(
-            "process_group", None
-        )  # a pickle has none; loading a state keeps the run's own
+        # a pickle has none; loading a state keeps the run's own
+        self.__dict__.setdefault("process_group", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Momenta, rates and step counts of a saved state; caps, kinds and methods stay this optimizer's own.
@@ -220,9 +215,8 @@ class LipschitzMuon(torch.optim.Optimizer):
         measure = self._steps_taken % _MEASURE_EVERY == 0
         unknown = {i for i, w in enumerate(weights) if measure or id(w) in written}
         grads, buffers = self._momentum_(weights, group)
-        if (
-            rate == 0 and not unknown
-        ):  # as a warmup's first step: nothing moves, so nothing needs a projection
+        if rate == 0 and not unknown:
+            # as a warmup's later steps at rate 0: nothing moves, so nothing needs a projection
             return
 
         def work(mine: list[int], wholes: list[Tensor], updates: list[Tensor]) -> None:
@@ -279,9 +273,8 @@ class LipschitzMuon(torch.optim.Optimizer):
                     norm_upper=None if narrow else upper,
                     in_place=True,
                 )
-            except (
-                BaseException
-            ):  # out of memory, say: the weight has moved already, and must not stay above its cap
+            except BaseException:
+                # out of memory, say: the weight has moved already, and must not stay above its cap
                 if alone:
                     batch.views[0].mul_(batch.cap / upper)
                 raise
