@@ -19,6 +19,7 @@ _HOOKED = "transformers.quantizers.auto"
 
 def register_all() -> None:
     """Register families and saved-model loading; cheap, and safe to call again."""
+    import lip_plugin.integrations.bitsandbytes_weights
     import lip_plugin.integrations.hf_families
     import lip_plugin.integrations.nanogpt_family
     import lip_plugin.integrations.peft_lora  # noqa: F401

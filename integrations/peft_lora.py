@@ -1,17 +1,17 @@
-"""peft's LoRA on a constrained model: every block of W0 + s B A within its cap, in the RMS->RMS norm.
+"""peft's adapters within caps: every block of the weight that a LoRA or DoRA layer multiplies with, in the RMS->RMS norm.
 
     retrofit(base); model = get_peft_model(base, LoraConfig(...)); attach_projection(optimizer, model)
 
-After each step B is replaced by a point of {B : norm(W0_b + s B_b A) <= cap for every block b}, with
-A fixed; blocks differ in rows of B, so each is a problem of its own (lip_plugin/linalg/low_rank.py, with
-s A = R Q^T and E = B R). What is feasible keeps every bit.
+After each step, block by block (blocks differ in rows of B, so each is a problem of its own):
+1. the size e of the block's change comes from k x k matrices; where norm(W0_b) + e is within the cap, nothing is done;
+2. elsewhere B is replaced by a point of {B : norm(W0_b + s B_b A) <= cap}, with A fixed (linalg/low_rank.py, with
+   s A = R Q^T and E = B R). What is feasible keeps every bit;
+3. budgets (peft_budget.py) are kept first, and once more behind 2, by shortening; DoRA's magnitudes last (peft_dora.py).
 
 A base AT its caps leaves little room: scaling B would give nothing at all, since almost every
 direction leaves the ball. Z(l) keeps what turns or shrinks the singular directions that A reads and
 filters out what would lengthen them: training goes on, slower. The cure is room: retrofit with a
-`w_max` above the norms of the base. `project_adapters` says what is refused.
-
-Nothing here imports peft: its layers are told by their attributes.
+`w_max` above the norms of the base. `project_adapters` says what is refused. OFT and HRA need none of this.
 """
 
 from __future__ import annotations
@@ -26,14 +26,28 @@ from torch import Tensor, nn
 
 from lip_plugin.blocks import Segment
 from lip_plugin.certificate.maps import register_weight_reader
-from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
+from lip_plugin.errors import ConfigError
+from lip_plugin.integrations.peft_budget import budgets_of, clip_to_budget_, has_budget, limits
+from lip_plugin.integrations.peft_dora import hold_magnitudes_, rows_of
+from lip_plugin.integrations.peft_factors import Factors, change_sizes
+from lip_plugin.integrations.peft_layers import (
+    BUDGET,
+    TURNING,
+    active,
+    base_weight,
+    lora_layers,
+    merged_weight,
+    parameters_of,
+    read_weight,
+    refuse_merged,
+    wrapped_layers,
+)
 from lip_plugin.linalg.low_rank import LowRankProblem, Spectrum
-from lip_plugin.linalg.norms import rms_to_rms_upper
-from lip_plugin.modules import Constrained, entry_cap
-from lip_plugin.optim.batches import refuse_sharded
-from lip_plugin.optim.projection import BlockNorms, check_finite, register_projector, require_retrofit
+from lip_plugin.linalg.norms import rms_to_rms_upper, sigma_max_exact, sigma_max_upper
+from lip_plugin.optim.projection import BlockNorms, check_finite, register_projector
 
 ACCEPT = 1.0 + 1e-4  # largest eigenvalue of T that is left alone: norm <= cap * (1 + 5e-5)
+WITHIN = 1.0 + 5e-5
 BASE_TOLERANCE = 1e-3  # a base may exceed its cap by what storage in bf16 does to it
 _ROOM = 1e-5  # a base at its cap is given this much, so that C is positive definite
 _FAR = 1e3  # deltas longer than this many caps are shortened first, so that Z(l) does not cancel
@@ -42,61 +56,112 @@ _FAR = 1e3  # deltas longer than this many caps are shortened first, so that Z(l
 _ATTEMPTS = (None, None, 0.98, 0.9, 0.5, 0.1, 0.0)
 
 
+# Of frozen bases, by layer: what they were found from, and the norms of their blocks; the same for their eigenvectors.
+_NORMS: WeakKeyDictionary[nn.Module, tuple[tuple, list[Tensor]]] = WeakKeyDictionary()
 _CACHE: WeakKeyDictionary[nn.Module, tuple[tuple, list[Spectrum]]] = WeakKeyDictionary()
 
 
-class _Adapted:
-    """One LoRA layer: its movable adapters side by side, float64."""
+@torch.no_grad()
+def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.0) -> int:
+    """Bring every block of W0 + s B A within its cap * (1 + 1e-4), RMS->RMS, by changing B only (and DoRA's m).
 
-    def __init__(self, name: str, layer: Any) -> None:
-        if layer.merged:
-            _CACHE.pop(layer, None)  # peft merges through .data, which leaves no mark on the tensor
-            raise TrainerError(f"{name}: adapters are merged into W0. Call model.unmerge_adapter() first.")
-        self.name, self.layer, self.layout = name, layer, layer.base_layer.layout
-        active = _active(layer)
-        movable = [a for a in active if layer.lora_B[a].weight.requires_grad] or active
-        self.fixed = [a for a in active if a not in movable]
-        pairs = {a: (layer.lora_A[a].weight, layer.lora_B[a].weight) for a in active}
-        self.factors = [(*pairs[a], layer.scaling[a]) for a in movable if layer.scaling[a]]
-        self.named = [
-            (f"{name}.lora_{x}.{a}", t) for a in active for x, t in zip("AB", pairs[a], strict=True)
-        ]
-        for _, tensor in [*self.named, (name, layer.base_layer.weight)]:
-            refuse_sharded(tensor)
+    Adapters that are active and trainable move together (all active ones, if none is trainable);
+    frozen active ones count as part of W0; inactive ones are not looked at. `method` and `lr` are
+    not used: on the adapters there is one map. Called by every projection of a model with caps or budgets.
 
-    def prepare(self) -> None:
-        """Coordinates of A, and everything of W0 that does not change with B."""
-        weight = self.layer.base_layer.weight.detach()
-        if self.fixed:
-            weight = _with_deltas(self.layer, self.fixed, torch.promote_types(weight.dtype, torch.float32))
-        rows = torch.cat([a.detach().double() for a, _, _ in self.factors])
-        q, r = torch.linalg.qr(rows.T)
-        u, s, v = torch.linalg.svd(r, full_matrices=False)
-        kept = s > 1e-13 * s.max()
-        self.into = v.T * (s * kept)  # E = B into; B changes by (change of E) back
-        self.back = torch.where(kept, 1.0 / s, 0.0)[:, None] * v
-        spectra = _spectra(self.name, self.layer, weight, self.fixed)
-        q = (q @ u) * kept
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        y = (self.layout.matrix(weight).to(wide) @ q.to(wide)).double()
-        views = zip(_capped(self.layout, weight), spectra, strict=True)
-        self.pieces = [_Piece(self, segment, view, spectrum, y) for (segment, view), spectrum in views]
+    Returns:
+        The number of blocks looked at.
 
-    def b(self, rows: slice) -> Tensor:
-        """Scaled B of all movable adapters, [rows, total rank]."""
-        return torch.cat([b.detach()[rows].double() * s for _, b, s in self.factors], dim=1)
+    Raises:
+        UnsupportedModelError: an adapter without a rule (see peft_layers.py), on an embedding, or on a layer without a
+            cap or budget.
+        ConfigError: W0 is above its cap. TrainerError: adapters are merged into W0.
+        NonFiniteError: a factor holds nan or inf. No adapter was changed.
+    """
+    found, count, named = [], 0, []
+    for name, layer, kind in wrapped_layers(model):
+        if kind in TURNING:
+            refuse_merged(name, layer)
+            named += [(f"{name}.{n}", t) for a in active(layer) for n, t in parameters_of(layer, a, kind)]
+            continue
+        factors = Factors(name, layer)
+        if factors.factors:
+            found.append(factors)
+            named += factors.named
+            held = factors.layout or factors.budget
+            assert held is not None
+            count += sum(s.count for s in held.segments if s.cap is not None)
+    check_finite(named)
+    bases = [_base_norms(f) for f in found]  # refuses a base above its caps
+    for f in found:
+        f.coordinates()
+        if f.magnitude is not None:
+            rows_of(f)  # refuses a zero row
+    clip_to_budget_([f for f in found if f.budget is not None])
+    near = _near(found, bases)
+    _project(near)
+    _shorten_to_budget_([f for f in near if f.budget is not None])
+    for f, norms in zip(found, bases, strict=True):
+        if f.magnitude is not None:
+            f.coordinates()
+            hold_magnitudes_(f, norms, near=f in near)
+    return count
 
-    def write(self, rows: Tensor, new: Tensor) -> None:
-        """Put rows of the scaled B back into the adapters."""
-        parts = new.split([b.shape[1] for _, b, _ in self.factors], dim=1)
-        for (_, b, s), part in zip(self.factors, parts, strict=True):
-            b[rows] = (part / s).to(b.dtype)
+
+def _near(found: list[Factors], bases: list[list[Tensor]]) -> list[Factors]:
+    """Layers with a block for which norm(W0_b) + norm(change) says too little; one synchronization."""
+    asked, flags = [], []
+    for f, norms in zip(found, bases, strict=True):
+        caps = limits(f.layout, f.factors[0][0].shape[1]) if f.layout is not None else []
+        asked += [(f, segment, norm, cap) for (segment, cap), norm in zip(caps, norms, strict=False)]
+    if not asked:
+        return []
+    sizes = change_sizes([(f, segment) for f, segment, _, _ in asked])
+    for size, (_, _, norm, cap) in zip(sizes, asked, strict=True):
+        flags.append(((size > 0) & (norm + size > cap * WITHIN)).any())
+    over = {id(f) for (f, *_), flag in zip(asked, torch.stack(flags).tolist(), strict=True) if flag}
+    return [f for f in found if id(f) in over]
+
+
+def _project(near: list[Factors]) -> None:
+    """The nearest feasible B where the triangle inequality does not do: all blocks of one shape at once."""
+    groups: dict[tuple, list[_Piece]] = defaultdict(list)
+    for f in near:
+        for p in _pieces(f):
+            groups[(p.tall, p.hat_y.shape[1:], p.y.device)].append(p)
+    for pieces in groups.values():
+        for factor in _ATTEMPTS:
+            pieces = _attempt(pieces, factor)
+            if not pieces:
+                break
+
+
+def _shorten_to_budget_(factors: list[Factors]) -> None:
+    """Scale the blocks that the projection left above their budget: the smaller change is within the cap as well (convex)."""
+    for f in factors:
+        f.coordinates()
+        caps = budgets_of(f)
+        for (segment, budget), size in zip(caps, change_sizes([(f, s) for s, _ in caps]), strict=True):
+            at = (size > budget * WITHIN).nonzero()[:, 0]
+            if len(at):
+                rows = f.b(slice(segment.start, segment.stop)).unflatten(0, (segment.count, segment.d_out))
+                f.write_blocks(segment, at, rows[at] * (budget / size[at] * (1 - 2**-8))[:, None, None])
+
+
+def _pieces(f: Factors) -> list[_Piece]:
+    """Coordinates of A, and everything of W0 that does not change with B."""
+    assert f.layout is not None
+    weight, spectra, q = f.weight(), _spectra(f), f.full_coordinates()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    y = (f.layout.matrix(weight).to(wide) @ q.to(wide)).double()
+    views = zip(_capped(f.layout, weight), spectra, strict=True)
+    return [_Piece(f, segment, view, spectrum, y) for (segment, view), spectrum in views]
 
 
 class _Piece:
     """The blocks of one segment of one layer."""
 
-    def __init__(self, owner: _Adapted, segment: Segment, w: Tensor, spectrum: Spectrum, y: Tensor) -> None:
+    def __init__(self, owner: Factors, segment: Segment, w: Tensor, spectrum: Spectrum, y: Tensor) -> None:
         self.owner, self.segment, self.w, self.spectrum = owner, segment, w, spectrum
         self.rows = slice(segment.start, segment.stop)
         self.tall = w.shape[-2] > w.shape[-1]
@@ -131,48 +196,11 @@ class _Piece:
             change = (self.x[at] @ g + self.w[at].to(basis.dtype) @ change) / mu[:, :, None]
         change = -shift[:, None, None] * change
         old = self._blocks(self.owner.b(self.rows))[at] * self.short[at, None, None]
-        self._write(at, old + change @ self.owner.back)
+        self.owner.write_blocks(self.segment, at, old + change @ self.owner.back)
 
     def shorten(self, at: Tensor, factor: float) -> None:
         """Multiply B of blocks number `at`."""
-        self._write(at, self._blocks(self.owner.b(self.rows))[at] * factor)
-
-    def _write(self, at: Tensor, new: Tensor) -> None:
-        first = self.segment.start + at * self.segment.d_out
-        rows = first[:, None] + torch.arange(self.segment.d_out, device=at.device)
-        self.owner.write(rows.flatten(), new.flatten(0, 1))
-
-
-@torch.no_grad()
-def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.0) -> int:
-    """Bring every block of W0 + s B A within its cap * (1 + 1e-4), RMS->RMS, by changing B only.
-
-    Adapters that are active and trainable move together (all active ones, if none is trainable);
-    frozen active ones count as part of W0; inactive ones are not looked at. `method` and `lr` are
-    not used: on the adapters there is one map. Called by every projection of a retrofitted model.
-
-    Returns:
-        The number of blocks looked at.
-
-    Raises:
-        UnsupportedModelError: an adapter without a rule: not LoRA, a variant of it (DoRA and its
-            like), on an embedding, or on a layer without a cap.
-        ConfigError: W0 is above its cap. TrainerError: adapters are merged into W0.
-        NonFiniteError: a factor holds nan or inf. No adapter was changed.
-    """
-    adapted = [a for a in (_Adapted(n, m) for n, m in lora_layers(model)) if a.factors]
-    check_finite([pair for a in adapted for pair in a.named])
-    groups: dict[tuple, list[_Piece]] = defaultdict(list)
-    for a in adapted:
-        a.prepare()
-        for p in a.pieces:
-            groups[(p.tall, p.hat_y.shape[1:], p.y.device)].append(p)
-    for pieces in groups.values():
-        for factor in _ATTEMPTS:
-            pieces = _attempt(pieces, factor)
-            if not pieces:
-                break
-    return sum(p.segment.count for a in adapted for p in a.pieces)
+        self.owner.write_blocks(self.segment, at, self._blocks(self.owner.b(self.rows))[at] * factor)
 
 
 def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
@@ -200,33 +228,60 @@ def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
     return touched
 
 
-def _spectra(name: str, layer: Any, weight: Tensor, fixed: list[str]) -> list[Spectrum]:
-    """Spectra of the blocks of W0 (with its frozen adapters), from the cache if nothing was written since."""
-    base = layer.base_layer
-    sources = [base.weight, *(getattr(layer, f"lora_{x}")[a].weight for a in fixed for x in "AB")]
-    scales = tuple(layer.scaling[a] for a in fixed)
-    key = (base.layout, scales, *((t.data_ptr(), t._version, t.dtype, t.device) for t in sources))
-    known = _CACHE.get(layer)
+def _base_norms(f: Factors) -> list[Tensor]:
+    """[count] proven sigma_max of the blocks of W0 (with its frozen adapters), of each held segment; from the cache.
+
+    Raises ConfigError for a base above its caps.
+    """
+    if f.layout is None and f.kind != "dora":
+        return []  # a plain budget asks nothing of W0
+    key = f.sources()
+    known = _NORMS.get(f.layer)
     if known is None or known[0] != key:
-        known = (key, [_spectrum(name, s, w) for s, w in _capped(base.layout, weight)])
-        _CACHE[layer] = known
+        weight = f.weight()
+        layout = f.layout or f.budget
+        assert layout is not None
+        views = list(_capped(layout, weight.float() if weight.dtype != torch.float64 else weight))
+        norms = [sigma_max_upper(w) for _, w in views]
+        for (segment, w), norm in zip(views, norms, strict=True) if f.layout is not None else ():
+            _refuse_above(f.name, segment, w, norm)
+        known = (key, norms)
+        _NORMS[f.layer] = known
     return known[1]
 
 
-def _spectrum(name: str, segment: Segment, w: Tensor) -> Spectrum:
-    d_out, d_in = w.shape[-2:]
-    double = w.double()
-    energy, basis = torch.linalg.eigh(double @ double.mT if d_out <= d_in else double.mT @ double)
-    top = energy[:, -1].clamp_min(0.0).sqrt()
+def _refuse_above(name: str, segment: Segment, w: Tensor, norm: Tensor) -> None:
     assert segment.cap is not None
-    limit = segment.cap * (d_out / d_in) ** 0.5
-    worst = float(top.max()) / limit
+    limit = segment.cap * (segment.d_out / w.shape[-1]) ** 0.5
+    if float(norm.max()) <= limit * (1.0 + BASE_TOLERANCE):
+        return
+    worst = float(sigma_max_exact(w[int(norm.argmax())])) / limit
     if worst > 1.0 + BASE_TOLERANCE:
         raise ConfigError(
             f"{name}: the base weight's {segment.role} block is {worst:.4g} times its cap {segment.cap:g}, "
             "so no adapter could be within it. Call project_(model) once, before training the adapters, or "
             "retrofit with a larger w_max."
         )
+
+
+def _spectra(f: Factors) -> list[Spectrum]:
+    """Spectra of the blocks of W0 (with its frozen adapters), from the cache if nothing was written since."""
+    key = f.sources()
+    known = _CACHE.get(f.layer)
+    if known is None or known[0] != key:
+        assert f.layout is not None
+        known = (key, [_spectrum(s, w) for s, w in _capped(f.layout, f.weight())])
+        _CACHE[f.layer] = known
+    return known[1]
+
+
+def _spectrum(segment: Segment, w: Tensor) -> Spectrum:
+    d_out, d_in = w.shape[-2:]
+    double = w.double()
+    energy, basis = torch.linalg.eigh(double @ double.mT if d_out <= d_in else double.mT @ double)
+    top = energy[:, -1].clamp_min(0.0).sqrt()
+    assert segment.cap is not None
+    limit = segment.cap * (d_out / d_in) ** 0.5
     ceiling = (top * (1.0 + _ROOM)).clamp_min(limit).square()
     return Spectrum(basis.to(torch.promote_types(w.dtype, torch.float32)), energy, ceiling)
 
@@ -235,100 +290,31 @@ def _capped(layout: Any, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
     return ((s, v) for s, v in layout.views(weight) if s.cap is not None)
 
 
-def _active(layer: Any) -> list[str]:
-    return [a for a in layer.active_adapters if a in layer.lora_A]
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every LoRA layer whose merged weight can be kept in the RMS->RMS norm.
-
-    Raises UnsupportedModelError, by name and with the cure, for any other adapter.
-    """
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if not isinstance(base, nn.Module):
-            continue
-        if not hasattr(module, "lora_A"):
-            if isinstance(base, Constrained):
-                kind = f"{type(module).__module__}.{type(module).__name__}"
-                raise UnsupportedModelError(
-                    f"{name} is wrapped by {kind}, which has no projection here. Use a plain LoraConfig."
-                )
-            continue
-        _refuse(name, module, base)
-        yield name, module
-
-
-def _refuse(name: str, layer: Any, base: nn.Module) -> None:
-    if len(getattr(layer, "lora_embedding_A", ())):
-        raise UnsupportedModelError(
-            f"{name}: LoRA on an embedding has no projection here, and its rows are capped. Leave the "
-            "embedding out of target_modules."
-        )
-    if not isinstance(base, Constrained) or hasattr(layer, "parameter_name"):
-        raise UnsupportedModelError(
-            f"{name}: LoRA on {type(base).__name__}, which has no cap. Order: retrofit(model), then "
-            "get_peft_model; target linear layers that the retrofit's report lists."
-        )
-    if entry_cap(base) is not None:
-        raise UnsupportedModelError(
-            f"{name}: its output is capped entrywise (gate_max), and an adapter adds behind the cap. Leave this layer "
-            "out of target_modules, or retrofit with gate_max=None."
-        )
-    variant = bool(getattr(layer, "lora_variant", None)) or any(getattr(layer, "use_dora", {}).values())
-    if variant or len(getattr(layer, "lora_magnitude_vector", ())) or hasattr(layer, "lora_E"):
-        raise UnsupportedModelError(
-            f"{name}: a variant of LoRA (DoRA, AdaLoRA or another) computes another weight than W0 + s B A, "
-            "so it cannot be kept within its cap here. Use a plain LoraConfig (use_dora=False)."
-        )
-
-
-def _with_deltas(layer: Any, adapters: list[str], dtype: torch.dtype) -> Tensor:
-    weight, transposed = layer.base_layer.weight.detach().to(dtype), layer.base_layer.layout.transposed
-    for a in adapters:
-        delta = layer.lora_B[a].weight.detach().to(dtype) @ layer.lora_A[a].weight.detach().to(dtype)
-        weight = weight + (delta.T if transposed else delta) * layer.scaling[a]
-    return weight
-
-
-@torch.no_grad()
-def merged_weight(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The weight that a LoRA layer computes with, in its base layer's storage orientation; a new tensor.
-
-    W0 + sum of s B A over the active adapters; W0 as stored if they are merged already or disabled.
-    """
-    lora: Any = layer
-    alone = lora.merged or lora.disable_adapters
-    return _with_deltas(lora, [] if alone else _active(lora), dtype).clone()
-
-
-def read_weight(module: nn.Module) -> Tensor | None:
-    """For the certificate: the merged weight of a LoRA layer, None for any other module.
-
-    Raises UnsupportedModelError for adapters whose function is not that of one weight.
-    """
-    layer: Any = module
-    if not hasattr(layer, "lora_A"):
-        return None
-    _refuse("this layer", layer, layer.base_layer)
-    if any(layer.lora_B[a].bias is not None for a in _active(layer)):
-        raise UnsupportedModelError(
-            "A LoRA with lora_bias=True adds to the bias, which is not certified yet."
-        )
-    return merged_weight(layer)
-
-
 @torch.no_grad()
 def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
-    """Proven upper RMS->RMS norms of the merged blocks over their caps, one entry for each LoRA layer."""
-    root, _ = require_retrofit(model)
+    """Proven upper RMS->RMS norms of the merged blocks over their caps, one entry for each adapted layer with caps.
+
+    And for each layer with a budget one of its change over the budget, under the name "<layer> (change)".
+    """
     norms = []
-    for name, layer in lora_layers(root):
-        blocks = list(_capped(layer.base_layer.layout, merged_weight(layer)))
-        worst = max((float(rms_to_rms_upper(w).max()) / s.cap for s, w in blocks if s.cap), default=0.0)
-        norms.append(BlockNorms(name, worst, sum(s.count for s, _ in blocks)))
+    for name, layer, _ in wrapped_layers(model):
+        merged = merged_weight(layer)
+        layout = getattr(layer.base_layer, "layout", None)
+        if layout is not None:
+            norms.append(_over(name, layout, merged))
+        if BUDGET in layer.__dict__:
+            change = merged - base_weight(layer).double()
+            norms.append(_over(f"{name} (change)", layer.__dict__[BUDGET], change))
     return norms
 
 
-register_projector(project_adapters, merged_block_norms)
+def _over(name: str, layout: Any, weight: Tensor) -> BlockNorms:
+    blocks = list(_capped(layout, weight))
+    worst = max((float(rms_to_rms_upper(w).max()) / s.cap for s, w in blocks if s.cap), default=0.0)
+    return BlockNorms(name, worst, sum(s.count for s, _ in blocks))
+
+
+register_projector(project_adapters, merged_block_norms, holds=has_budget)
 register_weight_reader(read_weight)
+
+__all__ = ["lora_layers", "merged_block_norms", "merged_weight", "project_adapters", "read_weight"]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
     from lip_plugin.config import LipschitzConfig
     from lip_plugin.integrations.hf_trainer import LipschitzCallback
+    from lip_plugin.integrations.peft_budget import constrain_adapters, release_adapters
     from lip_plugin.losses import MarginLoss
     from lip_plugin.optim.muon import LipschitzMuon
     from lip_plugin.optim.projection import attach_projection, project_
@@ -53,6 +54,8 @@ _HOMES = {
     "recap_": "lip_plugin.recap",
     "save_checkpoint": "lip_plugin.checkpoint",
     "load_checkpoint": "lip_plugin.checkpoint",
+    "constrain_adapters": "lip_plugin.integrations.peft_budget",
+    "release_adapters": "lip_plugin.integrations.peft_budget",
     "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
 }
 __all__ = [
@@ -67,6 +70,7 @@ __all__ = [
     "certified_accuracy",
     "certified_radius",
     "certify",
+    "constrain_adapters",
     "falsify",
     "forward_rounding_upper",
     "load_checkpoint",
@@ -74,6 +78,7 @@ __all__ = [
     "project_",
     "recap_",
     "release",
+    "release_adapters",
     "retrofit",
     "save_checkpoint",
 ]

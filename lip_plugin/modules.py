@@ -105,6 +105,11 @@ def is_transposed(module: nn.Module) -> bool:
     return any(_is_conv1d(cls) for cls in type(module).__mro__)
 
 
+def rows_of(module: Any) -> int:
+    """d_out of a linear map; a quantized layer's weight has another shape."""
+    return int(getattr(module, "out_features", None) or module.weight.shape[1 if is_transposed(module) else 0])
+
+
 class RowParameter(Constrained):
     """A table of rows that is a bare Parameter of its module (vit's positions), seen like a layer.
 

@@ -20,7 +20,7 @@ from lip_plugin.config import LipschitzConfig
 from lip_plugin.modules import (
     ConstantScale,
     entry_cap,
-    is_transposed,
+    rows_of,
     set_branch_scale_,
     set_entry_cap_,
     set_input_scale_,
@@ -45,7 +45,7 @@ def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
     linears = layer.attention.linears
     module: Any = model.get_submodule(linears.get("qkv") or linears["q"])
     module = getattr(module, "base_layer", module)  # an adapter may wrap it
-    rows = module.weight.shape[1 if is_transposed(module) else 0]
+    rows = rows_of(module)
     total = names.n_heads + 2 * names.n_kv_heads if "qkv" in linears else names.n_heads
     return rows // total
 

@@ -20,6 +20,7 @@ from lip_plugin.modules import (
     constrain_,
     constrained_modules,
     is_transposed,
+    rows_of,
     table_of,
     unconstrain_,
 )
@@ -215,7 +216,7 @@ def linear_layout(
         ConfigError: granularity "matrix" for interleaved rows.
     """
     transposed = is_transposed(module)
-    d_out = module.weight.shape[1 if transposed else 0]
+    d_out = rows_of(module)
     heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
     roles = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(role, (role,))
     if role == "gate_up":

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.graph import Activation, Node, Norm, walk
+from lip_plugin.certificate.maps import dequantized
 from lip_plugin.errors import CertificateError
 from lip_plugin.modules import branch_scale, input_scale
 
@@ -161,9 +162,22 @@ def _not_a_rotation(node: Attention) -> float:
     return float(torch.maximum(off, halves))
 
 
+def _without_quantization(twin: nn.Module) -> nn.Module:
+    """Quantized layers become plain ones, as float64 has no kernels of theirs: what they multiply with is read, not compared."""
+    for name, module in list(twin.named_modules()):
+        weight = dequantized(module)
+        if weight is None:
+            continue
+        held: Any = module
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=held.bias is not None, device=weight.device)
+        owner, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(owner), leaf, plain)
+    return twin
+
+
 def _random_twin(root: nn.Module) -> nn.Module:
     """Deep copy in float64 and eval mode with random weights of moderate norms."""
-    twin = copy.deepcopy(root).double().eval()
+    twin = _without_quantization(copy.deepcopy(root)).double().eval()
     generator = torch.Generator().manual_seed(1)
     for p in twin.parameters():
         values = torch.randn(p.shape, generator=generator, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.graph import Linear
 from lip_plugin.errors import UnsupportedModelError
-from lip_plugin.modules import is_linear, is_patches, is_transposed
+from lip_plugin.modules import is_linear, is_patches, is_transposed, rows_of
 
 # Readers of what a wrapped linear layer really multiplies with (an adapter's merged weight, stored
 # like the base layer's); they return None for a layer that is not theirs.
@@ -24,16 +24,36 @@ def register_weight_reader(reader: Callable[[nn.Module], Tensor | None]) -> None
         _WEIGHT_READERS.append(reader)
 
 
+# Readers of a plain linear layer whose weight is not stored as a matrix: f(module) -> [d_out, d_in], or None if not theirs.
+_DEQUANTIZERS: list[Callable[[nn.Module], Tensor | None]] = []
+
+
+def register_dequantizer(read: Callable[[nn.Module], Tensor | None]) -> None:
+    """Have the certificate read the weight of quantized linear layers by `read(module)`, as the forward multiplies with it."""
+    if read not in _DEQUANTIZERS:
+        _DEQUANTIZERS.append(read)
+
+
+def dequantized(module: nn.Module) -> Tensor | None:
+    """The matrix [d_out, d_in] that a quantized linear layer multiplies with; None for any other module."""
+    return next((w for read in _DEQUANTIZERS if (w := read(module)) is not None), None)
+
+
 def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
     if is_linear(module):
         return module, lambda: module.weight
     if is_patches(module):
         return module, lambda: module.weight.flatten(1)
+    read: Any
+    if dequantized(module) is not None:
+        read = partial(dequantized, module)
+        return module, read
     base = getattr(module, "base_layer", None)
     for reader in _WEIGHT_READERS:
-        if base is not None and is_linear(base) and reader(module) is not None:
-            read: Any = partial(reader, module)
+        plain = base is not None and (is_linear(base) or dequantized(base) is not None)
+        if plain and reader(module) is not None:
+            read = partial(reader, module)
             return base, read
     raise UnsupportedModelError(
         f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no proven "
@@ -53,7 +73,7 @@ def maps_of(
     """
     base, weight = read_linear(root.get_submodule(name), name)
     dim = 1 if is_transposed(base) else 0
-    rows = base.weight.shape[dim]
+    rows = rows_of(base)
 
     def bias() -> Tensor | None:
         return getattr(base, "bias", None)

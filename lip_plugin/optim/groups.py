@@ -10,23 +10,27 @@ from lip_plugin.blocks import ROW
 from lip_plugin.distributed import home_of
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.projection import require_retrofit
+from lip_plugin.optim.factors import KIND as FACTORS
+from lip_plugin.optim.factors import factor_group
+from lip_plugin.optim.projection import constraints_of
 from lip_plugin.position import OffsetBias
 
-KINDS = ("matrix", "row", "adamw")
+KINDS = ("matrix", "row", "adamw", FACTORS)
 # Rate of tables of position biases over that of the matrices: logits of attention per AdamW step. They need more
 # than biases do: at lr 0.1, 0.05 gave 47.6 % accuracy where 0.01 gave 45.7 (docs/LOG.md, 2026-11-24).
 POSITION_RATE = 0.5
 
 
-def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: float) -> list[dict[str, Any]]:
-    """Parameter groups for LipschitzMuon from a retrofitted model.
+def param_groups(
+    model: nn.Module, lr: float, embedding_lr: float, adamw_lr: float, adapter_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for LipschitzMuon from a retrofitted model, or from adapters with budgets.
 
     Every group has the same `lr`, which schedulers move, and its own `lr_ratio`: the rate of a
     group is lr * lr_ratio, so one scheduler (or nanoGPT's loop, which writes one number into all
     groups) moves all rates in proportion. `layouts` are plain tuples aligned with `params`.
     """
-    root, state = require_retrofit(model)
+    root, config = constraints_of(model)
     layouts = {id(m.weight): m.layout for _, m in constrained_modules(root)}
     for name, module in constrained_modules(root):
         if home_of(module.weight).dim and module.layout.norm == ROW:
@@ -50,9 +54,11 @@ def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: flo
         for name, ratio in ratios.items()
     }
     groups["position"]["kind"] = "adamw"
+    groups[FACTORS] = factor_group(model, lr, adapter_lr or lr)
+    factors = {id(p) for _, p in groups[FACTORS]["params"]}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, OffsetBias)}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
+        if not p.requires_grad or id(p) in factors:
             continue
         layout = layouts.get(id(p))
         kind = "adamw" if layout is None else "row" if layout.norm == ROW else "matrix"
@@ -60,7 +66,7 @@ def param_groups(model: nn.Module, lr: float, embedding_lr: float, adamw_lr: flo
         groups[kind]["params"].append((name, p))
         if layout is not None:
             groups[kind]["layouts"].append(layout.to_plain())
-    groups["matrix"]["method"] = state.config.method
+    groups["matrix"]["method"] = config.method
     chosen = [g for g in groups.values() if g["params"]]
     if not chosen:
         raise ConfigError("no parameter of the model requires a gradient: there is nothing to train.")

@@ -23,6 +23,8 @@ from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from lip_plugin.optim.batches import Batch, batches, cost_of, gathered_lerp
+from lip_plugin.optim.factors import KIND as FACTORS
+from lip_plugin.optim.factors import step_factors_
 from lip_plugin.optim.groups import KINDS, param_groups
 from lip_plugin.optim.projection import attach_projection, keep_within_caps_, normalize_above_
 from lip_plugin.optim.watch import Watch
@@ -35,7 +37,7 @@ _ORTHOGONAL_SLACK = 2e-3
 # steps all blocks are measured (a proven bound) and what is above its cap is divided: nothing can add up.
 _MEASURE_EVERY = 100
 # Of a group: what belongs to the model of now, not to a saved state.
-_OWN = ("layouts", "kind", "method", "param_names")
+_OWN = ("layouts", "pairs", "kind", "method", "param_names")
 _BF16_FROM = 256  # wide: below, bf16 saves nothing on a CPU (measured), so nothing is rounded to it
 
 
@@ -47,7 +49,10 @@ class LipschitzMuon(torch.optim.Optimizer):
             makes them.
         lr: rate of the matrices, in RMS->RMS norm per step; carries over between widths.
         embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
-        adamw_lr: rate of everything else (biases, kept norms, adapters); tables of position biases go by lr / 2.
+        adapter_lr: rate of peft's LoRA factors, in RMS->RMS norm per step of W0 + s B A (see optim/factors.py); None takes
+            `lr`. They have no weight decay.
+        adamw_lr: rate of everything else (biases, kept norms, DoRA's magnitudes, OFT, HRA); tables of position biases go by
+            lr / 2.
         momentum: of matrices and rows; nesterov is always on.
         weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
         betas, eps, adamw_weight_decay: of the AdamW inside.
@@ -77,6 +82,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         *,
         embedding_lr: float | None = None,
         adamw_lr: float = 3e-3,
+        adapter_lr: float | None = None,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -86,7 +92,8 @@ class LipschitzMuon(torch.optim.Optimizer):
         precision: str | None = None,
         process_group: Any = None,
     ) -> None:
-        for name, rate in (("lr", lr), ("embedding_lr", embedding_lr), ("adamw_lr", adamw_lr)):
+        rates = {"lr": lr, "embedding_lr": embedding_lr, "adamw_lr": adamw_lr, "adapter_lr": adapter_lr}
+        for name, rate in rates.items():
             if rate is not None and not 0 < rate < float("inf"):
                 raise ConfigError(f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0.")
         if not 0 <= momentum < 1 or not 0 <= weight_decay < float("inf"):
@@ -98,14 +105,18 @@ class LipschitzMuon(torch.optim.Optimizer):
                 f"LipschitzMuon(precision={precision!r}): choose None or one of {list(_PRECISIONS)}."
             )
         model = params if isinstance(params, nn.Module) else None
-        groups = param_groups(model, lr, embedding_lr or lr, adamw_lr) if model is not None else params
+        groups = (
+            params if model is None else param_groups(model, lr, embedding_lr or lr, adamw_lr, adapter_lr)
+        )
         for group in groups:  # type: ignore[union-attr]
             if not isinstance(group, dict) or group.get("kind") not in KINDS:
                 raise ConfigError(
                     "LipschitzMuon takes a retrofitted model, or the groups that lip_plugin.optim.groups."
                     f"param_groups(model, ...) makes: dictionaries with a kind in {KINDS} and layouts."
                 )
-            if group["kind"] != "adamw" and len(group.get("layouts", ())) != len(list(group["params"])):
+            if group["kind"] in ("matrix", "row") and len(group.get("layouts", ())) != len(
+                list(group["params"])
+            ):
                 raise ConfigError(
                     f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each of its params, "
                     "as lip_plugin.optim.groups.param_groups(model, ...) makes them."
@@ -173,7 +184,8 @@ class LipschitzMuon(torch.optim.Optimizer):
             if group["kind"] == "matrix":
                 self._step_matrices(group, written)
             else:
-                {"row": self._step_rows, "adamw": self._step_adamw}[group["kind"]](group)
+                step = {"row": self._step_rows, "adamw": self._step_adamw, FACTORS: self._step_factors}
+                step[group["kind"]](group)
         return loss
 
     def share_work(self, model: nn.Module) -> None:
@@ -300,6 +312,17 @@ class LipschitzMuon(torch.optim.Optimizer):
             for segment, rows in Layout.from_plain(plain).views(here):
                 if segment.cap is not None:
                     clamp_rows_(rows, segment.cap)
+
+    def _step_factors(self, group: dict[str, Any]) -> None:
+        """Low-rank adapters; what they add up to is brought within the caps by attach_projection's hook."""
+        moved = [p for p in group["params"] if p.grad is not None]
+        grads, buffers = self._momentum_(moved, group)
+        updates = [torch.lerp(g, m, group["momentum"]) for g, m in zip(grads, buffers, strict=True)]
+        step_factors_(
+            group,
+            {id(p): u for p, u in zip(moved, updates, strict=True)},
+            lambda update: _precision(group["precision"], update),
+        )
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lip_plugin.blocks import ROW, Layout, clamp_rows_
+from lip_plugin.config import LipschitzConfig
 from lip_plugin.distributed import groups_of, largest_together, local, on_owners, replicas_of, settle_
 from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
@@ -39,11 +40,21 @@ Projector = Callable[[nn.Module, str, float], int]
 # What is not a plain constrained weight (peft's adapters) is brought within the caps by a projector,
 # f(model, method, lr) -> how many blocks it found, and measured by its norms, f(model) -> BlockNorms.
 _PROJECTORS: dict[Projector, Callable[[nn.Module], list[BlockNorms]]] = {}
+_HOLDS: list[Callable[[nn.Module], bool]] = []
 
 
-def register_projector(projector: Projector, norms: Callable[[nn.Module], list[BlockNorms]]) -> None:
-    """Have `projector` called by every projection of a model, and `norms` by every measurement of one."""
+def register_projector(
+    projector: Projector,
+    norms: Callable[[nn.Module], list[BlockNorms]],
+    holds: Callable[[nn.Module], bool] | None = None,
+) -> None:
+    """Have `projector` called by every projection of a model, and `norms` by every measurement of one.
+
+    `holds(model)` says whether there is something to hold in a model that was never retrofitted (budgets of adapters).
+    """
     _PROJECTORS[projector] = norms
+    if holds is not None and holds not in _HOLDS:
+        _HOLDS.append(holds)
 
 
 @torch.no_grad()
@@ -115,9 +126,9 @@ def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
 @torch.no_grad()
 def keep_within_caps_(model: nn.Module, process_group: Any = None, *, only_frozen: bool = False) -> None:
     """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
-    root, state = require_retrofit(model)
+    root, config = constraints_of(model)
     for projector in _PROJECTORS:  # first: they refuse by name what they cannot keep, before a change
-        projector(root, state.config.method, 0.0)
+        projector(root, config.method, 0.0)
     found = [m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)]
     replicas = process_group if process_group is not None else replicas_of(model)
     normalize_above_([m.weight for m in found], [m.layout for m in found], replicas)
@@ -150,13 +161,13 @@ def step_projection_(
     model: nn.Module, method: str | None, *, lr: float, frozen: bool = False, process_group: Any = None
 ) -> None:
     """What `attach_projection` does after a step: trainable weights, then adapters, then nothing else."""
-    root, state = require_retrofit(model)
+    root, config = constraints_of(model)
     replicas = process_group if process_group is not None else replicas_of(model)
-    method = method or state.config.method
+    method = method or config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
     check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
     # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
-    decay = 1.0 / (state.config.w_max + lr)
+    decay = 1.0 / (config.w_max + lr)
     weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
     project_weights_(weights, layouts, method, lr=lr, weight_decay=decay, replicas=replicas)
     for projector in _PROJECTORS:
@@ -187,10 +198,10 @@ def attach_projection(
         A handle; `handle.remove()` takes the projection off again.
 
     Raises:
-        NotRetrofittedError: no constrained layer in `model`.
+        NotRetrofittedError: no constrained layer in `model`, and no budget on its adapters.
         ConfigError: an unknown method.
     """
-    require_retrofit(model)
+    constraints_of(model)
     if method is not None and method not in METHODS:
         raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
     inner: Any = getattr(optimizer, "optimizer", optimizer)
@@ -211,10 +222,23 @@ def require_retrofit(model: nn.Module) -> Any:
     found = find_retrofit(model)
     if found is None:
         raise NotRetrofittedError(
-            f"{type(model).__name__} has no constrained layer. Call retrofit(model, LipschitzConfig(...)) first."
+            f"{type(model).__name__} has no constrained layer. Call retrofit(model, LipschitzConfig(...)) first. "
+            "(Adapters of peft on an untouched base: constrain_adapters(model, budget=...).)"
         )
     settle_(model)
     return found
+
+
+def constraints_of(model: nn.Module) -> tuple[nn.Module, LipschitzConfig]:
+    """(root, config) of a model with something to hold: retrofitted, or with budgets on its adapters, or both.
+
+    A model that was never retrofitted is its own root, and its config the default. Raises NotRetrofittedError for any other.
+    """
+    if find_retrofit(model) is None and any(holds(model) for holds in _HOLDS):
+        settle_(model)
+        return model, LipschitzConfig()
+    root, state = require_retrofit(model)
+    return root, state.config
 
 
 def largest_entries(tensors: list[Tensor]) -> Tensor:
@@ -246,7 +270,7 @@ def refuse_non_finite(names: list[str], largest: list[float]) -> None:
 @torch.no_grad()
 def block_norms(model: nn.Module) -> list[BlockNorms]:
     """Proven upper norms over caps of every constrained layer's weight, in the model's order; on all processes the same."""
-    root, _ = require_retrofit(model)
+    root, _ = constraints_of(model)
     found = list(constrained_modules(root))
     weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
     matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
