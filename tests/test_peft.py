@@ -354,7 +354,7 @@ def test_a_loaded_adapter_above_the_caps_is_brought_within_when_the_projection_i
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"alora_invocation_tokens": [1]}, UnsupportedModelError, r"h\.0\.attn\.c_attn.*variant of LoRA"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, UnsupportedModelError, r"h\.0\.attn\.c_attn.*variant of LoRA"),
         ({"use_dora": True}, UnsupportedModelError, r"attn\.c_proj: row 0 of W0 \+ s B A is zero"),
         ({"target_modules": ["wte"], "fan_in_fan_out": False}, UnsupportedModelError, "wte.*embedding"),
     ],
