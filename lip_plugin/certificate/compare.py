@@ -162,6 +162,19 @@ def _not_a_rotation(node: Attention) -> float:
     return float(torch.maximum(off, halves))
 
 
+# Patches of a model's own forward whose code we read: called as models are called, they are the class's forward, but the
+# copy's would still run the original's. (module of the function, its name in the code); functools.wraps hides both.
+_TRANSPARENT = {("trl.trainer.utils", "_fused_forward")}
+
+
+def _without_patch(twin: nn.Module) -> nn.Module:
+    """The copy without such a patch; any other stays, and fails the comparison if it changes what is computed."""
+    function = getattr(vars(twin).get("forward"), "__func__", None)
+    if function is not None and (function.__globals__.get("__name__"), function.__code__.co_name) in _TRANSPARENT:
+        del vars(twin)["forward"]
+    return twin
+
+
 def _without_quantization(twin: nn.Module) -> nn.Module:
     """Quantized layers become plain ones, as float64 has no kernels of theirs: what they multiply with is read, not compared."""
     for name, module in list(twin.named_modules()):
@@ -177,7 +190,7 @@ def _without_quantization(twin: nn.Module) -> nn.Module:
 
 def _random_twin(root: nn.Module) -> nn.Module:
     """Deep copy in float64 and eval mode with random weights of moderate norms."""
-    twin = _without_quantization(copy.deepcopy(root)).double().eval()
+    twin = _without_quantization(_without_patch(copy.deepcopy(root))).double().eval()
     generator = torch.Generator().manual_seed(1)
     for p in twin.parameters():
         values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
