@@ -200,6 +200,19 @@ def clip_to_budget_(factors: list[Factors]) -> None:
         open_ = [entry for entry, _ in above]
 
 
+def shorten_to_budget_(factors: list[Factors]) -> None:
+    """Scale the blocks that a projection left above their budget: the smaller change is within the cap as well (convex)."""
+    for f in factors:
+        f.coordinates()
+        caps = budgets_of(f)
+        for (segment, budget), size in zip(caps, change_sizes([(f, s) for s, _ in caps]), strict=True):
+            at = (size > budget * (1.0 + 0.5 * (ACCEPT - 1.0))).nonzero()[:, 0]
+            if len(at):
+                rows = f.b(slice(segment.start, segment.stop)).unflatten(0, (segment.count, segment.d_out))
+                # by a little more, for what rounding to bf16 may lengthen
+                f.write_blocks(segment, at, rows[at] * (budget / size[at] * (1 - 2**-8))[:, None, None])
+
+
 def _above(
     open_: list[tuple[Factors, Segment, float]],
 ) -> list[tuple[tuple[Factors, Segment, float], Tensor]]:

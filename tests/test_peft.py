@@ -354,7 +354,11 @@ def test_a_loaded_adapter_above_the_caps_is_brought_within_when_the_projection_i
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, UnsupportedModelError, r"h\.0\.attn\.c_attn.*variant of LoRA"),
+        (
+            {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
+            UnsupportedModelError,
+            r"h\.0\.attn\.c_attn.*variant of LoRA",
+        ),
         ({"use_dora": True}, UnsupportedModelError, r"attn\.c_proj: row 0 of W0 \+ s B A is zero"),
         ({"target_modules": ["wte"], "fan_in_fan_out": False}, UnsupportedModelError, "wte.*embedding"),
     ],
@@ -428,11 +432,11 @@ def test_the_order_retrofit_after_peft_is_refused() -> None:
 def test_frozen_weights_are_decomposed_only_where_needed_and_again_after_they_were_written_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lip_plugin.integrations import peft_lora
+    from lip_plugin.integrations import peft_blocks
 
     seen: list[str] = []
-    real = peft_lora._spectrum
-    monkeypatch.setattr(peft_lora, "_spectrum", lambda *a: (seen.append(a[0].role), real(*a))[1])
+    real = peft_blocks._spectrum
+    monkeypatch.setattr(peft_blocks, "_spectrum", lambda *a: (seen.append(a[0].role), real(*a))[1])
     model = adapted("gpt2")
     project_adapters(model)
     assert seen == [], "adapters that change nothing ask for no eigenvectors"
