@@ -67,25 +67,10 @@ def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.
         ConfigError: W0 is above its cap. TrainerError: adapters are merged into W0.
         NonFiniteError: a factor holds nan or inf. No adapter was changed.
     """
-    found, count, named = [], 0, []
-    for name, layer, kind in wrapped_layers(model):
-        if kind in TURNING:
-            refuse_merged(name, layer)
-            named += [(f"{name}.{n}", t) for a in active(layer) for n, t in parameters_of(layer, a, kind)]
-            continue
-        factors = Factors(name, layer)
-        if factors.factors:
-            found.append(factors)
-            named += factors.named
-            held = factors.layout or factors.budget
-            assert held is not None
-            count += sum(s.count for s in held.segments if s.cap is not None)
-    check_finite(named)
+    found = find_adapters(model)
     bases = [_base_norms(f) for f in found]  # refuses a base above its caps
     for f in found:
         f.coordinates()
-        if f.magnitude is not None:
-            rows_of(f)  # refuses a zero row
     clip_to_budget_([f for f in found if f.budget is not None])
     near = _near(found, bases)
     project_blocks_(near)
@@ -94,7 +79,27 @@ def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.
         if f.magnitude is not None:
             f.coordinates()
             hold_magnitudes_(f, norms, near=f in near)
-    return count
+    return sum(s.count for f in found for s in (f.layout or f.budget).segments if s.cap is not None)
+
+
+@torch.no_grad()
+def find_adapters(model: nn.Module) -> list[Factors]:
+    """The LoRA and DoRA layers that a projection would look at; raises what `project_adapters` does, but for W0 above its cap."""
+    found, named = [], []
+    for name, layer, kind in wrapped_layers(model):
+        if kind in TURNING:
+            refuse_merged(name, layer)
+            named += [(f"{name}.{n}", t) for a in active(layer) for n, t in parameters_of(layer, a, kind)]
+            continue
+        factors = Factors(name, layer)
+        named += factors.named
+        if factors.factors:
+            found.append(factors)
+    check_finite(named)
+    for f in found:
+        if f.magnitude is not None:
+            rows_of(f)  # refuses a zero row
+    return found
 
 
 def _near(found: list[Factors], bases: list[list[Tensor]]) -> list[Factors]:
@@ -172,7 +177,7 @@ def _over(name: str, layout: Any, weight: Tensor) -> BlockNorms:
     return BlockNorms(name, worst, sum(s.count for s, _ in blocks))
 
 
-register_projector(project_adapters, merged_block_norms, holds=has_budget)
+register_projector(project_adapters, merged_block_norms, holds=has_budget, check=find_adapters)
 register_weight_reader(read_weight)
 
 __all__ = ["lora_layers", "merged_block_norms", "merged_weight", "project_adapters", "read_weight"]

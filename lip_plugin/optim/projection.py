@@ -41,18 +41,23 @@ Projector = Callable[[nn.Module, str, float], int]
 # f(model, method, lr) -> how many blocks it found, and measured by its norms, f(model) -> BlockNorms.
 _PROJECTORS: dict[Projector, Callable[[nn.Module], list[BlockNorms]]] = {}
 _HOLDS: list[Callable[[nn.Module], bool]] = []
+_CHECKS: list[Callable[[nn.Module], Any]] = []
 
 
 def register_projector(
     projector: Projector,
     norms: Callable[[nn.Module], list[BlockNorms]],
     holds: Callable[[nn.Module], bool] | None = None,
+    check: Callable[[nn.Module], Any] | None = None,
 ) -> None:
     """Have `projector` called by every projection of a model, and `norms` by every measurement of one.
 
     `holds(model)` says whether there is something to hold in a model that was never retrofitted (budgets of adapters).
+    `check(model)` raises for what the projector cannot keep, before anything is changed.
     """
     _PROJECTORS[projector] = norms
+    if check is not None and check not in _CHECKS:
+        _CHECKS.append(check)
     if holds is not None and holds not in _HOLDS:
         _HOLDS.append(holds)
 
@@ -165,6 +170,8 @@ def step_projection_(
     replicas = process_group if process_group is not None else replicas_of(model)
     method = method or config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
+    for check in _CHECKS if found else ():  # what comes after these must not refuse when they have changed
+        check(root)
     check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
     # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
     decay = 1.0 / (config.w_max + lr)
