@@ -18,6 +18,7 @@ from lip_plugin.integrations import register_all as _register_all
 if TYPE_CHECKING:
     from lip_plugin.certificate.activations import activation_report
     from lip_plugin.certificate.certify import Certificate, certify
+    from lip_plugin.certificate.drift import Drift, drift
     from lip_plugin.certificate.falsify import falsify
     from lip_plugin.certificate.planning import plan_caps
     from lip_plugin.certificate.robustness import attacked_accuracy, certified_accuracy, certified_radius
@@ -43,6 +44,8 @@ _HOMES = {
     "LipschitzMuon": "lip_plugin.optim.muon",
     "certify": "lip_plugin.certificate.certify",
     "Certificate": "lip_plugin.certificate.certify",
+    "drift": "lip_plugin.certificate.drift",
+    "Drift": "lip_plugin.certificate.drift",
     "falsify": "lip_plugin.certificate.falsify",
     "plan_caps": "lip_plugin.certificate.planning",
     "forward_rounding_upper": "lip_plugin.certificate.rounding",
@@ -60,6 +63,7 @@ _HOMES = {
 }
 __all__ = [
     "Certificate",
+    "Drift",
     "LipschitzCallback",
     "LipschitzConfig",
     "LipschitzMuon",
@@ -71,6 +75,7 @@ __all__ = [
     "certified_radius",
     "certify",
     "constrain_adapters",
+    "drift",
     "falsify",
     "forward_rounding_upper",
     "load_checkpoint",

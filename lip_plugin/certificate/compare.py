@@ -170,7 +170,10 @@ _TRANSPARENT = {("trl.trainer.utils", "_fused_forward")}
 def _without_patch(twin: nn.Module) -> nn.Module:
     """The copy without such a patch; any other stays, and fails the comparison if it changes what is computed."""
     function = getattr(vars(twin).get("forward"), "__func__", None)
-    if function is not None and (function.__globals__.get("__name__"), function.__code__.co_name) in _TRANSPARENT:
+    if (
+        function is not None
+        and (function.__globals__.get("__name__"), function.__code__.co_name) in _TRANSPARENT
+    ):
         del vars(twin)["forward"]
     return twin
 

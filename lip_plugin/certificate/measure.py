@@ -56,6 +56,20 @@ def _module(node: str) -> str:
 
 
 def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -> Norms:
+    norms = matrix_norms(graph, linears)
+    for node in walk(graph.body.nodes):
+        if hasattr(node, "measure") and all(name in norms for name in node.linear_names()):
+            norms.joint[node.name] = node.measure(norms)
+    return norms
+
+
+def matrix_norms(
+    graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]], *, pairs: bool = True
+) -> Norms:
+    """Proven norms of single matrices, given as `Graph.linears` lists them; rows of gates and of the head by themselves.
+
+    `pairs` False leaves out the distances between rows of the head.
+    """
     weights: list[Tensor] = []
     layouts: list[Layout] = []
     keys: list[tuple[str, str]] = []  # (name of the linear map, what is measured of it)
@@ -87,16 +101,13 @@ def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -
         whole |= {r: values[0] for r, values in sigma.get((name, "whole"), {}).items()}
         total = norm2(whole.values()) if whole else sigma[name, "all"]["all"][0]
         row = total  # no row is longer than sigma_max; only gates gain by knowing more
-        if role in ("gate", "up"):
+        if role in ("gate", "up", "head"):
             matrix = weight.detach().t() if is_transposed(module) else weight.detach()
-            row = mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1])))
-        pairs = mul(root(up(2)), total)  # norm2(e_i - e_j) is sqrt(2)
-        if role == "head":
-            pairs = min(pairs, up(row_distance_max_upper(weight.detach())))
-        norms[name] = LinearNorms(total, row, whole, heads_of, pairs)
-    for node in walk(graph.body.nodes):
-        if hasattr(node, "measure") and all(name in norms for name in node.linear_names()):
-            norms.joint[node.name] = node.measure(norms)
+            row = min(total, mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1]))))
+        apart = mul(root(up(2)), total)  # norm2(e_i - e_j) is sqrt(2)
+        if role == "head" and pairs:
+            apart = min(apart, up(row_distance_max_upper(weight.detach())))
+        norms[name] = LinearNorms(total, row, whole, heads_of, apart)
     return norms
 
 
