@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lip_plugin.blocks import ROW
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.graph import Watch
 from lip_plugin.certificate.nodes import attentions
 from lip_plugin.certificate.whole import together
+from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery import find_retrofit
 
 CERTIFICATE = "certificate.json"
 logger = logging.getLogger(__name__)
@@ -27,7 +31,9 @@ METRICS = {
     "lip/log10_certificate": "log10 of the certificate from the weights as they are (embeddings -> logits)",
     "lip/log10_certificate_caps": "the same from the caps alone: holds for the whole run, but for biases, which have no cap",
     "lip/radius": "proven token norm of what enters the first block",
-    "lip/worst_norm_over_cap": "largest proven block norm over its cap; at most 1.001",
+    "lip/worst_norm_over_cap": "largest proven block norm over its cap, or change of an adapter over its budget; at most 1.001",
+    "lip/norms_left": "mean share of the norms that a schedule has left (norms='calibrated' only)",
+    "lip/largest_cap": "largest RMS->RMS cap of a matrix now",
     "lip/largest_activation": "largest absolute activation seen on two training sequences",
     "lip/attention_entropy_seen": "smallest entropy, in nats, of a full-length attention row on them",
     "lip/attention_entropy_proven": "proven lower bound of that entropy, for any input",
@@ -43,13 +49,26 @@ def measured(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
 
 def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
     """The values of METRICS for a model now, the two times excepted; `ids` [batch, tokens] may be None."""
-    certificate, caps = certify(model), certify(model, "caps")
-    values = {
-        "lip/log10_certificate": certificate.log10_lipschitz,
-        "lip/log10_certificate_caps": caps.log10_lipschitz,
-        "lip/radius": certificate.radius,
-        "lip/worst_norm_over_cap": max(b.worst_over_cap for b in block_norms(model)),
-    }
+    values = {"lip/worst_norm_over_cap": max(b.worst_over_cap for b in block_norms(model))}
+    found = find_retrofit(model)
+    if found is None and not _known(model):
+        return values  # adapters on a model that nothing can be proven about
+    certificate = certify(model)
+    values["lip/log10_certificate"] = certificate.log10_lipschitz
+    values["lip/radius"] = certificate.radius
+    if found is not None:
+        values["lip/log10_certificate_caps"] = certify(model, "caps").log10_lipschitz
+        caps = [
+            s.cap
+            for _, m in constrained_modules(found[0])
+            if m.layout.norm != ROW
+            for s in m.layout.segments
+            if s.cap
+        ]
+        values["lip/largest_cap"] = max(caps)
+        if found[1].config.norms == "calibrated":
+            slots, shares = found[1].config.norm_scales, found[1].config.norm_shares
+            values["lip/norms_left"] = sum(shares.values()) / len(slots)
     if ids is not None:
         watch, graph = Watch(), build(model)
         with torch.no_grad():
@@ -63,13 +82,24 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
     return values
 
 
+def _known(model: nn.Module) -> bool:
+    """Whether a certificate can be asked for: a model of a known family is inside."""
+    try:
+        build(model)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
 def write_certificate(model: nn.Module, folder: Path) -> None:
-    """Write `certificate.json` of the weights as they are into `folder`, whole or not at all.
+    """Write `certificate.json` of the weights as they are into `folder`, whole or not at all; not for unknown families.
 
     Collective: the first process writes, and if it cannot (a full disk), all of them raise.
     """
 
     def write(whole: nn.Module) -> None:
+        if find_retrofit(whole) is None and not _known(whole):
+            return
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "certificate.json.tmp"
         try:

@@ -27,7 +27,10 @@ from lip_plugin.parts import parts
 from lip_plugin.surgery import find_retrofit, retrofit
 
 METHOD = "lip_plugin"
-SENTINEL = "lip_plugin:"
+SENTINEL = "lip_plugin:"  # the scaled activation
+CALIBRATED = (
+    "lip_plugin.calibrated:"  # the very activation, of a model whose norms are not what its class says
+)
 _SCALABLE = (
     "gelu",
     "gelu_new",
@@ -102,6 +105,11 @@ def register() -> None:
     for name in _SCALABLE:
         if name in ACT2FN:
             ACT2FN[SENTINEL + name] = (_scaled, {"name": name})
+            ACT2FN[CALIBRATED + name] = (_plain, {"name": name})
+
+
+def _plain(name: str) -> nn.Module:
+    return ACT2FN[name]
 
 
 def _scaled(name: str) -> ScaledActivation:
@@ -122,15 +130,15 @@ def mark_(model: Any, config: LipschitzConfig) -> None:
         if hasattr(model, "all_tied_weights_keys"):
             model.all_tied_weights_keys = {}
     if config.norms != "keep":
-        _name_scaled_activations(model)
+        _name_activations(model, SENTINEL if config.recipe else CALIBRATED)
     model.config.quantization_config.settings = settings_of(model)
 
 
-def _name_scaled_activations(model: Any) -> None:
+def _name_activations(model: Any, prefix: str) -> None:
     for key in _ACTIVATION_KEYS:
         name = getattr(model.config, key, None)
-        if isinstance(name, str) and not name.startswith(SENTINEL):
-            setattr(model.config, key, SENTINEL + name)
+        if isinstance(name, str):
+            setattr(model.config, key, prefix + name.removeprefix(SENTINEL).removeprefix(CALIBRATED))
 
 
 register()

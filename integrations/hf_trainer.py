@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from transformers import trainer_optimizer as hf_optimizer
 from transformers.training_args import ParallelMode
 
+from lip_plugin.calibration import calibrate
 from lip_plugin.certificate.whole import has_shards
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, TrainerError
 from lip_plugin.integrations.hf_measure import CERTIFICATE, measured, probe, write_certificate
+from lip_plugin.integrations.peft_budget import constrain_adapters, has_budget
 from lip_plugin.optim.muon import LipschitzMuon
 from lip_plugin.optim.projection import attach_projection, keep_within_caps_
+from lip_plugin.plan import RetrofitReport
+from lip_plugin.schedule import RetrofitSchedule
 from lip_plugin.surgery import find_retrofit, retrofit
 
 logger = logging.getLogger(__name__)
@@ -34,6 +40,7 @@ logger = logging.getLogger(__name__)
 OPTIM_NAME = "lipschitz_muon"
 HF_DEFAULT_LR = 5e-5  # TrainingArguments' default: means that the user chose none
 DEFAULT_LR = 0.05  # RMS->RMS norm per step
+ADAPTER_BUDGET = 0.1  # share of a base block's own norm
 
 
 class LipschitzCallback(TrainerCallback):
@@ -47,6 +54,11 @@ class LipschitzCallback(TrainerCallback):
         lr: Muon's rate in RMS->RMS norm per step; None takes `args.learning_rate`, or 0.05 if
             that was left at the TrainingArguments default.
         probe_tokens: length of the two sequences that activations and entropies are seen on.
+        schedule: of a pretrained model: its norms go, and its caps tighten to the config's, while it trains
+            (RetrofitSchedule). Resumed by the same script from the same pretrained weights.
+        calibration: batches for the constants of norms="calibrated" (see `calibrate`), where the config names none.
+        adapter_budget: of LoRA on a base that was never retrofitted: how much of the base's own norm a block may change by
+            (`constrain_adapters(model, budget, relative=True)`). None takes 0.1, and leaves budgets that are there.
         **muon: further arguments of LipschitzMuon (`adamw_lr`, `embedding_lr`, `momentum`, ...).
 
     The keys it logs are in `hf_measure.METRICS`. They reach the progress bar, `trainer.state.log_history` and
@@ -54,7 +66,7 @@ class LipschitzCallback(TrainerCallback):
     after building the Trainer: `LipschitzCallback.put_first(trainer)`.
 
     Raises:
-        TrainerError: DeepSpeed, liger kernels, `model_init`, or adapters on an unconstrained base.
+        TrainerError: DeepSpeed, liger kernels, `model_init`, or a config for a base that carries adapters already.
     """
 
     def __init__(
@@ -64,6 +76,9 @@ class LipschitzCallback(TrainerCallback):
         optimizer: str | None = None,
         lr: float | None = None,
         probe_tokens: int = 64,
+        schedule: RetrofitSchedule | None = None,
+        calibration: Iterable[Any] | None = None,
+        adapter_budget: float | None = None,
         **muon: Any,
     ) -> None:
         if optimizer not in (None, "muon", "keep"):
@@ -72,6 +87,7 @@ class LipschitzCallback(TrainerCallback):
         self.optimizer = optimizer
         self.lr = lr
         self.probe_tokens = probe_tokens
+        self.schedule, self.calibration, self.adapter_budget = schedule, calibration, adapter_budget
         self.muon = muon
         self._seconds_certifying = 0.0
         self._probe: torch.Tensor | None = None
@@ -92,11 +108,10 @@ class LipschitzCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        _refuse(args, model, kwargs.get("optimizer"))
-        if find_retrofit(model) is None or self.config is not None:
-            report = retrofit(model, self.config)
-            if state.is_world_process_zero:
-                logger.info("%s", report)
+        _refuse(args, model, kwargs.get("optimizer"), self.config)
+        report = self._constrain(model)
+        if report is not None and state.is_world_process_zero:
+            logger.info("%s", report)
         if kwargs.get("optimizer") is None and self._takes_muon(args, model):
             rate = self.lr
             if rate is None:
@@ -110,6 +125,27 @@ class LipschitzCallback(TrainerCallback):
             _register_optimizer()
             args.optim = OPTIM_NAME
 
+    def _constrain(self, model: Any) -> RetrofitReport | None:
+        """What is to be held of this model from now on; None if it says so itself."""
+        retrofitted = find_retrofit(model) is not None
+        if hasattr(model, "peft_config") and not retrofitted:
+            if has_budget(model) and self.adapter_budget is None:
+                return None
+            return constrain_adapters(model, self.adapter_budget or ADAPTER_BUDGET, relative=True)
+        config = self.config
+        if self.schedule is not None:
+            return self.schedule.begin_(
+                model, config or LipschitzConfig(norms="calibrated"), self.calibration
+            )
+        if (
+            config is not None
+            and config.norms == "calibrated"
+            and not config.norm_scales
+            and self.calibration is not None
+        ):
+            config = replace(config, norm_scales=calibrate(model, self.calibration))
+        return None if retrofitted and config is None else retrofit(model, config)
+
     def _takes_muon(self, args: TrainingArguments, model: nn.Module) -> bool:
         if self.optimizer is not None:
             return self.optimizer == "muon"
@@ -121,13 +157,14 @@ class LipschitzCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        if find_retrofit(model) is None:
+        if find_retrofit(model) is None and not has_budget(model):
             raise TrainerError(
                 "The model in training is not the one that was retrofitted: Trainer(model_init=...) builds a new one at "
                 "train(). Build the model first and pass it as Trainer(model=...)."
             )
         inner = getattr(optimizer, "optimizer", optimizer)
         replicas = _replicas(args, model)
+        self._follow(args, state, model, optimizer)
         keep_within_caps_(model, replicas)
         if isinstance(inner, LipschitzMuon):
             inner.process_group = replicas
@@ -143,6 +180,18 @@ class LipschitzCallback(TrainerCallback):
                 self._writer = SummaryWriter(
                     os.environ.get("TENSORBOARD_LOGGING_DIR") or _tensorboard_dir(args)
                 )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.schedule is not None and state.global_step % self.schedule.every == 0:
+            self._follow(args, state, kwargs["model"], kwargs["optimizer"])
+
+    def _follow(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+        """Bring the model to where the schedule has it at this step (of the last multiple of `every`: a resumed run's too)."""
+        if self.schedule is not None and state.max_steps > 0:
+            step = state.global_step - state.global_step % self.schedule.every
+            self.schedule.apply_(model, optimizer, step / state.max_steps, _replicas(args, model))
 
     def on_log(
         self,
@@ -185,6 +234,8 @@ class LipschitzCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.schedule is not None and state.global_step >= state.max_steps:
+            self.schedule.apply_(kwargs["model"], kwargs["optimizer"], 1.0, _replicas(args, kwargs["model"]))
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -211,7 +262,7 @@ def _replicas(args: TrainingArguments, model: nn.Module) -> Any:
     return torch.distributed.group.WORLD
 
 
-def _refuse(args: TrainingArguments, model: Any, optimizer: Any) -> None:
+def _refuse(args: TrainingArguments, model: Any, optimizer: Any, config: LipschitzConfig | None) -> None:
     if args.deepspeed or getattr(args, "hf_deepspeed_config", None):
         raise TrainerError(
             "DeepSpeed owns optimizer and weights, so no projection could run after its step. Use accelerate "
@@ -227,10 +278,11 @@ def _refuse(args: TrainingArguments, model: Any, optimizer: Any) -> None:
         raise TrainerError(
             "Liger kernels replace the forward passes that the certificate describes. Set use_liger_kernel=False."
         )
-    if hasattr(model, "peft_config") and find_retrofit(model) is None:
+    if hasattr(model, "peft_config") and find_retrofit(model) is None and config is not None:
         raise TrainerError(
-            "This model carries adapters on a base without caps. Order: retrofit(base, LipschitzConfig(...)), "
-            "then get_peft_model(base, ...), then Trainer."
+            "This model carries adapters on a base without caps, so a config comes too late. Order: retrofit(base, "
+            "LipschitzConfig(...)), then get_peft_model(base, ...), then Trainer. Or leave the config out: the adapters' "
+            "change is then bounded (adapter_budget)."
         )
     if optimizer is not None and find_retrofit(model) is None and _is_tied(model):
         raise TrainerError(
@@ -263,7 +315,7 @@ class MuonFactory:
     """What Trainer calls as `MuonFactory()(model, lr=..., ...)`; gives a LipschitzMuon."""
 
     def __call__(self, model: nn.Module, **options: Any) -> LipschitzMuon:
-        if find_retrofit(model) is None:
+        if find_retrofit(model) is None and not has_budget(model):
             raise TrainerError(
                 "The model in training was not retrofitted. Trainer(model_init=...) builds a new model at train(); "
                 "build it first and pass it as Trainer(model=...)."

@@ -146,7 +146,7 @@ def install(
 
 def _retrofit(model: nn.Module, config: LipschitzConfig) -> None:
     retrofit(model, config)
-    if config.norms == "keep":
+    if not config.recipe:
         # Without norms a plain nanoGPT refuses the checkpoint, because it misses their keys. With them
         # it would load it, head into embedding, and compute something else: one key more stops that.
         model.register_buffer(SENTINEL, torch.ones(()))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lip_plugin.integrations import register_all as _register_all
 
 if TYPE_CHECKING:
+    from lip_plugin.calibration import calibrate, own_caps
     from lip_plugin.certificate.activations import activation_report
     from lip_plugin.certificate.certify import Certificate, certify
     from lip_plugin.certificate.drift import Drift, drift
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lip_plugin.optim.muon import LipschitzMuon
     from lip_plugin.optim.projection import attach_projection, project_
     from lip_plugin.recap import recap_
+    from lip_plugin.schedule import RetrofitSchedule, set_norm_shares_
     from lip_plugin.surgery import release, retrofit
 
 __version__ = "0.1.0"
@@ -55,6 +57,10 @@ _HOMES = {
     "activation_report": "lip_plugin.certificate.activations",
     "MarginLoss": "lip_plugin.losses",
     "recap_": "lip_plugin.recap",
+    "calibrate": "lip_plugin.calibration",
+    "own_caps": "lip_plugin.calibration",
+    "RetrofitSchedule": "lip_plugin.schedule",
+    "set_norm_shares_": "lip_plugin.schedule",
     "save_checkpoint": "lip_plugin.checkpoint",
     "load_checkpoint": "lip_plugin.checkpoint",
     "constrain_adapters": "lip_plugin.integrations.peft_budget",
@@ -68,9 +74,11 @@ __all__ = [
     "LipschitzConfig",
     "LipschitzMuon",
     "MarginLoss",
+    "RetrofitSchedule",
     "activation_report",
     "attach_projection",
     "attacked_accuracy",
+    "calibrate",
     "certified_accuracy",
     "certified_radius",
     "certify",
@@ -79,6 +87,7 @@ __all__ = [
     "falsify",
     "forward_rounding_upper",
     "load_checkpoint",
+    "own_caps",
     "plan_caps",
     "project_",
     "recap_",
@@ -86,6 +95,7 @@ __all__ = [
     "release_adapters",
     "retrofit",
     "save_checkpoint",
+    "set_norm_shares_",
 ]
 
 

@@ -21,6 +21,7 @@ from lip_plugin.modules import (
 )
 from lip_plugin.parts import Parts
 from lip_plugin.recipe import step_sizes
+from lip_plugin.slots import Calibrated, norm_facts
 
 
 def check_model(
@@ -46,7 +47,9 @@ def check_model(
     _check_ties(model, names, config)
     _check_nothing_left_over(model, names)
     check_overrides(names, config)
-    if config.norms != "keep":
+    if config.norms == "calibrated":
+        _check_slots(model, names, config)
+    if config.recipe:
         _check_recipe(model, names)
         _check_options(model, names, config)
 
@@ -158,18 +161,44 @@ def _check_values(model: nn.Module) -> None:
 
 def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig, pretrained: bool) -> None:
     removed = norms_are_gone(model, names)
-    if removed and config.norms == "keep":
+    if removed and not config.recipe:
         raise ConfigError(
             f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, and its weights were "
             "trained without. Use norms='remove', or build the model anew."
+        )
+    if config.norms == "keep" and any(isinstance(model.get_submodule(n), Calibrated) for n in names.norms()):
+        raise ConfigError(
+            f"The norms of this {type(model).__name__} were calibrated by an earlier retrofit. Use norms='calibrated' with "
+            "norm_shares of 1 to have them back."
         )
     if pretrained and config.norms is None and not removed:
         raise ConfigError(
             f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a function of its "
             "norms: removing them destroys what it learned. Say which you want: "
-            "LipschitzConfig(norms='keep') caps the weights only, LipschitzConfig(norms='remove') removes the "
-            "norms all the same; add init='orthogonal' to train from scratch."
+            "LipschitzConfig(norms='keep') caps the weights only, norms='calibrated' replaces every norm by what it was on "
+            "average, LipschitzConfig(norms='remove') removes the norms all the same; add init='orthogonal' to train from "
+            "scratch."
         )
+
+
+def _check_slots(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
+    """norms="calibrated": a constant for every slot, and for nothing else."""
+    slots = list(names.norms())
+    if not config.norm_scales:
+        raise ConfigError(
+            "norms='calibrated' needs the constant of every norm slot: LipschitzConfig(norms='calibrated', "
+            "norm_scales=calibrate(model, batches)), with a few batches of what the model is trained on."
+        )
+    missing, extra = set(slots) - set(config.norm_scales), set(config.norm_scales) - set(slots)
+    if missing or extra:
+        what = (
+            f"norm_scales lacks {min(missing)!r}"
+            if missing
+            else f"norm_scales names {min(extra)!r}, which is no norm slot"
+        )
+        raise ConfigError(f"{what} of this {type(model).__name__}. Its slots: {', '.join(slots)}.")
+    for name in slots:
+        norm_facts(model.get_submodule(name), name)
 
 
 def _check_leaves(model: nn.Module, names: Parts) -> None:

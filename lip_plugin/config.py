@@ -26,7 +26,7 @@ LOGIT_SCALE = (
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHOD_NAMES,
     "granularity": ("head", "matrix"),
-    "norms": (None, "remove", "keep"),
+    "norms": (None, "remove", "keep", "calibrated"),
     "biases": ("keep", "drop"),
     "init": ("auto", "orthogonal", "keep"),
     "position_bias": (None, "learned", "alibi"),
@@ -63,9 +63,15 @@ class LipschitzConfig:
         granularity: `"head"` caps each head of q, k and v on its own, which the certificate
             rewards; `"matrix"` caps each of q, k, v as a whole.
         norms: `"remove"` (the recipe of arXiv 2507.13338: convex residual, no norm, no QK-norm) or
-            `"keep"` (caps only; the certificate stays honest and is usually astronomically large).
-            None means remove, but refuses a model whose weights were loaded from somewhere,
+            `"keep"` (caps only; the certificate stays honest and is usually astronomically large), or
+            `"calibrated"`: every norm becomes the affine map that it was on average, with its own gain (not trained then)
+            and bias, and all else stays as it was. For pretrained models: what they know survives, and fine-tuning repairs
+            the rest. None means remove, but refuses a model whose weights were loaded from somewhere,
             because a pretrained model is a function of its norms.
+        norm_scales: for norms="calibrated": the constant of every norm slot by its full name, as
+            `calibrate(model, batches)` gives them.
+        norm_shares: for norms="calibrated": how much of a slot's norm is still there, in [0, 1], by its full name; nothing
+            of those that are left out. See RetrofitSchedule, which lets them go one after another.
         residual: a in x <- (1-a) x + a f(x), or one of attention and one of MLPs; None is the paper's 1/(2L) for L
             layers, or 1/(L+1) where attention and MLP run in parallel and their mean is f.
         attention_scale: attention logits are attention_scale * q.k / d_head. 0 leaves attention by position alone,
@@ -101,6 +107,8 @@ class LipschitzConfig:
     overrides: Mapping[str, float] = field(default_factory=dict)
     granularity: str = "head"
     norms: str | None = None
+    norm_scales: Mapping[str, float] = field(default_factory=dict)
+    norm_shares: Mapping[str, float] = field(default_factory=dict)
     residual: float | tuple[float, float] | None = None
     attention_scale: float = 1.0
     value_scale: float = 1.0 / 3.0
@@ -132,11 +140,12 @@ class LipschitzConfig:
         chosen = [n for n in ("position_bias", "activation") if getattr(self, n) is not None]
         if self.logit_scale is not None:
             _check_positive("logit_scale", self.logit_scale)
-        if self.norms == "keep" and (chosen or self.logit_scale not in (None, 1)):
+        if self.norms in ("keep", "calibrated") and (chosen or self.logit_scale not in (None, 1)):
             raise ConfigError(
-                f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms='keep'): parts of the recipe that removes norms; a "
-                "model that keeps them keeps its own attention, activations and logits."
+                f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms={self.norms!r}): parts of the recipe that removes "
+                "norms; a model that keeps or calibrates them keeps its own attention, activations and logits."
             )
+        self._check_slots()
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
         if not isinstance(self.untie_head, bool):
@@ -152,6 +161,32 @@ class LipschitzConfig:
             object.__setattr__(self, "residual", tuple(self.residual))
         if self.residual is not None:
             _check_residual(self.residual)
+
+    @property
+    def recipe(self) -> bool:
+        """Whether norms are removed, and all that goes with it put in their place (once None is resolved)."""
+        return self.norms not in ("keep", "calibrated")
+
+    def _check_slots(self) -> None:
+        for name in ("norm_scales", "norm_shares"):
+            values = getattr(self, name)
+            if not isinstance(values, Mapping):
+                raise ConfigError(f"LipschitzConfig({name}=...) takes a mapping {{norm slot: number}}.")
+            if values and self.norms != "calibrated":
+                raise ConfigError(
+                    f"LipschitzConfig({name}=...) needs norms='calibrated', not {self.norms!r}."
+                )
+            object.__setattr__(self, name, dict(values))
+        for slot, scale in self.norm_scales.items():
+            _check_positive(f"norm_scales[{slot!r}]", scale)
+        for slot, share in self.norm_shares.items():
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not number or not 0 <= share <= 1:
+                raise ConfigError(
+                    f"LipschitzConfig(norm_shares[{slot!r}]={share!r}): a share lies in [0, 1]."
+                )
+            if slot not in self.norm_scales:
+                raise ConfigError(f"LipschitzConfig(norm_shares[{slot!r}]): norm_scales has no such slot.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LipschitzConfig:

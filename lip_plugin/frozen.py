@@ -21,13 +21,17 @@ def untrained(model: nn.Module, names: Parts, config: LipschitzConfig) -> Iterat
     """(name, Parameter, whether it is zero) of everything that `config` fixes.
 
     Dropped biases, and positions that biases of attention replace, are zero; queries and keys without content
-    keep their values (fused with the values they get zero gradients), as fixed ALiBi tables do.
+    keep their values (fused with the values they get zero gradients), as fixed ALiBi tables and gains of calibrated norms do.
     """
     if config.biases == "drop":
         for _, name in names.linears():
             bias: Any = model.get_submodule(name).bias
             if isinstance(bias, Tensor):
                 yield f"{name}.bias", bias, True
+    for name in names.norms() if config.norms == "calibrated" else ():
+        gain: Any = getattr(model.get_submodule(name), "weight", None)
+        if isinstance(gain, Tensor):  # it has no cap; the maps behind it can do what it would
+            yield f"{name}.weight", gain, False
     if config.position_bias is None:
         return
     if names.architecture.positions:

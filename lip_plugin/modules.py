@@ -107,7 +107,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 def rows_of(module: Any) -> int:
     """d_out of a linear map; a quantized layer's weight has another shape."""
-    return int(getattr(module, "out_features", None) or module.weight.shape[1 if is_transposed(module) else 0])
+    return int(
+        getattr(module, "out_features", None) or module.weight.shape[1 if is_transposed(module) else 0]
+    )
 
 
 class RowParameter(Constrained):

@@ -27,6 +27,7 @@ from lip_plugin.modules import (
 from lip_plugin.parts import Parts, parts
 from lip_plugin.plan import Plan, RetrofitReport
 from lip_plugin.recipe import plan_constants
+from lip_plugin.slots import calibrate_
 
 logger = logging.getLogger(__name__)
 _MARK = "lip_retrofit"
@@ -93,8 +94,10 @@ def retrofit(
     plan = Plan()
     _plan_untie(plan, model, names)
     _plan_caps(plan, model, names, config)
-    if config.norms != "keep":
+    if config.recipe:
         plan_constants(plan, model, names, config)
+    for name in names.norms() if config.norms == "calibrated" else ():
+        _plan_calibrated(plan, model, name, config)
     fresh = fresh and config.norms == "remove"
     if not _loading and (config.init == "orthogonal" or (config.init == "auto" and fresh)):
         plan.add("init", "orthogonal blocks, zero output maps", lambda: init_orthogonal_(model))
@@ -187,6 +190,16 @@ def caps_by_name(names: Parts, config: LipschitzConfig) -> dict[str, float]:
     for role, name in tables:
         caps[name] = cap_of(name, config, default=share if role in shared else unused)
     return caps
+
+
+def _plan_calibrated(plan: Plan, model: nn.Module, name: str, config: LipschitzConfig) -> None:
+    scale, share = config.norm_scales[name], config.norm_shares.get(name, 0.0)
+    left = f", {share:g} of the norm left" if share else ""
+    plan.add(
+        name,
+        f"norm -> fixed scale {scale:.6g}{left}",
+        lambda: calibrate_(model.get_submodule(name), name, scale, share),
+    )
 
 
 def _plan_constrain(plan: Plan, name: str, module: Any, layout: Layout) -> None:

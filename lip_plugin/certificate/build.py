@@ -16,7 +16,7 @@ from lip_plugin.certificate.entry import Entry, entry_of
 from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Node, Norm, Residual, Scale
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.maps import linear_of, linears_of, maps_of, read_linear
-from lip_plugin.certificate.nodes import First, Parallel, Rotary, Softcap
+from lip_plugin.certificate.nodes import First, Fixed, Parallel, Rotary, Softcap
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
@@ -28,6 +28,7 @@ from lip_plugin.modules import (
 from lip_plugin.parts import BranchParts, LayerParts, Parts, parts
 from lip_plugin.position import position_bias
 from lip_plugin.recipe import head_dim, owner_of
+from lip_plugin.slots import Calibrated, norm_facts
 from lip_plugin.surgery import find_retrofit
 
 
@@ -182,33 +183,22 @@ def _root(model: nn.Module) -> nn.Module:
     return model  # whose family is then refused by name
 
 
-# RMSNorms whose gain is 1 + weight
-_ONE_PLUS = ("Gemma2RMSNorm", "Gemma3RMSNorm")
-
-
 def _slot(root: nn.Module, name: str) -> Node:
-    """The node of a norm slot: the constant it became, or the norm that was kept."""
+    """The node of a norm slot: the constant it became, or the norm that was kept or calibrated."""
     module: Any = root.get_submodule(name)
     if isinstance(module, ConstantScale):
         return Scale(name, module.scale)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    kind = type(module).__name__
-    if type(module) is nn.LayerNorm:
-        return Norm(name, module, float(module.eps), True, weight, bias)
-    if kind == "LayerNorm" and eps is None:  # nanoGPT's, whose eps is a literal in its forward
-        return Norm(name, module, 1e-5, True, weight, bias)
-    if (
-        kind in _ONE_PLUS
-        and weight is not None
-        and type(module).__module__.startswith("transformers.models.gemma")
-    ):
-        # x * (1 + weight): the gain in float64, away from zero by one unit, as 1 + w may round
+    facts = norm_facts(module, name)
+    weight: Any = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    if facts.one_plus:
+        # the gain in float64, away from zero by one unit, as 1 + w may round
         gain = 1.0 + weight.detach().double()
-        return Norm(name, module, float(module.eps), False, gain + gain * 2**-52, None)
-    if kind.endswith("RMSNorm") and eps is not None and bias is None:
-        return Norm(name, module, float(eps), False, weight, None)
-    raise UnsupportedModelError(f"{name} is {kind}, a norm without a proven rule here.")
+        weight = gain + gain * 2**-52
+    if isinstance(module, Calibrated):
+        held: Any = module
+        return Fixed(name, held, facts.eps, facts.center, weight, bias, module.scale, module.share)
+    return Norm(name, module, facts.eps, facts.center, weight, bias)
 
 
 def _branch(

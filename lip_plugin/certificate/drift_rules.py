@@ -32,7 +32,7 @@ from lip_plugin.certificate.graph import (
     largest,
     rms,
 )
-from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.nodes import First, Fixed, Parallel, Softcap
 from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, mul, norm2, root, up
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
@@ -157,6 +157,18 @@ def _(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
     # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps)
     small = div(r, up(b.eps**0.5 * (1 - 1e-15))) if b.eps > 0 else ONE
     return add(mul(gain, min(ONE, small)), mul(rms(difference(t.bias, b.bias)), _SLIP))
+
+
+@eta.register
+def _(b: Fixed, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    if (b.scale, b.share) != (t.scale, t.share):
+        raise _unlike(b, t, f"a norm calibrated to {b.scale:g}, of which {b.share:g} is left")
+    kept, gone = b.shares()
+    gain = ZERO if b.weight is None else mul(largest(difference(t.weight, b.weight)), _SLIP)
+    bias = mul(rms(difference(t.bias, b.bias)), _SLIP)
+    affine = add(mul(up(abs(b.scale)), gain, r), bias)
+    norm = eta.dispatch(Norm)(b, t, r, sides)
+    return add(_times(norm, kept), mul(gone, affine))
 
 
 @eta.register

@@ -29,7 +29,7 @@ from lip_plugin.certificate.graph import (
 )
 from lip_plugin.certificate.kinks import Kinks
 from lip_plugin.certificate.movement import Local, Movement, Remainder, Term, sum_of
-from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.nodes import First, Fixed, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError
 
@@ -207,7 +207,11 @@ def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     gain = to_float(largest(node.weight)) if node.weight is not None else 1.0
     moved = gain * torch.minimum(size / least, torch.full_like(size, 2.0 * width))
     curved = gain * size.square() / (math.sqrt(3.0) * width * least.square())
-    return moved, torch.minimum(curved, moved + gain * size / here)
+    curved = torch.minimum(curved, moved + gain * size / here)
+    if isinstance(node, Fixed):  # the affine part moves as far as it moves, and has no remainder
+        kept, gone = (to_float(share) for share in node.shares())
+        return kept * moved + gone * to_float(node.slope()) * size, kept * curved
+    return moved, curved
 
 
 def record(

@@ -102,7 +102,7 @@ def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
             memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
     twin = copy.deepcopy(root, memo)
     if found is None:
-        fresh = not find_family(root).is_pretrained(root) and config.norms != "keep"
+        fresh = not find_family(root).is_pretrained(root) and config.recipe
         retrofit(twin, config, _loading=True)
         if fresh and config.init != "keep":
             with torch.no_grad():

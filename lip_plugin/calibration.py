@@ -1,0 +1,177 @@
+"""calibrate(model, batches): the constant of every norm slot, from a few batches; own_caps(model): caps that change nothing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.architecture import Family, find_family
+from lip_plugin.blocks import ROW, whole
+from lip_plugin.certificate.progress import progress
+from lip_plugin.checks import norms_are_gone
+from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
+from lip_plugin.modules import table_of
+from lip_plugin.parts import Parts, parts
+from lip_plugin.slots import Calibrated, calibrate_, norm_facts, root_mean_square
+from lip_plugin.surgery import linear_layout
+
+METHODS = ("mean_inverse", "least_squares", "median")
+_AT_MOST = 1 << 20  # values of one slot that are kept for its median
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    method: str = "mean_inverse",
+    sequential: bool = True,
+) -> dict[str, float]:
+    """The constant c of every norm slot, so that c g (x - mean x) + b is near to what the norm computes on these batches.
+
+    For `LipschitzConfig(norms="calibrated", norm_scales=...)`. The model is run in eval mode and left as it was.
+
+    Args:
+        model: of a known family, with its norms; retrofitted with norms="keep" or not at all.
+        batches: token ids [batch, tokens] (pixels of an image model), or dictionaries of the model's inputs, whose
+            `attention_mask` says which tokens count. Gone through once for every slot if `sequential`, so keep them few.
+        method: c from the roots s of the mean squares of what enters the norm: `"mean_inverse"` is the mean of 1/s,
+            `"least_squares"` sum(s) / sum(s^2), which minimizes sum (1 - c s)^2, `"median"` the median of 1/s.
+        sequential: slots in running order, each behind those that are replaced already, so that it sees what it will see.
+
+    Raises:
+        ConfigError: no batches, or an unknown method. NonFiniteError: a slot reads nan or inf.
+        UnsupportedModelError: an unknown family or norm, or norms that are gone.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"calibrate(method={method!r}): choose one of {', '.join(map(repr, METHODS))}.")
+    family, names = _described(model)
+    calibrated = any(isinstance(model.get_submodule(slot), Calibrated) for slot in names.norms())
+    if calibrated or norms_are_gone(model, names):
+        raise UnsupportedModelError("calibrate: the norms of this model were replaced already. Load it anew.")
+    held = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    if not held:
+        raise ConfigError("calibrate: no batches. Give a few of what the model is trained on.")
+    slots = list(names.norms())
+    groups = [[slot] for slot in slots] if sequential else [slots]
+    scales: dict[str, float] = {}
+    with _as_it_was(model, slots), progress(len(groups) * len(held), "calibrate") as bar:
+        for group in groups:
+            roots = _observed(model, family, group, held, bar)
+            for slot in group:
+                scales[slot] = _scale(slot, torch.cat(roots[slot]), method)
+                if sequential:
+                    calibrate_(model.get_submodule(slot), slot, scales[slot], 0.0)
+    return scales
+
+
+def _described(model: nn.Module) -> tuple[Family, Parts]:
+    family = find_family(model)
+    return family, parts(model, family.architecture)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, slots: list[str]) -> Iterator[None]:
+    """Inside in eval mode; afterwards every slot, and every mode, is what it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    classes = [(model.get_submodule(slot), type(model.get_submodule(slot))) for slot in slots]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, cls in classes:
+            if type(module) is not cls:
+                module.__class__ = cls
+                for key in ("facts", "scale", "share"):
+                    module.__dict__.pop(key, None)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _observed(
+    model: nn.Module, family: Family, group: list[str], batches: list[Any], bar: Any
+) -> dict[str, list[Tensor]]:
+    """s of every token that counts, by slot."""
+    roots: dict[str, list[Tensor]] = {slot: [] for slot in group}
+    mask: list[Tensor | None] = [None]
+
+    def watch(slot: str) -> Any:
+        facts = norm_facts(model.get_submodule(slot), slot)
+
+        def hook(module: nn.Module, args: Any) -> None:
+            s = root_mean_square(args[0].detach(), facts)[..., 0]
+            if mask[0] is not None and mask[0].shape == s.shape[:2]:
+                s = s[mask[0].bool()]
+            s = s.flatten()
+            roots[slot].append(s[:: max(1, s.numel() // _AT_MOST)].double().cpu())
+
+        return model.get_submodule(slot).register_forward_pre_hook(hook)
+
+    handles = [watch(slot) for slot in group]
+    try:
+        for batch in batches:
+            _run(model, family, batch, mask)
+            bar.update()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for slot, found in roots.items():
+        if not found:
+            raise UnsupportedModelError(
+                f"calibrate: {slot} was not reached by a forward pass over the batches."
+            )
+    return roots
+
+
+def _run(model: nn.Module, family: Family, batch: Any, mask: list[Tensor | None]) -> None:
+    device = next(model.parameters()).device
+    mask[0] = None
+    if isinstance(batch, Tensor):
+        family.logits(model, batch.to(device))
+        return
+    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+    mask[0] = inputs.get("attention_mask")
+    model(**inputs)
+
+
+def _scale(slot: str, s: Tensor, method: str) -> float:
+    if not bool(torch.isfinite(s).all()):
+        raise NonFiniteError(
+            f"{slot} reads nan or inf on these batches. Check them, and the model's weights."
+        )
+    if method == "least_squares":
+        return float(s.sum() / s.square().sum())
+    inverse = 1.0 / s
+    return float(inverse.mean()) if method == "mean_inverse" else statistics.median(inverse.tolist())
+
+
+@torch.no_grad()
+def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]:
+    """Caps at which a model's weights are now, by full name: `LipschitzConfig(overrides=own_caps(model))` changes no bit of them.
+
+    Of each linear map the largest proven RMS->RMS norm of its blocks, of each table the largest RMS norm of a row. Layers of
+    zeros are left out (a cap is above 0): they get w_max.
+
+    Raises UnsupportedModelError for an unknown family.
+    """
+    _, names = _described(model)
+    caps = {}
+    interleaved = names.architecture.attention.interleaved
+    for role, name in names.linears():
+        module: Any = model.get_submodule(name)
+        chosen = "head" if interleaved else granularity
+        layout = linear_layout(module, role, 1.0, names, chosen, interleaved=interleaved)
+        sizes = [float(rms_to_rms_upper(blocks).max()) for _, blocks in layout.views(module.weight.detach())]
+        caps[name] = max(sizes)
+    for role, name in names.tables():
+        weight = table_of(model, name).weight.detach()
+        rows = whole(role, weight.numel() // weight.shape[-1], 1.0, norm=ROW).matrix(weight)
+        caps[name] = math.nextafter(float(row_rms_max_upper(rows)), math.inf)
+    return {name: cap for name, cap in caps.items() if cap > 0}

@@ -1,0 +1,200 @@
+"""RetrofitSchedule: a pretrained model loses its norms, and its caps tighten, while it trains.
+
+    schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.2, 0.9))
+    schedule.begin_(model, LipschitzConfig(norms="calibrated", w_max=4.0), batches)
+    for step in range(steps):
+        schedule.apply_(model, optimizer, step / steps)
+        ...
+
+or `LipschitzCallback(config, schedule=schedule, calibration=batches)`. What a model is at a step follows from its pretrained
+weights and the step alone, so a run is resumed by the same script from the same weights, with a checkpoint loaded on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lip_plugin.architecture import family_named, find_family
+from lip_plugin.calibration import calibrate, own_caps
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.errors import ConfigError
+from lip_plugin.optim.projection import require_retrofit
+from lip_plugin.parts import parts
+from lip_plugin.plan import Plan, RetrofitReport
+from lip_plugin.recap import recap_
+from lip_plugin.slots import calibrate_
+from lip_plugin.surgery import RetrofitState, caps_by_name, find_retrofit, retrofit, set_state
+
+ORDERS = ("last", "first", "together")
+_KEY = "lip_schedule"
+
+
+@dataclass(frozen=True)
+class _Course:
+    """Where a model came from and where it goes: caps by name at the start and at the end, the config at the end."""
+
+    start: Mapping[str, float]
+    end: Mapping[str, float]
+    target: LipschitzConfig
+
+
+@dataclass(frozen=True)
+class RetrofitSchedule:
+    """When norms go and caps tighten, in shares of the training (0 its first step, 1 its end).
+
+    Args:
+        norms: (begin, end) of the norms' removal; before it every norm is there, after it none.
+        order: `"last"` removes one slot after another from the last to the first (each fades out over its part of the
+            time), `"first"` from the first on, `"together"` all of them at once, fading.
+        caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
+            A layer whose own norm is below its target has the target as its cap from the start.
+        every: steps between two changes; each measures the norms of all blocks that a cap fell on, and
+            makes torch.compile compile anew.
+
+    Raises:
+        ConfigError: shares out of order or of [0, 1], an unknown order.
+    """
+
+    norms: tuple[float, float] = (0.0, 0.5)
+    order: str = "last"
+    caps: tuple[float, float] = (0.0, 0.8)
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("norms", "caps"):
+            begin, end = getattr(self, name)
+            if not 0 <= begin <= end <= 1:
+                raise ConfigError(
+                    f"RetrofitSchedule({name}=({begin}, {end})): 0 <= begin <= end <= 1, please."
+                )
+            object.__setattr__(self, name, (float(begin), float(end)))
+        if self.order not in ORDERS:
+            raise ConfigError(
+                f"RetrofitSchedule(order={self.order!r}): choose one of {', '.join(map(repr, ORDERS))}."
+            )
+        if self.every < 1:
+            raise ConfigError(f"RetrofitSchedule(every={self.every}): at least 1 step.")
+
+    def shares_at(self, slots: list[str], progress: float) -> dict[str, float]:
+        """How much of each slot's norm is left; slots in running order."""
+        u = _part(self.norms, progress)
+        if self.order == "together":
+            return dict.fromkeys(slots, 1.0 - u)
+        turn = slots[::-1] if self.order == "last" else slots
+        return {slot: min(1.0, max(0.0, 1.0 - (u * len(slots) - i))) for i, slot in enumerate(turn)}
+
+    def caps_at(
+        self, start: Mapping[str, float], end: Mapping[str, float], progress: float
+    ) -> dict[str, float]:
+        """The cap of every layer: start^(1-u) end^u, or its end where it starts below that."""
+        u = _part(self.caps, progress)
+        return {
+            name: cap if u == 1.0 or start.get(name, cap) <= cap else start[name] ** (1.0 - u) * cap**u
+            for name, cap in end.items()
+        }
+
+    def begin_(
+        self, model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None = None
+    ) -> RetrofitReport:
+        """Retrofit a pretrained model to the start of the schedule, in place: its norms are there, its weights at their caps.
+
+        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_scales may
+        be given, else they are found on `batches` (see `calibrate`).
+
+        Raises:
+            ConfigError: norms="remove", no scales and no batches, or a model that was retrofitted already.
+        """
+        if find_retrofit(model) is not None:
+            raise ConfigError(
+                "RetrofitSchedule: this model was retrofitted already, perhaps in an earlier part of the same run. Build it from "
+                "the same pretrained weights as then, and load the checkpoint on top: trainer.train(resume_from_checkpoint=...)."
+            )
+        if config.norms not in ("calibrated", "keep"):
+            raise ConfigError(
+                f"RetrofitSchedule goes to norms='calibrated' (or 'keep': only caps move), not to {config.norms!r}."
+            )
+        names = parts(model, find_family(model).architecture)
+        if config.norms == "calibrated" and not config.norm_scales:
+            if batches is None:
+                raise ConfigError(
+                    "RetrofitSchedule needs batches for the constants of the norms: LipschitzCallback(..., calibration="
+                    "batches), or LipschitzConfig(norm_scales=calibrate(model, batches))."
+                )
+            config = replace(config, norm_scales=calibrate(model, batches))
+        target = replace(config, norm_shares={}, init="keep")
+        own, end = own_caps(model, granularity=config.granularity), caps_by_name(names, target)
+        shares = dict.fromkeys(target.norm_scales, 1.0)
+        first = replace(target, overrides=self.caps_at(own, end, 0.0), norm_shares=shares)
+        report = retrofit(model, first)
+        model.__dict__[_KEY] = _Course(own, end, target)
+        self.apply_(model, None, 0.0)
+        return report
+
+    def apply_(
+        self, model: nn.Module, optimizer: Optimizer | None, progress: float, process_group: Any = None
+    ) -> None:
+        """Bring a model that `begin_` was called on to where it is at `progress`, in place, and what is above a cap within it.
+
+        Collective like `recap_`: every process calls it with the same numbers.
+
+        Raises ConfigError for a model without `begin_`.
+        """
+        root, state = require_retrofit(model)
+        course: _Course | None = root.__dict__.get(_KEY)
+        if course is None:
+            raise ConfigError(
+                "RetrofitSchedule.apply_: call begin_(model, config, batches) on the pretrained model first."
+            )
+        if course.target.norms == "calibrated":
+            set_norm_shares_(model, self.shares_at(list(course.target.norm_scales), progress))
+        u = _part(self.caps, progress)
+        if u == 1.0:
+            wanted: dict[str, Any] = {"w_max": course.target.w_max, "overrides": course.target.overrides}
+        else:
+            wanted = {"overrides": self.caps_at(course.start, course.end, progress)}
+        now = state.config
+        if any(getattr(now, key) != value for key, value in wanted.items()):
+            recap_(model, optimizer, **wanted, process_group=process_group)
+
+
+def _part(span: tuple[float, float], progress: float) -> float:
+    begin, end = span
+    if progress >= end:
+        return 1.0
+    return 0.0 if progress <= begin else (progress - begin) / (end - begin)
+
+
+def set_norm_shares_(model: nn.Module, shares: Mapping[str, float]) -> RetrofitReport:
+    """Change how much of its calibrated norms a model still has, in mid-run, in place; what is saved with it says so too.
+
+    Args:
+        model: retrofitted with norms="calibrated", wrapped or not.
+        shares: in [0, 1] by slot; 0 for those that are left out.
+
+    Raises:
+        ConfigError: shares out of range, or a model without calibrated norms. Nothing was changed.
+    """
+    root, state = require_retrofit(model)
+    if state.config.norms != "calibrated":
+        raise ConfigError(
+            f"set_norm_shares_: this model's norms are {state.config.norms!r}, not 'calibrated'."
+        )
+    config = replace(state.config, norm_shares={k: v for k, v in shares.items() if v})
+    plan = Plan()
+    for slot, scale in config.norm_scales.items():
+        module: Any = root.get_submodule(slot)
+        share = config.norm_shares.get(slot, 0.0)
+        if module.share != share:
+            do = partial(calibrate_, module, slot, scale, share)
+            plan.add(slot, f"{share:g} of the norm left", do)
+    report = plan.carry_out()
+    if len(report):
+        set_state(root, RetrofitState(config, state.architecture))
+        family_named(state.architecture.name).on_retrofit(root, config)
+    return report
