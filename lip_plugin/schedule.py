@@ -7,7 +7,8 @@
         ...
 
 or `LipschitzCallback(config, schedule=schedule, calibration=batches)`. What a model is at a step follows from its pretrained
-weights and the step alone, so a run is resumed by the same script from the same weights, with a checkpoint loaded on top.
+weights, the calibration batches and the step alone, so a run is resumed by the same script from the same weights and the
+same batches (do not shuffle them anew; or keep the constants in the config's norm_scales), with a checkpoint loaded on top.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
+from lip_plugin.certificate.drift_alike import refuse_unlike_settings
 from lip_plugin.certificate.drift_rules import Sides, Streams, logit_step, rows_apart, step
 from lip_plugin.certificate.entry import Table
 from lip_plugin.certificate.graph import Linear, LinearNorms, Norms, Scale
@@ -20,7 +21,7 @@ from lip_plugin.certificate.measure import matrix_norms, refuse_non_finite, weig
 from lip_plugin.certificate.nodes import Softcap
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ZERO, add, mul, root, to_float, up
-from lip_plugin.certificate.whole import has_shards
+from lip_plugin.certificate.whole import has_shards, sharded_too
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.norms import row_rms_max_upper
 
@@ -35,13 +36,15 @@ class Drift:
     Attributes:
         logit_upper: proven bound on the difference of any single logit, of any token, for every input of the ball; inf
             where nothing finite is proven.
-        logit_lower: the largest difference that an attack found; 0 if it was not asked for.
+        logit_lower: the largest difference that an attack attained; 0 if it was not asked for.
         norm_upper: proven bound on the token norm (RMS over the vocabulary) of the difference of the logits.
         radius: the ball: token norm of what enters the first block, the larger one of the two models'.
         embeddings: bound on the token norm by which what enters the first blocks differs (0 where the tables are equal).
-            The inputs are then token ids, and each model looks up its own rows.
+            The inputs are then token ids, and each model looks up its own rows. What is proven, and attacked, is a little
+            more: any X, Y of token norm at most `radius`, and X - Y at most `embeddings`, X into the base, Y into the tuned.
         layers: (name, token norm of the streams' difference behind it) of every node.
         assumptions: what the numbers take for granted.
+        witness: the (X, Y) that attain `logit_lower`, float64 [tokens, d] each.
     """
 
     logit_upper: float
@@ -51,6 +54,7 @@ class Drift:
     embeddings: float
     layers: tuple[tuple[str, float], ...]
     assumptions: tuple[str, ...]
+    witness: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def summary(self) -> str:
@@ -66,7 +70,13 @@ class Drift:
 
 
 def drift(
-    base: nn.Module, tuned: nn.Module | None = None, *, restarts: int = 8, steps: int = 60, seed: int = 0
+    base: nn.Module,
+    tuned: nn.Module | None = None,
+    *,
+    attack: bool = True,
+    restarts: int = 8,
+    steps: int = 60,
+    seed: int = 0,
 ) -> Drift:
     """Bound how far any logit differs between a model and what it was tuned to, and attack the bound.
 
@@ -74,7 +84,8 @@ def drift(
         base: a model of a known family; or, with `tuned` left out, one that carries peft adapters: the base is then the same
             model without them, and the tuned one the model as it is.
         tuned: of the same structure as `base`; weights, biases, gains and tables may differ.
-        restarts: starts of the attack, of `steps` gradient steps each; 0 leaves it out.
+        attack: also look for a large difference, in float64.
+        restarts: starts of the attack that are followed for `steps` gradient steps; 0 leaves it out.
         seed: of its random starts.
 
     Returns:
@@ -83,16 +94,21 @@ def drift(
     Raises:
         ConfigError: models of different structure, or no adapters.
         TrainerError: adapters are merged into the base.
-        UnsupportedModelError: a node without a rule, or sharded models.
+        UnsupportedModelError: a node without a rule, or two models of which one is sharded (with adapters, and no `tuned`,
+            a sharded model is gathered: every process calls this, together).
         CertificateError: a graph does not reproduce its model. NonFiniteError: a weight holds nan or inf.
     """
     if restarts < 0 or steps < 1:
         raise ConfigError("drift: restarts must not be negative, and steps at least 1.")
-    for model in (base, tuned):
-        if model is not None and has_shards(model):
-            raise UnsupportedModelError(
-                "drift of sharded models: gather them first, or ask before fully_shard."
-            )
+    if tuned is not None and (has_shards(base) or has_shards(tuned)):
+        raise UnsupportedModelError(
+            "drift of two sharded models: load them unsharded, or ask before fully_shard."
+        )
+    return _drift(base, tuned, restarts if attack else 0, steps, seed)
+
+
+@sharded_too
+def _drift(base: nn.Module, tuned: nn.Module | None, restarts: int, steps: int, seed: int) -> Drift:
     with torch.no_grad():
         pair = _Pair.of(base, tuned)
         result = _bound(pair)
@@ -100,8 +116,8 @@ def drift(
         return result
     from lip_plugin.certificate.drift_attack import largest_difference
 
-    lower = largest_difference(pair, result.radius, result.embeddings > 0, restarts, steps, seed)
-    return Drift(**{**vars(result), "logit_lower": lower})
+    lower, witness = largest_difference(pair, result.radius, result.embeddings, restarts, steps, seed)
+    return Drift(**{**vars(result), "logit_lower": lower, "witness": witness})
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,12 @@ class _Pair:
 
     def in_base(self) -> AbstractContextManager[None]:
         return self.as_base()
+
+    def difference(self, x: Tensor, y: Tensor) -> Tensor:
+        """tuned - base of both graphs' logits, for what enters their first blocks, y and x [n, tokens, d]."""
+        with self.in_base():
+            base = self.base.body.run(x)
+        return self.tuned.body.run(y) - base
 
 
 def _adapted(model: nn.Module) -> list[Any]:
@@ -154,16 +176,19 @@ def _disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _bound(pair: _Pair) -> Drift:
-    for graph in {id(g): g for g in (pair.base, pair.tuned)}.values():
-        refuse_non_finite(graph.root)
-        check_graph(graph)
+    for graph, context in ((pair.base, pair.in_base), (pair.tuned, nullcontext)):
+        with context():
+            refuse_non_finite(graph.root)
+            check_graph(graph)
     sides = _sides(pair)
     with pair.in_base():
         r_b = to_float(radius_of(pair.base, "weights"))
     r_t = to_float(radius_of(pair.tuned, "weights"))
-    start = _entry(pair, sides)
+    # the bound is for the very balls that are stated, so both are rounded up to floats first
+    start = up(to_float(min(_entry(pair, sides), add(up(r_b), up(r_t)))))
+    refuse_unlike_settings(pair.base, pair.tuned)
     radius = max(r_b, r_t)
-    at = Streams(up(radius), up(radius), start) if start == 0 else Streams(up(r_b), up(r_t), start)
+    at = Streams(up(radius), up(radius), start)
     logit, rows = INF, []
     for b, t in zip(pair.base.body.nodes, pair.tuned.body.nodes, strict=True):
         if isinstance(b, Linear):
@@ -263,10 +288,3 @@ def _before_norm(pair: _Pair) -> tuple[Decimal, Decimal]:
     mapped = any(e.token_map is not None or e.patches is not None for e in entries)
     sizes = [INF if mapped else add(*(_largest_row(t) for t in e.tables.values())) for e in entries]
     return sizes[0], sizes[1]
-
-
-def logits_of(pair: _Pair, x: Tensor) -> Tensor:
-    """tuned - base of both graphs' outputs for embeddings x [n, tokens, d]."""
-    with pair.in_base():
-        base = pair.base.body.run(x)
-    return pair.tuned.body.run(x) - base

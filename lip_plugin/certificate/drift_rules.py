@@ -33,7 +33,7 @@ from lip_plugin.certificate.graph import (
     rms,
 )
 from lip_plugin.certificate.nodes import First, Fixed, Parallel, Softcap
-from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, mul, norm2, root, up
+from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, exponential, mul, norm2, root, up
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
 # A scale is a product of a few floats, and a difference of two is exact in Decimal; a table's difference is one rounding.
@@ -147,13 +147,23 @@ def _(b: Scale, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return mul(up(abs(Decimal(b.scale) - Decimal(t.scale))), _SLIP, r)
 
 
+def _gain(b: Norm, t: Any) -> Decimal:
+    """Largest difference of two gains; of those stored as 1 + w, each is a unit or two off."""
+    found = largest(difference(t.weight, b.weight))
+    return (
+        found
+        if found == 0
+        else add(mul(found, _SLIP), mul(_SLIP - 1, add(largest(b.weight), largest(t.weight))))
+    )
+
+
 @eta.register
 def _(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if (b.eps, b.center) != (t.eps, t.center):
         raise _unlike(b, t, f"a norm with eps {b.eps:g}")
     if (b.weight is None) != (t.weight is None):
         raise _unlike(b, t, "a norm with a gain" if b.weight is not None else "a norm without a gain")
-    gain = mul(largest(difference(t.weight, b.weight)), _SLIP)
+    gain = _gain(b, t)
     # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps)
     small = div(r, up(b.eps**0.5 * (1 - 1e-15))) if b.eps > 0 else ONE
     return add(mul(gain, min(ONE, small)), mul(rms(difference(t.bias, b.bias)), _SLIP))
@@ -164,7 +174,7 @@ def _(b: Fixed, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if (b.scale, b.share) != (t.scale, t.share):
         raise _unlike(b, t, f"a norm calibrated to {b.scale:g}, of which {b.share:g} is left")
     kept, gone = b.shares()
-    gain = ZERO if b.weight is None else mul(largest(difference(t.weight, b.weight)), _SLIP)
+    gain = ZERO if b.weight is None else _gain(b, t)
     bias = mul(rms(difference(t.bias, b.bias)), _SLIP)
     affine = add(mul(up(abs(b.scale)), gain, r), bias)
     norm = eta.dispatch(Norm)(b, t, r, sides)
@@ -222,33 +232,52 @@ def _extent(linear: Linear, r: Decimal, norms: Norms, cap: float | None) -> tupl
 
 @eta.register
 def _(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
-    """Per head, in 2-norms: values differ by D_v; logits by at most S, which moves the mixture by at most S V (and 2 V)."""
+    """Per head, in 2-norms: values differ by d_v; logits by at most S, which moves a mixture by at most 2 V tanh(S / 2)."""
     settings = ("tau", "d_head", "d_in", "whole_norms", "softcap", "causal", "window")
     if any(getattr(b, k) != getattr(t, k) for k in settings) or (b.rotary is None) != (t.rotary is None):
         raise _unlike(b, t, "attention with other settings")
-    q, k, v = (getattr(b, p) for p in "qkv")
-    sizes_b = [b.sizes(p, r, sides.base, post) for p, post in ((q, b.q_norm), (k, b.k_norm), (v, None))]
-    sizes_t = [
-        t.sizes(p, r, sides.tuned, post) for p, post in ((t.q, t.q_norm), (t.k, t.k_norm), (t.v, None))
+    sizes = [
+        [a.sizes(getattr(a, role), r, norms, getattr(a, f"{role}_norm", None)) for role in "qkv"]
+        for a, norms in ((b, sides.base), (t, sides.tuned))
     ]
     d_q, d_k, d_v = (_heads(b, t, role, r, sides) for role in "qkv")
-    tau, shift, total = up(abs(b.tau)), _position(b, t), []
-    for h in range(b.q.heads):
-        one = add(mul(d_q[h], sizes_t[1].sizes[h]), mul(sizes_b[0].sizes[h], d_k[h]))
-        other = add(mul(d_q[h], sizes_b[1].sizes[h]), mul(sizes_t[0].sizes[h], d_k[h]))
-        logits = add(mul(tau, min(one, other)), shift)
-        values = min(sizes_b[2].sizes[h], sizes_t[2].sizes[h])
-        total.append(add(d_v[h], mul(min(logits, up(2)), values)))
-    return div(norm2(total), below(root(up(b.q.heads * b.d_head))))
+    tau, shifts, count = up(abs(b.tau)), _positions(b, t), range(b.q.heads)
+    values = [min(x, y) for x, y in zip(sizes[0][2].sizes, sizes[1][2].sizes, strict=True)]
+    options = []
+    # <q_t, k_t> - <q_b, k_b> = <q_t - q_b, k_t> + <q_b, k_t - k_b>, or with b and t exchanged
+    for q, k in ((sizes[0][0], sizes[1][1]), (sizes[1][0], sizes[0][1])):
+        by_q = [mul(tau, d_q[h], k.sizes[h]) for h in count]
+        by_k = [mul(tau, q.sizes[h], d_k[h]) for h in count]
+        logits = [add(by_q[h], by_k[h], shifts[h]) for h in count]
+        if b.softcap is not None:
+            logits = [min(x, mul(up(2), up(abs(b.softcap)))) for x in logits]
+        options.append(norm2([add(d_v[h], mul(pull(logits[h]), values[h])) for h in count]))
+        # or all heads by the one query that they share: sum of norm2(q_h)^2 over heads is at most that of the whole q
+        shared = mul(tau, q.whole_size, max(mul(d_k[h], values[h]) for h in count))
+        parts = (norm2([mul(x[h], values[h]) for h in count]) for x in (by_k, by_q, shifts))
+        moved_by_k, *others = parts
+        options.append(add(norm2(d_v), min(moved_by_k, shared), *others))
+    return div(min(options), below(root(up(b.q.heads * b.d_head))))
 
 
-def _position(b: Attention, t: Attention) -> Decimal:
-    """How far biases by position move a logit."""
+def pull(s: Decimal) -> Decimal:
+    """2 tanh(s / 2) = 2 - 4 / (e^s + 1), rounded up: at most s, and at most 2."""
+    e = exponential(s)
+    return up(2) if e.is_infinite() else min(s, add(up(2), -below(div(up(4), add(e, ONE)))))
+
+
+def _positions(b: Attention, t: Attention) -> list[Decimal]:
+    """How far each head's biases by position move a logit, up to a shift of the row: half the spread of their differences."""
     if (b.bias is None) != (t.bias is None):
         raise _unlike(b, t, "attention with other position biases")
     if b.bias is None or t.bias is None:
-        return ZERO
-    return mul(largest(difference(t.bias.weight, b.bias.weight)), _SLIP)
+        return [ZERO] * b.q.heads
+    apart = difference(t.bias.weight, b.bias.weight)
+    assert apart is not None
+    spread = (apart.amax(1) - apart.amin(1)) / 2 + apart.abs().amax(
+        1
+    ) * 2.0**-51  # each difference was rounded
+    return [mul(up(x), _SLIP) for x in spread.tolist()]
 
 
 def _heads(b: Attention, t: Attention, role: str, r: Decimal, sides: Sides) -> list[Decimal]:
@@ -312,7 +341,11 @@ def logit_step(b: Linear, t: Linear, at: Streams, sides: Sides) -> Decimal:
     big, width = at.radius, root(up(b.d_in))
     rows = min(sides.base[b.name].row, sides.tuned[t.name].row)
     own = add(mul(sides.diff[b.name].row, width, big), mul(largest(difference(t.bias(), b.bias())), _SLIP))
-    return add(_times(mul(rows, width), at.delta), own)
+    sizes = [
+        add(mul(norms[n.name].row, width, r), largest(n.bias()))
+        for n, norms, r in ((b, sides.base, at.base), (t, sides.tuned, at.tuned))
+    ]
+    return min(add(_times(mul(rows, width), at.delta), own), add(*sizes))
 
 
 def rows_apart(a: Tensor, b: Tensor) -> Decimal:
