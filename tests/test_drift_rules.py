@@ -47,16 +47,16 @@ def inner(b: Any, t: Any) -> Iterator[tuple[Any, Any]]:
         yield from inner(*pair)
 
 
-def farthest(b: Any, t: Any, d: int, r: float, delta: float, tokens: int = 5) -> float:
+def farthest(b: Any, t: Any, d: int, r: float, delta: float, tokens: int = 3) -> float:
     """Largest token norm of t(y) - b(x) found, for x, y of token norm at most r and x - y at most delta."""
-    z = torch.randn(12, 2 * tokens, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z = torch.randn(6, 2 * tokens, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def run(z: Tensor) -> Tensor:
         x, w = z.chunk(2, dim=1)
         x = x * (r * (1 - 1e-12))
         return t.run(in_ball(x + w * delta, r * (1 - 1e-12))) - b.run(x)
 
-    return max(float(grow(run, z * scale, 1.0, 25, 0.2)[0].max()) for scale in (2.0, 0.1))
+    return max(float(grow(run, z * scale, 1.0, 10, 0.3)[0].max()) for scale in (2.0, 0.1))
 
 
 @pytest.mark.parametrize(("family", "norms"), CASES)
@@ -82,23 +82,24 @@ def test_no_node_is_farther_apart_than_its_rule_says(family: str, norms: str) ->
                 assert lower <= upper * (1 + 1e-9), (b.name, type(b).__name__)
 
 
-def opposite(base: Any, factor: float) -> tuple[Any, Any]:
-    """Attentions of one head whose logits at two opposite values are 0, and +-factor after tuning; inputs that show it."""
+def opposite(factor: float) -> tuple[Any, Any]:
+    """Attentions of one head whose logits at two opposite values go from -+factor / 2 to +-factor / 2."""
     model = random_model("gpt2", LipschitzConfig(), num_hidden_layers=1, num_attention_heads=1).double()
     attention = model.transformer.h[0].attn
     with torch.no_grad():
         for p in attention.parameters():
             p.zero_()
         attention.c_attn.weight[1, 32] = attention.c_attn.weight[1, 64] = 1.0  # keys and values read e1
+        attention.c_attn.weight[0, 0] = -factor / 2  # the query reads e0
     tuned = moved(model, 0.0)
     with torch.no_grad():
-        tuned.transformer.h[0].attn.c_attn.weight[0, 0] = factor  # the query reads e0
+        tuned.transformer.h[0].attn.c_attn.weight[0, 0] = factor / 2
     return model, tuned
 
 
-@pytest.mark.parametrize("factor", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("factor", [0.01, 0.3, 3.0])
 def test_opposite_values_attain_the_rule_of_attention(factor: float) -> None:
-    model, tuned = opposite(None, factor)
+    model, tuned = opposite(factor)
     with torch.no_grad():
         pair = _Pair.of(model, tuned)
         sides = _sides(pair)
