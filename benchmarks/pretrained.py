@@ -120,8 +120,8 @@ def text_task(args: argparse.Namespace) -> Task:
             block = torch.stack([part[i : i + length] for i in at])
             yield {"input_ids": block, "labels": block}
 
-    validation = list(cut_out(ids[cut:], 2 if args.smoke else 24, 99))
-    steps = (3, 3) if args.smoke else (args.pretrain or 4000, args.steps or 800)
+    validation = list(cut_out(ids[cut:], 2 if args.smoke else 12, 99))
+    steps = (3, 3) if args.smoke else (args.pretrain or 2000, args.steps or 300)
     return Task("text", fresh, lambda n, seed: cut_out(ids[:cut], n, seed), validation, *steps, 2e-3)
 
 
@@ -136,7 +136,7 @@ def sentiment_task(args: argparse.Namespace) -> Task:
         folder = str(Path(found.origin).parent / "model")
     rows = _reviews(args, folder)
     order = torch.randperm(len(rows["labels"]), generator=torch.Generator().manual_seed(0))
-    held, size = (8, 4) if args.smoke else (1000, 32)
+    held, size = (8, 4) if args.smoke else (600, 24)
 
     def batch(at: Tensor) -> dict[str, Tensor]:
         longest = int(rows["attention_mask"][at].sum(1).max())
@@ -166,7 +166,7 @@ def sentiment_task(args: argparse.Namespace) -> Task:
         return model
 
     validation = [batch(at) for at in order[:held].split(4 if args.smoke else 100)]
-    steps = (3, 3) if args.smoke else (args.pretrain or 200, args.steps or 150)
+    steps = (3, 3) if args.smoke else (args.pretrain or 200, args.steps or 100)
     return Task("sentiment", fresh, draw, validation, *steps, 1e-4)
 
 
@@ -186,7 +186,7 @@ def _reviews(args: argparse.Namespace, folder: str | None) -> dict[str, Tensor]:
     ]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer(
-        [t for _, t in rated], padding=True, truncation=True, max_length=40, return_tensors="pt"
+        [t for _, t in rated], padding=True, truncation=True, max_length=32, return_tensors="pt"
     )
     return {
         "input_ids": encoded["input_ids"],
@@ -256,7 +256,7 @@ def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, 
     log10_start = certify(model).log10_lipschitz
 
     def each(step: int, optimizer: Any) -> None:
-        if step % max(1, task.steps // 10) == 0:
+        if step % max(1, task.steps // 6) == 0:
             curve.append((step, task.judge(model)[0]))
         if schedule is not None and step % schedule.every == 0:
             schedule.apply_(model, optimizer, step / task.steps)

@@ -57,8 +57,9 @@ class LipschitzCallback(TrainerCallback):
         schedule: of a pretrained model: its norms go, and its caps tighten to the config's, while it trains
             (RetrofitSchedule). Resumed by the same script from the same pretrained weights.
         calibration: batches for the constants of norms="calibrated" (see `calibrate`), where the config names none.
-        adapter_budget: of LoRA on a base that was never retrofitted: how much of the base's own norm a block may change by
-            (`constrain_adapters(model, budget, relative=True)`). None takes 0.1, and leaves budgets that are there.
+        adapter_budget: of LoRA: how much of the base's own norm a block may change by
+            (`constrain_adapters(model, budget, relative=True)`). None leaves budgets that are there, and takes 0.1 for
+            adapters on a base that was never retrofitted; on one that was, its caps hold in any case.
         **muon: further arguments of LipschitzMuon (`adamw_lr`, `embedding_lr`, `momentum`, ...).
 
     The keys it logs are in `hf_measure.METRICS`. They reach the progress bar, `trainer.state.log_history` and
@@ -128,7 +129,7 @@ class LipschitzCallback(TrainerCallback):
     def _constrain(self, model: Any) -> RetrofitReport | None:
         """What is to be held of this model from now on; None if it says so itself."""
         retrofitted = find_retrofit(model) is not None
-        if hasattr(model, "peft_config") and not retrofitted:
+        if hasattr(model, "peft_config") and (not retrofitted or self.adapter_budget is not None):
             if has_budget(model) and self.adapter_budget is None:
                 return None
             return constrain_adapters(model, self.adapter_budget or ADAPTER_BUDGET, relative=True)
