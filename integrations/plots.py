@@ -1,4 +1,4 @@
-"""Figures: a finished run (loss, certificate, norms against caps), and certified against attacked accuracy."""
+"""Figures: a finished run, certified against attacked accuracy, adapters under budgets, a pretrained model under a schedule."""
 
 from __future__ import annotations
 
@@ -99,5 +99,73 @@ def plot_certified_accuracy(
     )
     axes.set_ylim(0, None)
     axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_budgets(rows: list[dict[str, float]], start: dict[str, float], path: str | Path) -> None:
+    """Draw adapters under several budgets: losses on new and old data, and the drift of a logit, proven and attacked.
+
+    Args:
+        rows: one per budget: `budget`, `new` and `old` (losses), `drift_upper`, `drift_lower`.
+        start: the base's losses, `new` and `old`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    budgets = [row["budget"] for row in rows]
+    for key, colour in (("new", "tab:green"), ("old", "tab:blue")):
+        left.plot(budgets, [row[key] for row in rows], "o-", color=colour, label=f"{key} text")
+        left.axhline(start[key], color=colour, linestyle=":", label=f"{key} text, base")
+    left.set(xscale="log", xlabel="budget: share of the base's own norms", title="validation loss (nats)")
+    right.plot(budgets, [row["drift_upper"] for row in rows], "o-", color="tab:red", label="proven")
+    right.plot(budgets, [row["drift_lower"] for row in rows], "s--", color="gray", label="found by an attack")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="budget",
+        title="how far a logit moves from the base, any input of the ball",
+    )
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: str | Path) -> None:
+    """Draw a pretrained model under a RetrofitSchedule: its loss, the schedule, the certificate.
+
+    Args:
+        history: `trainer.state.log_history` of a run with LipschitzCallback(schedule=...).
+        marks: losses to draw as lines, by name: with the norms, and after other ways of removing them.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        rows = [(row["step"], row[key]) for row in history if key in row]
+        return [step for step, _ in rows], [value for _, value in rows]
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    left.plot(*series("eval_loss"), "o-", label="while norms go and caps tighten")
+    for (name, value), colour in zip(marks.items(), ("black", "tab:red", "tab:orange"), strict=False):
+        left.axhline(value, color=colour, linestyle=":", label=f"{name}: {value:.2f}")
+    left.set(xlabel="step", title="validation loss (nats)", yscale="log")
+    left.legend(fontsize=8)
+    middle.plot(*series("lip/norms_left"), label="share of the norms left")
+    caps = middle.twinx()
+    caps.plot(*series("lip/largest_cap"), color="tab:green", label="largest cap (RMS->RMS)")
+    lines = [*middle.get_lines(), *caps.get_lines()]
+    middle.legend(lines, [str(line.get_label()) for line in lines], fontsize=8)
+    middle.set(xlabel="step", title="the schedule")
+    right.plot(*series("lip/log10_certificate"), label="from the weights")
+    right.plot(*series("lip/log10_certificate_caps"), "--", label="from the caps")
+    right.set(xlabel="step", title="log10 of the proven Lipschitz bound")
+    right.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
