@@ -33,6 +33,8 @@ from lip_plugin import (
 
 matplotlib.use("Agg")
 
+from lip_plugin.integrations.plots import plot_retrofit
+
 
 def trainer_of(model: Any, data: Any, folder: Path, steps: int, lr: float, callbacks: list[Any]) -> Trainer:
     args = TrainingArguments(
