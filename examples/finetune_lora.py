@@ -25,8 +25,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from lip_plugin import LipschitzCallback, LipschitzConfig, certify, drift
 from lip_plugin.integrations.plots import plot_budgets
 
-matplotlib.use("Agg")
-
 
 def texts() -> tuple[str, str]:
     """English, and Python."""

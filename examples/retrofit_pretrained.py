@@ -30,9 +30,6 @@ from lip_plugin import (
     own_caps,
     retrofit,
 )
-
-matplotlib.use("Agg")
-
 from lip_plugin.integrations.plots import plot_retrofit
 
 
