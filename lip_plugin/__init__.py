@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lip_plugin.config import LipschitzConfig
     from lip_plugin.integrations.hf_trainer import LipschitzCallback
     from lip_plugin.integrations.peft_budget import constrain_adapters, release_adapters
+    from lip_plugin.integrations.peft_summary import adapter_summary, print_adapter_summary
     from lip_plugin.losses import MarginLoss
     from lip_plugin.optim.muon import LipschitzMuon
     from lip_plugin.optim.projection import attach_projection, project_
@@ -65,6 +66,8 @@ _HOMES = {
     "load_checkpoint": "lip_plugin.checkpoint",
     "constrain_adapters": "lip_plugin.integrations.peft_budget",
     "release_adapters": "lip_plugin.integrations.peft_budget",
+    "adapter_summary": "lip_plugin.integrations.peft_summary",
+    "print_adapter_summary": "lip_plugin.integrations.peft_summary",
     "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
 }
 __all__ = [
@@ -76,6 +79,7 @@ __all__ = [
     "MarginLoss",
     "RetrofitSchedule",
     "activation_report",
+    "adapter_summary",
     "attach_projection",
     "attacked_accuracy",
     "calibrate",
@@ -89,6 +93,7 @@ __all__ = [
     "load_checkpoint",
     "own_caps",
     "plan_caps",
+    "print_adapter_summary",
     "project_",
     "recap_",
     "release",

@@ -246,3 +246,23 @@ def test_a_budget_survives_saving_the_adapter_by_being_asked_for_again(tmp_path:
     before = state(again)
     project_(again)
     assert equal(before, state(again))
+
+
+def test_one_line_says_what_adapters_may_do(capsys: Any) -> None:
+    from lip_plugin import adapter_summary, print_adapter_summary
+
+    model = adapted("lora", "gpt2", w_max=1.2)
+    constrain_adapters(model, 0.2)
+    disturb(model, 0.3)
+    project_(model)
+    line = adapter_summary(model, restarts=1, steps=2)
+    assert line.startswith("adapters: 4 layers, 15 capped blocks || merged norms <= ")
+    assert "of their caps || change <= " in line
+    assert "drift: no logit moves by more than" in line
+    print_adapter_summary(model, restarts=1, steps=2)
+    assert capsys.readouterr().out == line + "\n"
+    bare = untouched("lora", "llama")
+    constrain_adapters(bare, 0.2)
+    assert "0 capped blocks || change <= 0 of its budget" in adapter_summary(bare, restarts=0)
+    with pytest.raises(NotRetrofittedError):
+        adapter_summary(untouched("lora", "llama"))
