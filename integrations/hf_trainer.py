@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers import trainer_optimizer as hf_optimizer
 from transformers.training_args import ParallelMode
 
 from lip_plugin.calibration import calibrate
@@ -28,6 +27,7 @@ from lip_plugin.certificate.whole import has_shards
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, TrainerError
 from lip_plugin.integrations.hf_measure import CERTIFICATE, measured, probe, write_certificate
+from lip_plugin.integrations.hf_optimizer import OPTIM_NAME, MuonFactory, register_optimizer
 from lip_plugin.integrations.peft_budget import constrain_adapters, has_budget
 from lip_plugin.optim.muon import LipschitzMuon
 from lip_plugin.optim.projection import attach_projection, keep_within_caps_
@@ -37,7 +37,6 @@ from lip_plugin.surgery import find_retrofit, retrofit
 
 logger = logging.getLogger(__name__)
 
-OPTIM_NAME = "lipschitz_muon"
 HF_DEFAULT_LR = 5e-5  # TrainingArguments' default: means that the user chose none
 DEFAULT_LR = 0.05  # RMS->RMS norm per step
 ADAPTER_BUDGET = 0.1  # share of a base block's own norm
@@ -123,7 +122,7 @@ class LipschitzCallback(TrainerCallback):
             options = {"momentum": 0.95, "weight_decay": args.weight_decay, **self.muon}
             # on the arguments, because the table of optimizers is global
             args._lip_muon = options  # type: ignore[attr-defined]
-            _register_optimizer()
+            register_optimizer()
             args.optim = OPTIM_NAME
 
     def _constrain(self, model: Any) -> RetrofitReport | None:
@@ -297,32 +296,8 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _register_optimizer() -> None:
-    """Make `args.optim = "lipschitz_muon"` known to Trainer, through the table of its own optimizers."""
-    handlers = getattr(hf_optimizer, "_OPTIMIZER_HANDLERS", None)
-    if not isinstance(handlers, dict):
-        raise TrainerError(
-            "This transformers version keeps its optimizers elsewhere. Pass optimizer_cls_and_kwargs="
-            "(MuonFactory, {'lr': 0.05}) to Trainer, with MuonFactory from lip_plugin.integrations.hf_trainer."
-        )
-    handlers[OPTIM_NAME] = _muon_of
-
-
-def _muon_of(context: Any) -> tuple[type, dict[str, Any]]:
-    return MuonFactory, {"lr": context.args.learning_rate, **getattr(context.args, "_lip_muon", {})}
-
-
-class MuonFactory:
-    """What Trainer calls as `MuonFactory()(model, lr=..., ...)`; gives a LipschitzMuon."""
-
-    def __call__(self, model: nn.Module, **options: Any) -> LipschitzMuon:
-        if find_retrofit(model) is None and not has_budget(model):
-            raise TrainerError(
-                "The model in training was not retrofitted. Trainer(model_init=...) builds a new model at train(); "
-                "build it first and pass it as Trainer(model=...)."
-            )
-        return LipschitzMuon(model, **options)
-
-
 def _tensorboard_dir(args: TrainingArguments) -> str:
     return getattr(args, "logging_dir", None) or os.path.join(str(args.output_dir), "runs")
+
+
+__all__ = ["LipschitzCallback", "MuonFactory"]

@@ -32,7 +32,7 @@ def hold_magnitudes_(f: Factors, base_norms: list[Tensor], *, near: bool) -> Non
     `base_norms`: sigma_max of W0's blocks, by held segment. `near`: V was projected, so its blocks may be at their caps.
     """
     m: Any = f.magnitude
-    low, high = rows_of(f)
+    low, high = rows_of(f, refuse=False)  # a row that is zero now gets m = 0
     ceiling = torch.full_like(low, torch.inf)
     floor = torch.zeros_like(low)
     d_in = f.factors[0][0].shape[1]
@@ -53,8 +53,8 @@ def hold_magnitudes_(f: Factors, base_norms: list[Tensor], *, near: bool) -> Non
     least = torch.minimum(floor * high * (1.0 + _SLACK), most)
     now = m.detach().double()
     wanted = torch.minimum(torch.maximum(now, least), most)
-    # m may be negative: a row turned around is as long
-    wanted = torch.where((now < 0) & (floor == 0), torch.maximum(now, -most), wanted)
+    if f.budget is None:  # m may be negative: a row turned around is as long, but far from W0's
+        wanted = torch.where(now < 0, torch.maximum(now, -most), wanted)
     off = (wanted - now).abs() > 0.5 * _SLACK * now.abs()  # less is what rounding m to its dtype leaves
     if bool(off.any()):
         rounded = wanted.to(m.dtype)
@@ -70,10 +70,10 @@ def _take(rows: Tensor, segment: Any) -> Tensor:
     return rows[segment.start : segment.stop].view(segment.count, segment.d_out)[:, 0]
 
 
-def rows_of(f: Factors) -> tuple[Tensor, Tensor]:
+def rows_of(f: Factors, *, refuse: bool = True) -> tuple[Tensor, Tensor]:
     """Bounds from below and above of the 2-norms of V's rows, float64 [d_out].
 
-    Raises UnsupportedModelError for a row that is zero, which DoRA divides by.
+    Raises UnsupportedModelError for a row that is zero, which DoRA divides by (unless told not to `refuse`).
     """
     weight = f.weight()
     matrix = weight.t() if is_transposed(f.layer.base_layer) else weight
@@ -86,10 +86,11 @@ def rows_of(f: Factors) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(matrix.dtype, torch.float32)
     cross = (b * (matrix.to(wide) @ a.T.to(wide)).double()).sum(1)
     own = ((b @ (a @ a.T)) * b).sum(1)
-    size = known[1] + own
+    # what float32 may be off by: relative to the terms, which may be far larger than their sum
+    size = (known[1].sqrt() + b.abs() @ torch.linalg.vector_norm(a, dim=1)).square()
     squares = known[1] + 2.0 * cross + own
     low, high = (squares - 1e-6 * size).clamp_min(0.0).sqrt(), (squares + 1e-6 * size).clamp_min(0.0).sqrt()
-    if bool((low == 0).any()):
+    if refuse and bool((low == 0).any()):
         row = int((low == 0).nonzero()[0])
         raise UnsupportedModelError(
             f"{f.name}: row {row} of W0 + s B A is zero, and DoRA divides by its length. Leave the layer out of target_modules "

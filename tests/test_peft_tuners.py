@@ -222,3 +222,40 @@ def test_muon_moves_the_sum_by_its_rate_whatever_rank_and_alpha_are() -> None:
                 sizes = torch.linalg.svdvals(blocks)[:, 0] * math.sqrt(blocks.shape[-1] / blocks.shape[-2])
                 assert (sizes <= 0.02 * (1 + 2e-3)).all(), name
                 assert (sizes >= 0.02 * 0.5).all(), name  # A's smaller directions count less
+
+
+def test_hostile_factors_are_held_as_well() -> None:
+    """Rows of A and columns of B over ten orders of magnitude, dependent rows, ranks above the width, negative magnitudes."""
+    for trial in range(24):
+        generator = torch.Generator().manual_seed(trial)
+        kind, family, r = LOW_RANK[trial % 3], FAMILIES[trial % 4], (1, 2, 4, 40, 64)[trial % 5]
+        capped = trial % 2 == 0
+        model = (
+            adapted(kind, family, w_max=(1.0, 1.0001, 1.3)[trial % 3], r=r)
+            if capped
+            else untouched(kind, family, r=r)
+        )
+        if not capped or trial % 3 == 0:
+            constrain_adapters(model, (1e-4, 0.1, 2.0)[(trial // 5) % 3], relative=not capped)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                if "lora_A" in name:
+                    p.copy_(noise * 10 ** (torch.rand(len(p), 1, generator=generator) * 10 - 6))
+                    if r > 2:
+                        p[1] = p[0] * (1 + 1e-7)
+                elif "lora_B" in name:
+                    p.copy_(noise * 10 ** (torch.rand(1, p.shape[1], generator=generator) * 12 - 8))
+                elif "magnitude" in name:
+                    p.mul_(1 + 3 * noise)
+        try:
+            project_adapters(model)
+        except UnsupportedModelError as error:
+            assert "DoRA divides" in str(error)  # noqa: PT017
+            continue
+        assert max(b.worst_over_cap for b in merged_block_norms(model)) <= 1 + TOLERANCE, (
+            trial,
+            kind,
+            family,
+            r,
+        )
