@@ -3,7 +3,7 @@
 norm(W'_b) <= max(g) norm(V_b), so g <= cap / norm(V_b) on the block's rows keeps the cap; and as
 W' - W0 = (g - 1) W0 + g s B A, abs(g - 1) <= t with t norm(W0_b) + (1 + t) norm(s B_b A) <= budget keeps a budget.
 V is held first (peft_lora.py), so norm(V_b) <= cap, and g <= 1 always does. The rows of V come without forming it:
-rows(V)^2 = rows(W0)^2 + 2 sum(B * (W0 A^T)) + sum((B A A^T) * B), s in B.
+with s A = into^T Q^T, Q orthonormal, and E = B into, rows(V)^2 = rows(W0)^2 + 2 sum(E * (W0 Q)) + rows(E)^2.
 """
 
 from __future__ import annotations
@@ -82,12 +82,13 @@ def rows_of(f: Factors, *, refuse: bool = True) -> tuple[Tensor, Tensor]:
     if known is None or known[0] != key:
         known = (key, matrix.double().square().sum(1))
         _ROWS[f.layer] = known
-    a, b = f.rows(), f.b(slice(None))
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    cross = (b * (matrix.to(wide) @ a.T.to(wide)).double()).sum(1)
-    own = ((b @ (a @ a.T)) * b).sum(1)
-    # what float32 may be off by: relative to the terms, which may be far larger than their sum
-    size = (known[1].sqrt() + b.abs() @ torch.linalg.vector_norm(a, dim=1)).square()
+    q = f.full_coordinates()  # in them B A is E, and no term is larger than what it adds up to
+    e = f.b(slice(None)) @ f.into
+    f.coordinates()
+    cross = (e * (matrix.to(wide) @ q.to(wide)).double()).sum(1)
+    own = e.square().sum(1)
+    size = (known[1].sqrt() + own.sqrt()).square()
     squares = known[1] + 2.0 * cross + own
     low, high = (squares - 1e-6 * size).clamp_min(0.0).sqrt(), (squares + 1e-6 * size).clamp_min(0.0).sqrt()
     if refuse and bool((low == 0).any()):
