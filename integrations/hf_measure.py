@@ -19,6 +19,7 @@ from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.graph import Watch
 from lip_plugin.certificate.nodes import attentions
 from lip_plugin.certificate.whole import together
+from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms
@@ -29,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 METRICS = {
     "lip/log10_certificate": "log10 of the certificate from the weights as they are (embeddings -> logits)",
-    "lip/log10_certificate_caps": "the same from the caps alone: holds for the whole run, but for biases, which have no cap",
+    "lip/log10_certificate_caps": "the same from the caps alone: holds until a schedule changes them, but for biases",
     "lip/radius": "proven token norm of what enters the first block",
     "lip/worst_norm_over_cap": "largest proven block norm over its cap, or change of an adapter over its budget; at most 1.001",
-    "lip/norms_left": "mean share of the norms that a schedule has left (norms='calibrated' only)",
+    "lip/norms_left": "mean share of the norms that are left: 0 where they were removed, 1 where they are kept",
     "lip/largest_cap": "largest RMS->RMS cap of a matrix now",
     "lip/largest_activation": "largest absolute activation seen on two training sequences",
     "lip/attention_entropy_seen": "smallest entropy, in nats, of a full-length attention row on them",
@@ -66,9 +67,7 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
             if s.cap
         ]
         values["lip/largest_cap"] = max(caps)
-        if found[1].config.norms == "calibrated":
-            slots, shares = found[1].config.norm_scales, found[1].config.norm_shares
-            values["lip/norms_left"] = sum(shares.values()) / len(slots)
+        values["lip/norms_left"] = _norms_left(found[1].config)
     if ids is not None:
         watch, graph = Watch(), build(model)
         with torch.no_grad():
@@ -80,6 +79,12 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
         values["lip/attention_entropy_seen"] = watch.smallest_entropy
         values["lip/attention_entropy_proven"] = certificate.smallest_entropy_lower(visible)
     return values
+
+
+def _norms_left(config: LipschitzConfig) -> float:
+    if config.norms == "calibrated":
+        return sum(config.norm_shares.values()) / len(config.norm_scales)
+    return 1.0 if config.norms == "keep" else 0.0
 
 
 def _known(model: nn.Module) -> bool:

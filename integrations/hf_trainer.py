@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,17 @@ from torch import nn
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from lip_plugin.calibration import calibrate
 from lip_plugin.certificate.whole import has_shards
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError, TrainerError
 from lip_plugin.integrations.hf_measure import CERTIFICATE, measured, probe, write_certificate
 from lip_plugin.integrations.hf_optimizer import OPTIM_NAME, MuonFactory, register_optimizer
+from lip_plugin.integrations.hf_schedule import follow, refuse_without_effect
 from lip_plugin.integrations.peft_budget import constrain_adapters, has_budget
 from lip_plugin.optim.muon import LipschitzMuon
 from lip_plugin.optim.projection import attach_projection, keep_within_caps_
 from lip_plugin.plan import RetrofitReport
-from lip_plugin.schedule import RetrofitSchedule
+from lip_plugin.schedule import RetrofitSchedule, with_scales
 from lip_plugin.surgery import find_retrofit, retrofit
 
 logger = logging.getLogger(__name__)
@@ -109,6 +108,7 @@ class LipschitzCallback(TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         _refuse(args, model, kwargs.get("optimizer"), self.config)
+        refuse_without_effect(args, model, self.config, self.schedule, self.calibration)
         report = self._constrain(model)
         if report is not None and state.is_world_process_zero:
             logger.info("%s", report)
@@ -137,13 +137,7 @@ class LipschitzCallback(TrainerCallback):
             return self.schedule.begin_(
                 model, config or LipschitzConfig(norms="calibrated"), self.calibration
             )
-        if (
-            config is not None
-            and config.norms == "calibrated"
-            and not config.norm_scales
-            and self.calibration is not None
-        ):
-            config = replace(config, norm_scales=calibrate(model, self.calibration))
+        config = None if config is None else with_scales(model, config, self.calibration)
         return None if retrofitted and config is None else retrofit(model, config)
 
     def _takes_muon(self, args: TrainingArguments, model: nn.Module) -> bool:
@@ -188,10 +182,8 @@ class LipschitzCallback(TrainerCallback):
             self._follow(args, state, kwargs["model"], kwargs["optimizer"])
 
     def _follow(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
-        """Bring the model to where the schedule has it at this step (of the last multiple of `every`: a resumed run's too)."""
-        if self.schedule is not None and state.max_steps > 0:
-            step = state.global_step - state.global_step % self.schedule.every
-            self.schedule.apply_(model, optimizer, step / state.max_steps, _replicas(args, model))
+        if self.schedule is not None:
+            follow(self.schedule, state, model, optimizer, _replicas(args, model))
 
     def on_log(
         self,
@@ -221,6 +213,8 @@ class LipschitzCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step >= state.max_steps:  # before the last evaluation and the last checkpoint
+            self._follow(args, state, kwargs["model"], kwargs["optimizer"])
         if control.should_save and state.is_world_process_zero:
             _make_way(_checkpoint(args, state))
 
@@ -234,8 +228,6 @@ class LipschitzCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.schedule is not None and state.global_step >= state.max_steps:
-            self.schedule.apply_(kwargs["model"], kwargs["optimizer"], 1.0, _replicas(args, kwargs["model"]))
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

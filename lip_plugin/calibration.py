@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,16 +13,16 @@ from torch import Tensor, nn
 from lip_plugin.architecture import Family, find_family
 from lip_plugin.blocks import ROW, whole
 from lip_plugin.certificate.progress import progress
-from lip_plugin.checks import norms_are_gone
+from lip_plugin.checks import norms_are_gone, refuse_shards
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.modules import table_of
 from lip_plugin.parts import Parts, parts
-from lip_plugin.slots import Calibrated, calibrate_, norm_facts, root_mean_square
+from lip_plugin.slots import Calibrated, NormFacts, calibrate_, norm_facts, root_mean_square
 from lip_plugin.surgery import linear_layout
 
-METHODS = ("mean_inverse", "least_squares", "median")
-_AT_MOST = 1 << 20  # values of one slot that are kept for its median
+METHODS = ("least_squares", "least_absolute", "mean_inverse", "median")
+_AT_MOST = 1 << 20  # values of one slot and batch that are kept
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]],
     *,
-    method: str = "mean_inverse",
+    method: str = "least_absolute",
     sequential: bool = True,
 ) -> dict[str, float]:
     """The constant c of every norm slot, so that c g (x - mean x) + b is near to what the norm computes on these batches.
@@ -42,8 +41,10 @@ def calibrate(
         model: of a known family, with its norms; retrofitted with norms="keep" or not at all.
         batches: token ids [batch, tokens] (pixels of an image model), or dictionaries of the model's inputs, whose
             `attention_mask` says which tokens count. Gone through once for every slot if `sequential`, so keep them few.
-        method: c from the roots s of the mean squares of what enters the norm: `"mean_inverse"` is the mean of 1/s,
-            `"least_squares"` sum(s) / sum(s^2), which minimizes sum (1 - c s)^2, `"median"` the median of 1/s.
+        method: c from the roots s of the mean squares of what enters the norm. The norm's output is of size 1 at every token,
+            that of the fixed map c s: `"least_squares"` is sum(s) / sum(s^2), which minimizes sum (1 - c s)^2, and
+            `"least_absolute"` minimizes sum abs(1 - c s), which a few tokens of huge s do not rule; `"mean_inverse"` is the
+            mean of 1/s, `"median"` its median. Measured in docs/LOG.md (2026-11-26).
         sequential: slots in running order, each behind those that are replaced already, so that it sees what it will see.
 
     Raises:
@@ -52,13 +53,12 @@ def calibrate(
     """
     if method not in METHODS:
         raise ConfigError(f"calibrate(method={method!r}): choose one of {', '.join(map(repr, METHODS))}.")
+    refuse_shards(model, "calibrate")
     family, names = _described(model)
     calibrated = any(isinstance(model.get_submodule(slot), Calibrated) for slot in names.norms())
     if calibrated or norms_are_gone(model, names):
         raise UnsupportedModelError("calibrate: the norms of this model were replaced already. Load it anew.")
-    held = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
-    if not held:
-        raise ConfigError("calibrate: no batches. Give a few of what the model is trained on.")
+    held = _checked(batches)
     slots = list(names.norms())
     groups = [[slot] for slot in slots] if sequential else [slots]
     scales: dict[str, float] = {}
@@ -106,10 +106,7 @@ def _observed(
         facts = norm_facts(model.get_submodule(slot), slot)
 
         def hook(module: nn.Module, args: Any) -> None:
-            s = root_mean_square(args[0].detach(), facts)[..., 0]
-            if mask[0] is not None and mask[0].shape == s.shape[:2]:
-                s = s[mask[0].bool()]
-            s = s.flatten()
+            s = _counted(args[0].detach(), facts, mask[0])
             roots[slot].append(s[:: max(1, s.numel() // _AT_MOST)].double().cpu())
 
         return model.get_submodule(slot).register_forward_pre_hook(hook)
@@ -130,6 +127,16 @@ def _observed(
     return roots
 
 
+def _counted(x: Tensor, facts: NormFacts, mask: Tensor | None) -> Tensor:
+    """s of the tokens that count, flat; heads, if x has any, stand behind the tokens or in front of them."""
+    s = root_mean_square(x, facts)[..., 0]
+    axes = [i for i in range(1, s.dim()) if mask is not None and s.shape[i] == mask.shape[1]]
+    if mask is None or not axes or len(s) != len(mask):
+        return s.flatten()
+    tokens = max(axes, key=x.stride)  # where heads are as many as tokens: of one token they lie side by side
+    return s.movedim(tokens, 1)[mask.bool()].flatten()
+
+
 def _run(model: nn.Module, family: Family, batch: Any, mask: list[Tensor | None]) -> None:
     device = next(model.parameters()).device
     mask[0] = None
@@ -141,6 +148,26 @@ def _run(model: nn.Module, family: Family, batch: Any, mask: list[Tensor | None]
     model(**inputs)
 
 
+def _checked(batches: Any) -> list[Any]:
+    """The batches, all of them: each a tensor or a dictionary, with a mask by token if any."""
+    held = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    if not held:
+        raise ConfigError("calibrate: no batches. Give a few of what the model is trained on.")
+    for batch in held:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not isinstance(batch, (Tensor, Mapping)):
+            raise ConfigError(
+                f"calibrate: a batch is a {type(batch).__name__}. Give tensors of token ids [batch, tokens], or dictionaries "
+                "of tensors as the model takes them."
+            )
+        if isinstance(mask, Tensor) and mask.dim() != 2:
+            raise ConfigError(
+                f"calibrate: attention_mask has shape {tuple(mask.shape)}, so it does not say which tokens count. Give one "
+                "of shape [batch, tokens], or none."
+            )
+    return held
+
+
 def _scale(slot: str, s: Tensor, method: str) -> float:
     if not bool(torch.isfinite(s).all()):
         raise NonFiniteError(
@@ -148,8 +175,13 @@ def _scale(slot: str, s: Tensor, method: str) -> float:
         )
     if method == "least_squares":
         return float(s.sum() / s.square().sum())
-    inverse = 1.0 / s
-    return float(inverse.mean()) if method == "mean_inverse" else statistics.median(inverse.tolist())
+    if method == "mean_inverse":
+        return float((1.0 / s).mean())
+    s = s.sort().values
+    if method == "median":
+        return float(1.0 / s[(len(s) - 1) // 2])
+    weight = s.cumsum(0)  # the median of 1/s, each counted s times
+    return float(1.0 / s[int((weight < weight[-1] / 2).sum())])
 
 
 @torch.no_grad()
@@ -161,6 +193,7 @@ def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]
 
     Raises UnsupportedModelError for an unknown family.
     """
+    refuse_shards(model, "own_caps")
     _, names = _described(model)
     caps = {}
     interleaved = names.architecture.attention.interleaved

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lip_plugin.architecture import family_named, find_family
 from lip_plugin.calibration import calibrate, own_caps
 from lip_plugin.config import LipschitzConfig
+from lip_plugin.distributed import on_first
 from lip_plugin.errors import ConfigError
 from lip_plugin.optim.projection import require_retrofit
 from lip_plugin.parts import parts
@@ -55,8 +56,9 @@ class RetrofitSchedule:
             time), `"first"` from the first on, `"together"` all of them at once, fading.
         caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
             A layer whose own norm is below its target has the target as its cap from the start.
-        every: steps between two changes; each measures the norms of all blocks that a cap fell on, and
-            makes torch.compile compile anew.
+        every: steps between two changes; each measures the norms of all blocks that a cap fell on. A compiled
+            model is compiled anew when a slot's norm begins to go and when it is gone, so twice for each slot, or twice in
+            all for order="together"; beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
 
     Raises:
         ConfigError: shares out of order or of [0, 1], an unknown order.
@@ -108,6 +110,8 @@ class RetrofitSchedule:
         `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_scales may
         be given, else they are found on `batches` (see `calibrate`).
 
+        Collective: on several processes every one calls it, and all take the constants and caps that the first one finds.
+
         Raises:
             ConfigError: norms="remove", no scales and no batches, or a model that was retrofitted already.
         """
@@ -121,15 +125,15 @@ class RetrofitSchedule:
                 f"RetrofitSchedule goes to norms='calibrated' (or 'keep': only caps move), not to {config.norms!r}."
             )
         names = parts(model, find_family(model).architecture)
-        if config.norms == "calibrated" and not config.norm_scales:
-            if batches is None:
-                raise ConfigError(
-                    "RetrofitSchedule needs batches for the constants of the norms: LipschitzCallback(..., calibration="
-                    "batches), or LipschitzConfig(norm_scales=calibrate(model, batches))."
-                )
-            config = replace(config, norm_scales=calibrate(model, batches))
+        if config.norms == "calibrated" and not config.norm_scales and batches is None:
+            raise ConfigError(
+                "RetrofitSchedule needs batches for the constants of the norms: LipschitzCallback(..., calibration="
+                "batches), or LipschitzConfig(norm_scales=calibrate(model, batches))."
+            )
+        config = with_scales(model, config, batches)
         target = replace(config, norm_shares={}, init="keep")
-        own, end = own_caps(model, granularity=config.granularity), caps_by_name(names, target)
+        own = on_first(partial(own_caps, model, granularity=config.granularity))
+        end = caps_by_name(names, target)
         shares = dict.fromkeys(target.norm_scales, 1.0)
         first = replace(target, overrides=self.caps_at(own, end, 0.0), norm_shares=shares)
         report = retrofit(model, first)
@@ -162,6 +166,13 @@ class RetrofitSchedule:
         now = state.config
         if any(getattr(now, key) != value for key, value in wanted.items()):
             recap_(model, optimizer, **wanted, process_group=process_group)
+
+
+def with_scales(model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None) -> LipschitzConfig:
+    """The config with its constants found on `batches`, if it needs any; on all processes those of the first one."""
+    if config.norms != "calibrated" or config.norm_scales or batches is None:
+        return config
+    return replace(config, norm_scales=on_first(partial(calibrate, model, batches)))
 
 
 def _part(span: tuple[float, float], progress: float) -> float:

@@ -59,7 +59,8 @@ def root_mean_square(x: Tensor, facts: NormFacts) -> Tensor:
 class Calibrated:
     """Mixin of a norm whose slot computes share * norm(x) + (1 - share) * scale * g * (x, centered or not) + b.
 
-    `scale` and `share` are python floats on the module: torch.compile compiles anew when they change.
+    `scale` and `share` are python floats on the module: torch.compile compiles anew when a share leaves 1, and when it gets
+    to 0.
     """
 
     plain_class: type
@@ -76,8 +77,9 @@ class Calibrated:
         return fixed if self.share == 0.0 else self.share * super().forward(x) + (1.0 - self.share) * fixed  # type: ignore[misc]
 
     def fixed(self, x: Tensor) -> Tensor:
-        """The affine map, in x's dtype."""
-        y = x - x.mean(-1, keepdim=True) if self.facts.center else x
+        """The affine map: in float32 or wider, as norms compute, its result in x's dtype."""
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y - y.mean(-1, keepdim=True) if self.facts.center else y
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
         y = y * self.scale
         if weight is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,10 @@ from lip_plugin.architecture import find_family
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from lip_plugin.integrations.nanogpt import run
+from lip_plugin.integrations.nanogpt_checkpoint import load_nanogpt
 from lip_plugin.modules import constrained_modules
+from lip_plugin.optim.projection import block_norms, keep_within_caps_
 from lip_plugin.slots import Calibrated
 
 
@@ -78,6 +82,18 @@ def test_own_caps_and_a_whole_norm_change_nothing(family: str) -> None:
     assert {k for k in model.state_dict() if not k.startswith("lm_head")} >= {
         k for k in weights if not k.startswith("lm_head")
     }
+
+
+@pytest.mark.parametrize("method", ["soft_cap", "hard_cap", "spectral_normalize"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caps_at_a_models_own_norms_change_no_bit(family: str, method: str) -> None:
+    model = lively(family)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    retrofit(model, LipschitzConfig(norms="keep", method=method, overrides=own_caps(model)))
+    keep_within_caps_(model)
+    now = dict(model.named_parameters())  # an untied head is one more
+    assert all(torch.equal(old, now[name]) for name, old in before.items())
+    assert max(b.worst_over_cap for b in block_norms(model)) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -137,6 +153,56 @@ def test_saving_and_loading_gives_the_very_same_logits(family: str, share: float
     ]
     assert not any(g.requires_grad for g in gains)
     assert certify(again).log10_lipschitz == pytest.approx(certify(model).log10_lipschitz)
+
+
+@pytest.mark.parametrize("family", [f for f in HF_FAMILIES if f != "vit" and not f.startswith("bert")])
+def test_generating_with_and_without_a_cache_gives_the_same(family: str) -> None:
+    model = calibrated(family, 0.3)
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 1,
+        "eos_token_id": None,
+    }
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    ids = inputs_for(family)
+    found = [model.generate(ids, use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for a, b in zip(found[0].logits, found[1].logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_nanogpt_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
+    if "nanogpt" not in FAMILIES:
+        pytest.skip("no stand-in")
+    from test_nanogpt import checkout
+
+    folder = checkout(tmp_path / "repo")
+    scales = {"transformer.ln_f": 0.5} | {
+        f"transformer.h.{i}.ln_{j}": 0.7 + 0.1 * i + j / 7 for i in range(2) for j in (1, 2)
+    }
+    options = {"norms": "calibrated", "norm_scales": scales, "norm_shares": {"transformer.h.0.ln_1": 0.25}}
+    trained = run(folder, ["--max_iters=2", "--eval_interval=2"], options)["raw_model"]
+    again = load_nanogpt(folder / "out", folder)
+    trained.load_state_dict(torch.load(folder / "out" / "ckpt.pt")["model"])  # it took a step more
+    ids = inputs_for("nanogpt") % 20
+    assert torch.equal(logits(trained, ids), logits(again, ids))
+    resumed = run(folder, ["--init_from=resume", "--max_iters=0"])["raw_model"]
+    for model in (again, resumed):
+        assert model.lip_retrofit.config == trained.lip_retrofit.config
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_half_precision_computes_inside_as_norms_do(family: str) -> None:
+    for share in (0.0, 0.5):
+        model = calibrated(family, share)
+        slots = [m for m in model.modules() if isinstance(m, Calibrated)]
+        for slot in slots:
+            x = torch.randn(3, 5, slot.weight.shape[-1]) + 10.0  # a large mean, which bfloat16 would lose
+            exact = copy.deepcopy(slot).double()(x.bfloat16().double())
+            got = slot.bfloat16()(x.bfloat16())
+            assert got.dtype == torch.bfloat16
+            assert (got.double() - exact).abs().max() <= 2**-6 * exact.abs().max()
 
 
 def test_without_the_plugin_a_calibrated_model_is_not_loaded_as_another(tmp_path: Any) -> None:
@@ -210,6 +276,19 @@ def test_padding_does_not_count() -> None:
     assert calibrate(model, [padded]) != pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [12, 3])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "olmo2"])
+def test_padding_does_not_count_in_norms_of_heads(family: str, tokens: int) -> None:
+    """Heads before tokens or behind them; with 3 tokens and 1 of padding there are as many as heads."""
+    model, ids = lively(family), inputs_for(family, tokens=tokens)
+    padded = torch.cat([ids, torch.full((len(ids), 1), 3)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(len(ids), 1, dtype=ids.dtype)], 1)
+    masked = [{"input_ids": padded, "attention_mask": mask}]
+    plain = calibrate(model, [ids], method="mean_inverse")
+    assert calibrate(model, masked, method="mean_inverse") == pytest.approx(plain, rel=1e-5)
+    assert calibrate(model, [padded], method="mean_inverse") != pytest.approx(plain, rel=1e-3)
+
+
 def test_the_constants_are_what_their_methods_say() -> None:
     model, ids = lively("gpt2"), inputs_for("gpt2")
     seen: list[torch.Tensor] = []
@@ -222,6 +301,7 @@ def test_the_constants_are_what_their_methods_say() -> None:
         "mean_inverse": (1 / s).mean(),
         "least_squares": s.sum() / s.square().sum(),
         "median": (1 / s).sort()[0][len(s) // 2],
+        "least_absolute": min((1 / s).tolist(), key=lambda c: float((1 - c * s).abs().sum())),
     }
     for method, value in want.items():
         got = calibrate(model, ids, method=method)["transformer.h.0.ln_1"]
@@ -263,6 +343,12 @@ def test_bad_input() -> None:
             "calibrated",
         ),
         (lambda: calibrate(model, []), ConfigError, "no batches"),
+        (lambda: calibrate(model, [[1, 2, 3]]), ConfigError, "a batch is a list"),
+        (
+            lambda: calibrate(model, [{"input_ids": ids, "attention_mask": torch.ones(2, 1, 12, 12)}]),
+            ConfigError,
+            r"attention_mask has shape \(2, 1, 12, 12\)",
+        ),
         (lambda: calibrate(model, [ids], method="mode"), ConfigError, "mean_inverse"),
         (lambda: calibrate(nn.Linear(2, 2), [ids]), UnsupportedModelError, "No architecture"),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import data_for, inputs_for, tiny
+from peft import LoraConfig, get_peft_model
 from test_calibration import lively, logits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -23,9 +24,10 @@ from lip_plugin import (
     own_caps,
     retrofit,
 )
-from lip_plugin.errors import ConfigError
+from lip_plugin.errors import ConfigError, TrainerError
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery import find_retrofit
 
 SLOTS = ["a", "b", "c", "d"]
 TARGET = LipschitzConfig(norms="calibrated", w_max=0.4, embedding_max=0.4, method="hard_cap")
@@ -126,9 +128,9 @@ class Stop(TrainerCallback):
             control.should_training_stop = True
 
 
-def trainer(folder: Path, optim: str | None, stop: int = 99) -> Any:
+def trainer(folder: Path, optim: str | None, stop: int = 99, **schedule: Any) -> Any:
     """A Trainer of the same pretrained model, under a schedule."""
-    options = {} if optim is None else {"optim": optim, "learning_rate": 1e-3}
+    options: dict[str, Any] = {} if optim is None else {"optim": optim, "learning_rate": 1e-3}
     args = TrainingArguments(
         str(folder),
         max_steps=12,
@@ -138,7 +140,9 @@ def trainer(folder: Path, optim: str | None, stop: int = 99) -> Any:
         use_cpu=True,
         **options,
     )
-    callback = LipschitzCallback(TARGET, schedule=RetrofitSchedule(every=2), calibration=batches())
+    callback = LipschitzCallback(
+        TARGET, schedule=RetrofitSchedule(every=2, **schedule), calibration=batches()
+    )
     return Trainer(lively("gpt2"), args, train_dataset=data_for("gpt2"), callbacks=[callback, Stop(stop)])
 
 
@@ -167,6 +171,64 @@ def test_the_callback_carries_it_out_and_a_resumed_run_ends_where_the_other_does
     )
     again = type(whole.model).from_pretrained(tmp_path / "whole" / "checkpoint-12")
     assert again.lip_retrofit.config.norms == "calibrated"
+
+
+def test_the_last_checkpoint_is_the_end_of_the_schedule(tmp_path: Path) -> None:
+    run = trainer(tmp_path, None, norms=(0.0, 1.0), caps=(0.0, 1.0))
+    run.train()
+    last = type(run.model).from_pretrained(tmp_path / "checkpoint-12")
+    for model in (run.model, last):
+        config = model.lip_retrofit.config
+        assert (config.w_max, config.overrides, config.norm_shares) == (0.4, {}, {})
+    assert torch.equal(logits(run.model, batches()[0]), logits(last, batches()[0]))
+    assert run.state.log_history[-2]["lip/norms_left"] == 0
+    # a finished run that is started again stays where it was
+    again = trainer(tmp_path, None, norms=(0.0, 1.0), caps=(0.0, 1.0))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert torch.equal(logits(run.model, batches()[0]), logits(again.model, batches()[0]))
+
+
+def test_what_would_do_nothing_or_harm_is_refused(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    scheduled = {"schedule": RetrofitSchedule(), "calibration": batches()}
+    adapted = get_peft_model(lively("gpt2"), LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True))
+    cases: list[tuple[Any, dict[str, Any], LipschitzConfig | None, dict[str, Any], str]] = [
+        (lively("gpt2"), best, TARGET, scheduled, "load_best_model_at_end"),
+        (adapted, {}, None, scheduled, "carries adapters"),
+        (lively("gpt2"), {}, LipschitzConfig(norms="keep"), {"calibration": batches()}, "has no effect"),
+    ]
+    for model, options, config, more, match in cases:
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        args = TrainingArguments(str(tmp_path), use_cpu=True, **options)
+        with pytest.raises((ConfigError, TrainerError), match=match):
+            Trainer(
+                model,
+                args,
+                train_dataset=data_for("gpt2"),
+                eval_dataset=data_for("gpt2"),
+                callbacks=[LipschitzCallback(config, **more)],
+            )
+        assert find_retrofit(model) is None
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_compiled_model_follows_the_shares() -> None:
+    """torch compiles anew when a norm begins to go and when it is gone, and takes every number between."""
+    model, ids, compiles = lively("gpt2"), inputs_for("gpt2"), []
+    schedule = RetrofitSchedule(norms=(0.0, 1.0), order="together", caps=(1.0, 1.0))
+    schedule.begin_(model, TARGET, batches())
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiles.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for step in range(8):
+            schedule.apply_(model, None, step / 8)
+            torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert len(compiles) <= 3
 
 
 def test_a_model_in_mid_course_is_not_begun_again(tmp_path: Path) -> None:

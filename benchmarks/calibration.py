@@ -1,0 +1,174 @@
+"""Which constants for calibrated norms? Loss of trained models right after all norms are gone, and after some repair.
+
+    python benchmarks/calibration.py [--text FILE] [--families gpt2 llama gemma3 bert]
+    python benchmarks/calibration.py --smoke
+
+Small models of each family are trained on the characters of FILE (default: the Python language reference), with their norms,
+until the loss falls slowly: bert to fill in masked ones, the others to go on. Then every way gets the model as it was, all
+norms at once, constants from the same four batches, caps at the weights' own norms, and --repair steps of AdamW on the
+same batches. The row `ones` takes constants of 1. Every loss is the mean over the same held-out sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from lip_plugin import LipschitzConfig, attach_projection, calibrate, certify, own_caps, retrofit
+from lip_plugin.calibration import METHODS
+
+FAMILIES = {
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
+    "qwen3": "qwen3",
+    "bert": "bert",
+}
+LENGTH, SIZE, LR = 96, 24, 2e-3
+
+
+class Text:
+    """Characters of a text: sequences to train on and to judge by; masked for bert."""
+
+    def __init__(self, path: str | None, masked: bool) -> None:
+        text = Path(path).read_text() if path else "\n".join(topics.topics.values())
+        vocabulary = {c: i for i, c in enumerate(sorted(set(text)))}
+        ids = torch.tensor([vocabulary[c] for c in text])
+        cut = int(0.9 * len(ids))
+        self.parts, self.masked, self.mask_id = (ids[:cut], ids[cut:]), masked, len(vocabulary)
+        self.vocabulary = len(vocabulary) + 1
+
+    def batches(self, count: int, seed: int, part: int = 0) -> Iterator[dict[str, Tensor]]:
+        generator, text = torch.Generator().manual_seed(seed), self.parts[part]
+        for _ in range(count):
+            at = torch.randint(0, len(text) - LENGTH, (SIZE,), generator=generator)
+            ids = torch.stack([text[i : i + LENGTH] for i in at])
+            labels = ids
+            if self.masked:
+                hidden = torch.rand(ids.shape, generator=generator) < 0.15
+                ids, labels = ids.masked_fill(hidden, self.mask_id), ids.masked_fill(~hidden, -100)
+            yield {"input_ids": ids, "labels": labels}
+
+
+def fresh(family: str, text: Text, smoke: bool) -> Any:
+    torch.manual_seed(0)
+    width, layers = (16, 1) if smoke else (96, 4)
+    names = {"n_embd": width, "n_layer": layers, "n_head": 4} if family == "gpt2" else None
+    shape: dict[str, Any] = names or {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": width // 4,
+        "intermediate_size": 4 * width if family == "bert" else 5 * width // 2,
+    }
+    rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    nothing = {**dict.fromkeys(rates, 0.0), **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
+    config = AutoConfig.for_model(FAMILIES[family], vocab_size=text.vocabulary, **shape, **nothing)
+    auto = AutoModelForMaskedLM if text.masked else AutoModelForCausalLM
+    return auto.from_config(config)
+
+
+def train(model: Any, text: Text, steps: int, seed: int, lr: float, *, held: bool) -> None:
+    """AdamW, warmed up and then falling to 0; `held`: under the model's caps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    if held:
+        attach_projection(optimizer, model, "spectral_normalize")
+    model.train()
+    for step, batch in enumerate(text.batches(steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1.0 - step / steps)
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def judge(model: Any, text: Text, smoke: bool) -> float:
+    model.eval()
+    count = 2 if smoke else 12
+    return sum(float(model(**batch).loss) for batch in text.batches(count, 99, 1)) / count
+
+
+def compare(family: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    text = Text(args.text, family == "bert")
+    base = fresh(family, text, args.smoke)
+    train(base, text, args.pretrain, 1, LR, held=False)
+    before, own = judge(base, text, args.smoke), own_caps(base)
+    inputs = [{"input_ids": b["input_ids"]} for b in text.batches(1 if args.smoke else 4, 7)]
+    ways = [("ones", False), *product(args.methods, (True, False))]
+    for method, sequential in ways:
+        began = time.perf_counter()
+        known = METHODS[0] if method == "ones" else method
+        scales = calibrate(base, inputs, method=known, sequential=sequential)
+        if method == "ones":
+            scales = dict.fromkeys(scales, 1.0)
+        seconds, model = time.perf_counter() - began, copy.deepcopy(base)
+        retrofit(model, LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own))
+        after = judge(model, text, args.smoke)
+        train(model, text, args.repair, 2, LR / 2, held=True)
+        yield {
+            "family": family,
+            "method": method,
+            "sequential": sequential,
+            "before": before,
+            "after": after,
+            "repaired": judge(model, text, args.smoke),
+            "log10_lipschitz": certify(model).log10_lipschitz,
+            "seconds_calibrating": seconds,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text")
+    parser.add_argument(
+        "--families", nargs="*", choices=FAMILIES, default=["gpt2", "llama", "gemma3", "bert"]
+    )
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--pretrain", type=int, default=900)
+    parser.add_argument("--repair", type=int, default=100)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    if args.smoke:
+        args.pretrain = args.repair = 3
+    print(
+        f"{'family':<8} {'method':<14} {'order':<10} {'before':>8} {'after':>8} {'repaired':>8} {'log10 L':>8} {'s':>6}"
+    )
+    rows = []
+    for family in args.families:
+        for row in compare(family, args):
+            order = "-" if row["method"] == "ones" else "in turn" if row["sequential"] else "at once"
+            numbers = [f"{row[k]:8.4f}" for k in ("before", "after", "repaired")]
+            numbers += [f"{row['log10_lipschitz']:8.1f}", f"{row['seconds_calibrating']:6.1f}"]
+            print(f"{family:<8} {row['method']:<14} {order:<10} {' '.join(numbers)}", flush=True)
+            rows.append(row)
+    about = {"torch": torch.__version__, "transformers": transformers.__version__}
+    about |= {
+        "machine": platform.machine(),
+        "date": datetime.date.today().isoformat(),
+        "pretrain": args.pretrain,
+    }
+    print(json.dumps({"rows": rows, **about, "repair": args.repair, "smoke": args.smoke}))
+
+
+if __name__ == "__main__":
+    main()
