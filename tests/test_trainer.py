@@ -377,8 +377,10 @@ def test_adapters_on_a_base_without_caps_are_refused_with_the_order(tmp_path):
     model = peft.get_peft_model(tiny("llama", **SMALL), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     before = fingerprint(model)
     with pytest.raises(TrainerError, match=r"(?s)retrofit\(base.*get_peft_model"):
-        trainer_of(tmp_path, model)
+        trainer_of(tmp_path, model, LipschitzCallback(LipschitzConfig()))
     assert_unchanged(model, before)
+    trainer_of(tmp_path, model)  # without a config their change gets a budget
+    assert "lip_budget" in vars(model.base_model.model.model.layers[0].self_attn.q_proj)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_by_name(tmp_path):
