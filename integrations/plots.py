@@ -127,7 +127,7 @@ def plot_budgets(rows: list[dict[str, float]], start: dict[str, float], path: st
         xscale="log",
         yscale="log",
         xlabel="budget",
-        title="how far a logit moves from the base, any input of the ball",
+        title="drift of a logit, any input of the ball",
     )
     for axis in (left, right):
         axis.legend(fontsize=8)

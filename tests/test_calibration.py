@@ -26,6 +26,7 @@ from lip_plugin import (
     set_norm_shares_,
 )
 from lip_plugin.architecture import find_family
+from lip_plugin.calibration import _scale
 from lip_plugin.certificate.build import build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
@@ -306,6 +307,16 @@ def test_the_constants_are_what_their_methods_say() -> None:
     for method, value in want.items():
         got = calibrate(model, ids, method=method)["transformer.h.0.ln_1"]
         assert got == pytest.approx(float(value), rel=0.05 if method == "median" else 1e-5)
+
+
+def test_a_token_of_huge_activations_does_not_rule() -> None:
+    """As language models have them at their first token."""
+    s = torch.cat([torch.linspace(0.9, 1.1, 499, dtype=torch.float64), torch.tensor([60.0])])
+    assert _scale("slot", s, "least_absolute") == pytest.approx(1.0, abs=0.05)
+    assert _scale("slot", s, "least_squares") < 0.2
+    tiny_too = torch.cat([s, torch.full((1,), 1e-4)])
+    assert _scale("slot", tiny_too, "least_absolute") == pytest.approx(1.0, abs=0.05)
+    assert _scale("slot", tiny_too, "mean_inverse") > 10
 
 
 def test_bad_input() -> None:
