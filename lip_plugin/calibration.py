@@ -30,7 +30,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]],
     *,
-    method: str = "least_absolute",
+    method: str = "least_squares",
     sequential: bool = True,
 ) -> dict[str, float]:
     """The constant c of every norm slot, so that c g (x - mean x) + b is near to what the norm computes on these batches.
