@@ -50,6 +50,7 @@ from lip_plugin import (
     own_caps,
     retrofit,
 )
+from lip_plugin.calibration import METHODS
 
 WAYS = (
     "as it is",
@@ -223,22 +224,26 @@ def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> Retro
     """Retrofit a pretrained model, in place; gives the schedule that it follows from then on, if any."""
     own = own_caps(model)
     batches = [{k: v for k, v in b.items() if k != "labels"} for b in task.batches(4, 7)]
+    scales = (
+        calibrate(model, batches, method=args.method)
+        if way not in ("as it is", "keep", "recipe", "kept tight")
+        else {}
+    )
     if way == "keep":
         retrofit(model, LipschitzConfig(norms="keep", overrides=own))
     elif way == "recipe":
         retrofit(model, LipschitzConfig(norms="remove", init="keep", overrides=own))
     elif way in ("dropped", "at once"):
-        scales = calibrate(model, batches)
         scales = dict.fromkeys(scales, 1.0) if way == "dropped" else scales
         retrofit(model, LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own))
     elif way in ("last", "first", "together"):
         schedule = RetrofitSchedule(norms=(0.0, 0.5), order=way, caps=(0.0, 0.0), every=args.every)
-        schedule.begin_(model, LipschitzConfig(norms="calibrated", overrides=own), batches)
+        schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own))
         return schedule
     elif way in ("tightened", "kept tight"):
         norms = "calibrated" if way == "tightened" else "keep"
         schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.1, 0.8), every=args.every)
-        schedule.begin_(model, LipschitzConfig(norms=norms, w_max=args.w_max), batches)
+        schedule.begin_(model, LipschitzConfig(norms=norms, norm_scales=scales, w_max=args.w_max))
         return schedule
     return None
 
@@ -312,6 +317,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--w-max", type=float, default=2.0)
+    parser.add_argument("--method", default="mean_inverse", choices=METHODS, help="of calibrate")
     parser.add_argument("--repair-lr", type=float)
     parser.add_argument("--rows", help="append the rows as JSON lines to this file")
     parser.add_argument("--figure", nargs="+", metavar=("PNG", "ROWS"))
