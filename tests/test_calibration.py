@@ -107,9 +107,11 @@ SLOW = [pytest.param(f, 0.0, marks=pytest.mark.slow) for f in FAMILIES if f not 
 def test_the_graph_is_the_model_and_no_attack_exceeds_the_certificate(family: str, share: float) -> None:
     model = calibrated(family, share, num_hidden_layers=1).double()
     assert check_graph(build(model)) <= 1e-4
-    found, attack = certify(model), falsify(model, restarts=1, steps=4, tokens=5)
+    found, attack = certify(model), falsify(model, restarts=1, steps=2, tokens=4)
     assert math.log10(attack.lower_bound) <= found.log10_lipschitz
     assert math.isfinite(certify(model, "caps").log10_lipschitz)
+    if family not in QUICK and share:
+        return  # drift too is slow
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in other.parameters():
