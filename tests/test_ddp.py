@@ -110,7 +110,7 @@ def test_fsdp1_is_refused_before_anything_is_changed(version):
         deepspeed=None, fsdp=True, fsdp_plugin_args={"fsdp_version": version}, use_liger_kernel=False
     )
     if version == 2:
-        hf_trainer._refuse(args, None, None)
+        hf_trainer._refuse(args, None, None, None)
         return
     with pytest.raises(TrainerError, match="FSDP2"):
-        hf_trainer._refuse(args, None, None)
+        hf_trainer._refuse(args, None, None, None)
