@@ -185,7 +185,7 @@ class LipschitzConfig:
                 raise ConfigError(
                     f"LipschitzConfig(norm_shares[{slot!r}]={share!r}): a share lies in [0, 1]."
                 )
-            if slot not in self.norm_scales:
+            if self.norm_scales and slot not in self.norm_scales:
                 raise ConfigError(f"LipschitzConfig(norm_shares[{slot!r}]): norm_scales has no such slot.")
 
     @classmethod

@@ -51,7 +51,7 @@ class RetrofitSchedule:
     """When norms go and caps tighten, in shares of the training (0 its first step, 1 its end).
 
     Args:
-        norms: (begin, end) of the norms' removal; before it every norm is there, after it none.
+        norms: (begin, end) of the norms' removal; before it every norm is there, after it none, or the config's norm_shares.
         order: `"last"` removes one slot after another from the last to the first (each fades out over its part of the
             time), `"first"` from the first on, `"together"` all of them at once, fading.
         caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
@@ -107,8 +107,8 @@ class RetrofitSchedule:
     ) -> RetrofitReport:
         """Retrofit a pretrained model to the start of the schedule, in place: its norms are there, its weights at their caps.
 
-        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_scales may
-        be given, else they are found on `batches` (see `calibrate`).
+        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides, and what is left of a
+        norm at the end (norm_shares). Its norm_scales may be given, else they are found on `batches` (see `calibrate`).
 
         Collective: on several processes every one calls it, and all take the constants and caps that the first one finds.
 
@@ -131,7 +131,7 @@ class RetrofitSchedule:
                 "batches), or LipschitzConfig(norm_scales=calibrate(model, batches))."
             )
         config = with_scales(model, config, batches)
-        target = replace(config, norm_shares={}, init="keep")
+        target = replace(config, init="keep")
         own = on_first(partial(own_caps, model, granularity=config.granularity))
         end = caps_by_name(names, target)
         shares = dict.fromkeys(target.norm_scales, 1.0)
@@ -157,7 +157,12 @@ class RetrofitSchedule:
                 "RetrofitSchedule.apply_: call begin_(model, config, batches) on the pretrained model first."
             )
         if course.target.norms == "calibrated":
-            set_norm_shares_(model, self.shares_at(list(course.target.norm_scales), progress))
+            shares = self.shares_at(list(course.target.norm_scales), progress)
+            left = course.target.norm_shares
+            shares = {
+                slot: 1.0 - (1.0 - left.get(slot, 0.0)) * (1.0 - share) for slot, share in shares.items()
+            }
+            set_norm_shares_(model, shares)
         u = _part(self.caps, progress)
         if u == 1.0:
             wanted: dict[str, Any] = {"w_max": course.target.w_max, "overrides": course.target.overrides}
@@ -172,7 +177,8 @@ def with_scales(model: nn.Module, config: LipschitzConfig, batches: Iterable[Any
     """The config with its constants found on `batches`, if it needs any; on all processes those of the first one."""
     if config.norms != "calibrated" or config.norm_scales or batches is None:
         return config
-    return replace(config, norm_scales=on_first(partial(calibrate, model, batches)))
+    scales = on_first(partial(calibrate, model, batches, norm_shares=config.norm_shares))
+    return replace(config, norm_scales=scales)
 
 
 def _part(span: tuple[float, float], progress: float) -> float:

@@ -29,6 +29,9 @@ from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms
 from lip_plugin.surgery import find_retrofit
 
+# of random models some slots see tokens of very different sizes
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate. at")
+
 SLOTS = ["a", "b", "c", "d"]
 TARGET = LipschitzConfig(norms="calibrated", w_max=0.4, embedding_max=0.4, method="hard_cap")
 
@@ -93,6 +96,27 @@ def test_norms_may_stay_while_caps_tighten() -> None:
     for progress in (0.3, 0.6, 1.0):
         schedule.apply_(model, None, progress)
     assert max(own_caps(model).values()) <= 1 + 1e-3
+
+
+def test_a_schedule_goes_to_the_shares_that_the_config_leaves() -> None:
+    model, left = lively("gpt2"), {"transformer.h.0.ln_1": 0.5, "transformer.ln_f": 1.0}
+    schedule = RetrofitSchedule(norms=(0.0, 1.0), order="together")
+    schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_shares=left, w_max=4.0), batches())
+    at = {}
+    for progress in (0.0, 0.5, 1.0):
+        schedule.apply_(model, None, progress)
+        at[progress] = dict(model.lip_retrofit.config.norm_shares)
+    slots = list(model.lip_retrofit.config.norm_scales)
+    assert at[0.0] == dict.fromkeys(slots, 1.0)
+    assert at[0.5] == dict.fromkeys(slots, 0.5) | {"transformer.h.0.ln_1": 0.75, "transformer.ln_f": 1.0}
+    assert at[1.0] == left
+    other, fresh = (
+        LipschitzConfig(norms="calibrated", norm_shares={"transformer.h.9.ln_1": 0.5}),
+        lively("gpt2"),
+    )
+    with pytest.raises(ConfigError, match="no such slot"):
+        schedule.begin_(fresh, other, batches())
+    assert not hasattr(fresh, "lip_retrofit")
 
 
 def test_bad_input() -> None:
