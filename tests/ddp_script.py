@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import peft_ddp_cases
 import torch
 import torch.distributed as dist
 from distributed_cases import leave
@@ -165,6 +166,9 @@ def main(out: Path) -> None:
     logger.addHandler(counter)
     results = {family: with_trainer(family, out / family) for family in ("gpt2", "llama")}
     results |= {kind: by_hand(kind) for kind in ("muon", "adamw")}
+    results |= {kind: peft_ddp_cases.by_hand(kind) for kind in peft_ddp_cases.KINDS}
+    for name, capped in (("trainer caps", True), ("trainer budget", False)):
+        results[name] = peft_ddp_cases.with_trainer(out / name, capped)
     results["sharded"] = sharded(out / "sharded")
     results |= {"pid": os.getpid(), "rank": dist.get_rank(), "world_size": dist.get_world_size()}
     results |= {"backend": dist.get_backend(), "lines": counter.lines, "written": written}

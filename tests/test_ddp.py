@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from oracles import CAP_TOLERANCE
+from peft_ddp_cases import KINDS
 from transformers import AutoModelForCausalLM
 
 from lip_plugin import Certificate
 from lip_plugin.errors import TrainerError
 from lip_plugin.integrations import hf_trainer
 
+RUNS = ["gpt2", "llama", "muon", "adamw", *KINDS, "trainer caps", "trainer budget"]
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 
@@ -45,7 +47,7 @@ def test_there_are_two_real_processes(ranks):
     assert one["gpt2"]["wrapped"] == "DistributedDataParallel"
 
 
-@pytest.mark.parametrize("run", ["gpt2", "llama", "muon", "adamw"])
+@pytest.mark.parametrize("run", RUNS)
 def test_replicas_are_equal_to_the_bit(ranks, run):
     _, (one, two) = ranks
     assert one[run]["weights"].keys() == two[run]["weights"].keys()
@@ -53,7 +55,7 @@ def test_replicas_are_equal_to_the_bit(ranks, run):
         assert torch.equal(weight, two[run]["weights"][name]), name
 
 
-@pytest.mark.parametrize("run", ["gpt2", "llama", "muon", "adamw"])
+@pytest.mark.parametrize("run", RUNS)
 def test_after_every_step_every_block_is_within_its_cap_on_each_rank(ranks, run):
     for rank in ranks[1]:
         assert len(rank[run]["worst"]) == 10
@@ -71,7 +73,9 @@ def test_the_lone_callback_trains_with_muon_on_both_ranks(ranks, family):
 def test_only_the_first_rank_logs_and_writes(ranks, family):
     folder, (one, two) = ranks
     assert (one[family]["logged"], two[family]["logged"]) == (2, 0)
-    assert len(one["written"]) == 9  # at two checkpoints and at the end, of two families and the sharded one
+    assert (
+        len(one["written"]) == 11
+    )  # at two checkpoints and at the end, of two families and the sharded one; adapters at the end
     assert two["written"] == []
     written = sorted(
         p.relative_to(folder / family).as_posix() for p in (folder / family).rglob("certificate.json*")
