@@ -130,13 +130,13 @@ def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
     found = [p.problem() for p in pieces]
     batch = LowRankProblem.stack(found)
     far = torch.cat([p.short for p in pieces]) < 1.0
-    above = ((batch.solve(torch.zeros_like(batch.ceiling))[0] > ACCEPT) | far).nonzero()[:, 0]
+    top = batch.solve()[0]
+    above = ((top > ACCEPT) | far).nonzero()[:, 0]
     if len(above) == 0:
         return []
     if factor is None:
         batch = batch[above]
-        shift = batch.least_shift()
-        g = batch.solve(shift)[1]
+        shift, g = batch.least_shift(top[above])
     touched, start = [], 0
     for p in pieces:
         mine = ((above >= start) & (above < start + p.segment.count)).nonzero()[:, 0]
