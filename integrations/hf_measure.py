@@ -19,10 +19,11 @@ from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.graph import Watch
 from lip_plugin.certificate.nodes import attentions
 from lip_plugin.certificate.whole import together
-from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms
+from lip_plugin.parts import parts
+from lip_plugin.slots import steepest_norm
 from lip_plugin.surgery import find_retrofit
 
 CERTIFICATE = "certificate.json"
@@ -33,7 +34,7 @@ METRICS = {
     "lip/log10_certificate_caps": "the same from the caps alone: holds until a schedule changes them, but for biases",
     "lip/radius": "proven token norm of what enters the first block",
     "lip/worst_norm_over_cap": "largest proven block norm over its cap, or change of an adapter over its budget; at most 1.001",
-    "lip/norms_left": "mean share of the norms that are left: 0 where they were removed, 1 where they are kept",
+    "lip/steepest_norm": "largest Lipschitz constant of a norm, gain / max(sqrt(eps), floor); 0 where norms were removed",
     "lip/largest_cap": "largest RMS->RMS cap of a matrix now",
     "lip/largest_activation": "largest absolute activation seen on two training sequences",
     "lip/attention_entropy_seen": "smallest entropy, in nats, of a full-length attention row on them",
@@ -67,7 +68,7 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
             if s.cap
         ]
         values["lip/largest_cap"] = max(caps)
-        values["lip/norms_left"] = _norms_left(found[1].config)
+        values["lip/steepest_norm"] = 0.0 if found[1].config.recipe else _steepest_norm(*found)
     if ids is not None:
         watch, graph = Watch(), build(model)
         with torch.no_grad():
@@ -81,10 +82,8 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> dict[str, float]:
     return values
 
 
-def _norms_left(config: LipschitzConfig) -> float:
-    if config.norms == "calibrated":
-        return sum(config.norm_shares.values()) / len(config.norm_scales)
-    return 1.0 if config.norms == "keep" else 0.0
+def _steepest_norm(root: nn.Module, state: Any) -> float:
+    return steepest_norm(root, parts(root, state.architecture).norms())
 
 
 def _known(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from lip_plugin.integrations.peft_budget import constrain_adapters, has_budget
 from lip_plugin.optim.muon import LipschitzMuon
 from lip_plugin.optim.projection import attach_projection, keep_within_caps_
 from lip_plugin.plan import RetrofitReport
-from lip_plugin.schedule import RetrofitSchedule, with_scales
+from lip_plugin.schedule import RetrofitSchedule, with_floors
 from lip_plugin.surgery import find_retrofit, retrofit
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class LipschitzCallback(TrainerCallback):
         probe_tokens: length of the two sequences that activations and entropies are seen on.
         schedule: of a pretrained model: its norms go, and its caps tighten to the config's, while it trains
             (RetrofitSchedule). Resumed by the same script from the same pretrained weights.
-        calibration: batches for the constants of norms="calibrated" (see `calibrate`), where the config names none.
+        calibration: batches for the floors of norms="calibrated" (see `calibrate`), where the config names none.
         adapter_budget: of LoRA: how much of the base's own norm a block may change by
             (`constrain_adapters(model, budget, relative=True)`). None leaves budgets that are there, and takes 0.1 for
             adapters on a base that was never retrofitted; on one that was, its caps hold in any case.
@@ -137,7 +137,7 @@ class LipschitzCallback(TrainerCallback):
             return self.schedule.begin_(
                 model, config or LipschitzConfig(norms="calibrated"), self.calibration
             )
-        config = None if config is None else with_scales(model, config, self.calibration)
+        config = None if config is None else with_floors(model, config, self.calibration)
         return None if retrofitted and config is None else retrofit(model, config)
 
     def _takes_muon(self, args: TrainingArguments, model: nn.Module) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lip_plugin.optim.muon import LipschitzMuon
     from lip_plugin.optim.projection import attach_projection, project_
     from lip_plugin.recap import recap_
-    from lip_plugin.schedule import RetrofitSchedule, set_norm_shares_
+    from lip_plugin.schedule import RetrofitSchedule, set_norm_floors_
     from lip_plugin.surgery import release, retrofit
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ _HOMES = {
     "calibrate": "lip_plugin.calibration",
     "own_caps": "lip_plugin.calibration",
     "RetrofitSchedule": "lip_plugin.schedule",
-    "set_norm_shares_": "lip_plugin.schedule",
+    "set_norm_floors_": "lip_plugin.schedule",
     "save_checkpoint": "lip_plugin.checkpoint",
     "load_checkpoint": "lip_plugin.checkpoint",
     "constrain_adapters": "lip_plugin.integrations.peft_budget",
@@ -100,7 +100,7 @@ __all__ = [
     "release_adapters",
     "retrofit",
     "save_checkpoint",
-    "set_norm_shares_",
+    "set_norm_floors_",
 ]
 
 

@@ -1,9 +1,8 @@
-"""calibrate(model, batches): the constant of every norm slot, from a few batches; own_caps(model): caps that change nothing."""
+"""calibrate(model, batches): the floor under every norm, from a few batches; own_caps(model): caps that change nothing."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,28 +18,10 @@ from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.modules import table_of
 from lip_plugin.parts import Parts, parts
-from lip_plugin.slots import Calibrated, NormFacts, calibrate_, norm_facts, root_mean_square
+from lip_plugin.slots import Floored, NormFacts, floor_, norm_facts, root_mean_square
 from lip_plugin.surgery import linear_layout
 
-METHODS = ("least_squares", "least_absolute", "mean_inverse", "median")
-_POOR = 0.2  # an error above it is warned of; measured: docs/LOG.md, 2026-11-26
 _AT_MOST = 1 << 20  # values of one slot and batch that are kept
-
-
-class Calibration(dict[str, float]):
-    """The constants of all norm slots, by full name in running order; for `LipschitzConfig(norm_scales=...)`.
-
-    Attributes:
-        errors: by slot, in [0, 1]: what no constant can explain of the norm. With s the root of the mean square of what enters
-            at a token, 1 - (sum s)^2 / (n sum s^2) is the least mean of (1 - c s)^2 over c: 0 where tokens are of one size, near
-            1 where a few are far larger than all others.
-        shares: how much of its norm each slot keeps, for `LipschitzConfig(norm_shares=...)`; slots that lose it are not in it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: dict[str, float] = {}
-        self.shares: dict[str, float] = {}
 
 
 @torch.no_grad()
@@ -48,78 +29,46 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]],
     *,
-    method: str = "least_squares",
+    quantile: float = 0.05,
     sequential: bool = True,
-    norm_shares: Mapping[str, float] | None = None,
-    error_max: float | None = None,
-) -> Calibration:
-    """The constant c of every norm slot, so that c g (x - mean x) + b is near to what the norm computes on these batches.
+) -> dict[str, float]:
+    """The floor under every norm's divisor, by slot: a quantile of what the norm divides by on these batches.
 
-        found = calibrate(model, batches, error_max=0.2)
-        LipschitzConfig(norms="calibrated", norm_scales=found, norm_shares=found.shares)
-
-    The model is run in eval mode and left as it was.
+    For `LipschitzConfig(norms="calibrated", norm_floors=...)`. The model is run in eval mode and left as it was.
 
     Args:
         model: of a known family, with its norms; retrofitted with norms="keep" or not at all.
         batches: token ids [batch, tokens] (pixels of an image model), or dictionaries of the model's inputs, whose
             `attention_mask` says which tokens count. Gone through once for every slot if `sequential`, so keep them few.
-        method: c from the roots s of the mean squares of what enters the norm. The norm's output is of size 1 at every token,
-            that of the fixed map c s: `"least_squares"` is sum(s) / sum(s^2), which minimizes sum (1 - c s)^2, and
-            `"least_absolute"` minimizes sum abs(1 - c s), which a few tokens of huge s do not rule; `"mean_inverse"` is the
-            mean of 1/s, `"median"` its median. Measured in docs/LOG.md (2026-11-26).
-        sequential: slots in running order, each behind those that are replaced already, so that it sees what it will see.
-        norm_shares: how much of its norm a slot will keep, in [0, 1] by full name; 0 for those that are left out.
-        error_max: slots whose error is above it keep their norms whole (they get a share of 1). None: all others go, and a
-            warning names those whose error is above 0.2: without training on such a model may be destroyed.
+        quantile: in [0, 1], of the roots s of the mean squares of what enters the norm, over tokens. At 0 the floor is the
+            smallest s, and nothing changes on these batches; tokens below the floor come out shorter by s / floor. The
+            Lipschitz constant of a slot is its largest gain over the floor. At 1 every norm becomes affine. Measured in
+            docs/LOG.md (2026-11-26).
+        sequential: slots in running order, each behind those that have their floors already, so that it sees what it will see.
 
     Raises:
-        ConfigError: no batches, an unknown method or slot. NonFiniteError: a slot reads nan or inf.
+        ConfigError: no batches, or a quantile out of range. NonFiniteError: a slot reads nan or inf.
         UnsupportedModelError: an unknown family or norm, or norms that are gone.
     """
-    if method not in METHODS:
-        raise ConfigError(f"calibrate(method={method!r}): choose one of {', '.join(map(repr, METHODS))}.")
+    if not 0.0 <= quantile <= 1.0:
+        raise ConfigError(f"calibrate(quantile={quantile!r}): a number in [0, 1], please.")
     refuse_shards(model, "calibrate")
     family, names = _described(model)
-    calibrated = any(isinstance(model.get_submodule(slot), Calibrated) for slot in names.norms())
-    if calibrated or norms_are_gone(model, names):
+    floored = any(isinstance(model.get_submodule(slot), Floored) for slot in names.norms())
+    if floored or norms_are_gone(model, names):
         raise UnsupportedModelError("calibrate: the norms of this model were replaced already. Load it anew.")
     held = _checked(batches)
     slots = list(names.norms())
-    given = dict(norm_shares or {})
-    if unknown := sorted(set(given) - set(slots)):
-        raise ConfigError(
-            f"calibrate(norm_shares={{{unknown[0]!r}: ...}}): no such slot. There are: {', '.join(slots)}."
-        )
     groups = [[slot] for slot in slots] if sequential else [slots]
-    found = Calibration()
+    floors: dict[str, float] = {}
     with _as_it_was(model, slots), progress(len(groups) * len(held), "calibrate") as bar:
         for group in groups:
             roots = _observed(model, family, group, held, bar)
             for slot in group:
-                found[slot], found.errors[slot] = _scale(slot, torch.cat(roots[slot]), method)
-                share = given.get(slot, 0.0)
-                if error_max is not None and found.errors[slot] > error_max:
-                    share = 1.0
-                if share:
-                    found.shares[slot] = share
+                floors[slot] = _floor(slot, torch.cat(roots[slot]), quantile)
                 if sequential:
-                    calibrate_(model.get_submodule(slot), slot, found[slot], share)
-    if error_max is None:
-        _warn_of_sinks(found)
-    return found
-
-
-def _warn_of_sinks(found: Calibration) -> None:
-    poor = {slot: error for slot, error in found.errors.items() if error > _POOR and slot not in found.shares}
-    if poor:
-        listed = ", ".join(f"{slot} ({error:.2f})" for slot, error in poor.items())
-        warnings.warn(
-            f"calibrate: at {len(poor)} of {len(found)} norms a few tokens are far larger than all others, and one constant does "
-            f"not serve both: {listed}. Look at the loss right after. These norms can stay: found = calibrate(..., "
-            f"error_max={_POOR}), then LipschitzConfig(..., norm_scales=found, norm_shares=found.shares).",
-            stacklevel=4,
-        )
+                    floor_(model.get_submodule(slot), slot, floors[slot])
+    return floors
 
 
 def _described(model: nn.Module) -> tuple[Family, Parts]:
@@ -139,7 +88,7 @@ def _as_it_was(model: nn.Module, slots: list[str]) -> Iterator[None]:
         for module, cls in classes:
             if type(module) is not cls:
                 module.__class__ = cls
-                for key in ("facts", "scale", "share"):
+                for key in ("facts", "floor"):
                     module.__dict__.pop(key, None)
         for module, mode in modes:
             module.training = mode
@@ -218,23 +167,13 @@ def _checked(batches: Any) -> list[Any]:
     return held
 
 
-def _scale(slot: str, s: Tensor, method: str) -> tuple[float, float]:
-    """(the constant, the error that the best one would leave)."""
+def _floor(slot: str, s: Tensor, quantile: float) -> float:
+    """The value of rank floor(q (n - 1)) in s; torch.quantile takes 2^24 values at most."""
     if not bool(torch.isfinite(s).all()):
         raise NonFiniteError(
             f"{slot} reads nan or inf on these batches. Check them, and the model's weights."
         )
-    best = float(s.sum() / s.square().sum())
-    error = max(0.0, 1.0 - best * float(s.mean()))
-    if method == "least_squares":
-        return best, error
-    if method == "mean_inverse":
-        return float((1.0 / s).mean()), error
-    s = s.sort().values
-    if method == "median":
-        return float(1.0 / s[(len(s) - 1) // 2]), error
-    weight = s.cumsum(0)  # the median of 1/s, each counted s times
-    return float(1.0 / s[int((weight < weight[-1] / 2).sum())]), error
+    return float(s.sort().values[int(quantile * (len(s) - 1))])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from lip_plugin.modules import (
 )
 from lip_plugin.parts import Parts
 from lip_plugin.recipe import step_sizes
-from lip_plugin.slots import Calibrated, norm_facts
+from lip_plugin.slots import Floored, norm_facts
 
 
 def check_model(
@@ -166,35 +166,35 @@ def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig,
             f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, and its weights were "
             "trained without. Use norms='remove', or build the model anew."
         )
-    if config.norms == "keep" and any(isinstance(model.get_submodule(n), Calibrated) for n in names.norms()):
+    if config.norms == "keep" and any(isinstance(model.get_submodule(n), Floored) for n in names.norms()):
         raise ConfigError(
-            f"The norms of this {type(model).__name__} were calibrated by an earlier retrofit. Use norms='calibrated' with "
-            "norm_shares of 1 to have them back."
+            f"The norms of this {type(model).__name__} got floors by an earlier retrofit. Use norms='calibrated' with "
+            "norm_floors of 0 to have them back."
         )
     if pretrained and config.norms is None and not removed:
         raise ConfigError(
             f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a function of its "
             "norms: removing them destroys what it learned. Say which you want: "
-            "LipschitzConfig(norms='keep') caps the weights only, norms='calibrated' replaces every norm by what it was on "
-            "average, LipschitzConfig(norms='remove') removes the norms all the same; add init='orthogonal' to train from "
-            "scratch."
+            "LipschitzConfig(norms='keep') caps the weights only, norms='calibrated' puts a floor under what "
+            "every norm divides by, LipschitzConfig(norms='remove') removes the norms all the same; add "
+            "init='orthogonal' to train from scratch."
         )
 
 
 def _check_slots(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    """norms="calibrated": a constant for every slot, and for nothing else."""
+    """norms="calibrated": a floor for every slot, and for nothing else."""
     slots = list(names.norms())
-    if not config.norm_scales:
+    if not config.norm_floors:
         raise ConfigError(
-            "norms='calibrated' needs the constant of every norm slot: LipschitzConfig(norms='calibrated', "
-            "norm_scales=calibrate(model, batches)), with a few batches of what the model is trained on."
+            "norms='calibrated' needs the floor of every norm slot: LipschitzConfig(norms='calibrated', "
+            "norm_floors=calibrate(model, batches)), with a few batches of what the model is trained on."
         )
-    missing, extra = set(slots) - set(config.norm_scales), set(config.norm_scales) - set(slots)
+    missing, extra = set(slots) - set(config.norm_floors), set(config.norm_floors) - set(slots)
     if missing or extra:
         what = (
-            f"norm_scales lacks {min(missing)!r}"
+            f"norm_floors lacks {min(missing)!r}"
             if missing
-            else f"norm_scales names {min(extra)!r}, which is no norm slot"
+            else f"norm_floors names {min(extra)!r}, which is no norm slot"
         )
         raise ConfigError(f"{what} of this {type(model).__name__}. Its slots: {', '.join(slots)}.")
     for name in slots:

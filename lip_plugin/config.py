@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,14 +65,12 @@ class LipschitzConfig:
             rewards; `"matrix"` caps each of q, k, v as a whole.
         norms: `"remove"` (the recipe of arXiv 2507.13338: convex residual, no norm, no QK-norm) or
             `"keep"` (caps only; the certificate stays honest and is usually astronomically large), or
-            `"calibrated"`: every norm becomes the affine map that it was on average, with its own gain (not trained then)
-            and bias, and all else stays as it was. For pretrained models: what they know survives, and fine-tuning repairs
-            the rest. None means remove, but refuses a model whose weights were loaded from somewhere,
-            because a pretrained model is a function of its norms.
-        norm_scales: for norms="calibrated": the constant of every norm slot by its full name, as
-            `calibrate(model, batches)` gives them.
-        norm_shares: for norms="calibrated": how much of a slot's norm is still there, in [0, 1], by its full name; nothing
-            of those that are left out. See RetrofitSchedule, which lets them go one after another.
+            `"calibrated"`: every norm divides by its root mean square or by a floor, whichever is larger, and all else stays
+            as it was. For pretrained models: with the floors of `calibrate` what they know survives, and no norm is steeper
+            than its gain (not trained then) over its floor. None means remove, but refuses a model whose weights were
+            loaded from somewhere, because a pretrained model is a function of its norms.
+        norm_floors: for norms="calibrated": the floor under every norm's divisor by the slot's full name, as
+            `calibrate(model, batches)` gives them, or higher; 0 leaves a norm as it is. See RetrofitSchedule, which raises them.
         residual: a in x <- (1-a) x + a f(x), or one of attention and one of MLPs; None is the paper's 1/(2L) for L
             layers, or 1/(L+1) where attention and MLP run in parallel and their mean is f.
         attention_scale: attention logits are attention_scale * q.k / d_head. 0 leaves attention by position alone,
@@ -107,8 +106,7 @@ class LipschitzConfig:
     overrides: Mapping[str, float] = field(default_factory=dict)
     granularity: str = "head"
     norms: str | None = None
-    norm_scales: Mapping[str, float] = field(default_factory=dict)
-    norm_shares: Mapping[str, float] = field(default_factory=dict)
+    norm_floors: Mapping[str, float] = field(default_factory=dict)
     residual: float | tuple[float, float] | None = None
     attention_scale: float = 1.0
     value_scale: float = 1.0 / 3.0
@@ -145,7 +143,7 @@ class LipschitzConfig:
                 f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms={self.norms!r}): parts of the recipe that removes "
                 "norms; a model that keeps or calibrates them keeps its own attention, activations and logits."
             )
-        self._check_slots()
+        self._check_floors()
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
         if not isinstance(self.untie_head, bool):
@@ -167,26 +165,20 @@ class LipschitzConfig:
         """Whether norms are removed, and all that goes with it put in their place (once None is resolved)."""
         return self.norms not in ("keep", "calibrated")
 
-    def _check_slots(self) -> None:
-        for name in ("norm_scales", "norm_shares"):
-            values = getattr(self, name)
-            if not isinstance(values, Mapping):
-                raise ConfigError(f"LipschitzConfig({name}=...) takes a mapping {{norm slot: number}}.")
-            if values and self.norms != "calibrated":
+    def _check_floors(self) -> None:
+        if not isinstance(self.norm_floors, Mapping):
+            raise ConfigError("LipschitzConfig(norm_floors=...) takes a mapping {norm slot: number}.")
+        if self.norm_floors and self.norms != "calibrated":
+            raise ConfigError(
+                f"LipschitzConfig(norm_floors=...) needs norms='calibrated', not {self.norms!r}."
+            )
+        object.__setattr__(self, "norm_floors", dict(self.norm_floors))
+        for slot, floor in self.norm_floors.items():
+            number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
+            if not number or not 0 <= floor < math.inf:
                 raise ConfigError(
-                    f"LipschitzConfig({name}=...) needs norms='calibrated', not {self.norms!r}."
+                    f"LipschitzConfig(norm_floors[{slot!r}]={floor!r}): a finite number, 0 or above, please."
                 )
-            object.__setattr__(self, name, dict(values))
-        for slot, scale in self.norm_scales.items():
-            _check_positive(f"norm_scales[{slot!r}]", scale)
-        for slot, share in self.norm_shares.items():
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if not number or not 0 <= share <= 1:
-                raise ConfigError(
-                    f"LipschitzConfig(norm_shares[{slot!r}]={share!r}): a share lies in [0, 1]."
-                )
-            if self.norm_scales and slot not in self.norm_scales:
-                raise ConfigError(f"LipschitzConfig(norm_shares[{slot!r}]): norm_scales has no such slot.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LipschitzConfig:

@@ -1,4 +1,4 @@
-"""RetrofitSchedule: a pretrained model loses its norms, and its caps tighten, while it trains.
+"""RetrofitSchedule: floors rise under a pretrained model's norms, and its caps tighten, while it trains.
 
     schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.2, 0.9))
     schedule.begin_(model, LipschitzConfig(norms="calibrated", w_max=4.0), batches)
@@ -8,7 +8,7 @@
 
 or `LipschitzCallback(config, schedule=schedule, calibration=batches)`. What a model is at a step follows from its pretrained
 weights, the calibration batches and the step alone, so a run is resumed by the same script from the same weights and the
-same batches (do not shuffle them anew; or keep the constants in the config's norm_scales), with a checkpoint loaded on top.
+same batches (do not shuffle them anew; or keep the floors in the config's norm_floors), with a checkpoint loaded on top.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lip_plugin.optim.projection import require_retrofit
 from lip_plugin.parts import parts
 from lip_plugin.plan import Plan, RetrofitReport
 from lip_plugin.recap import recap_
-from lip_plugin.slots import calibrate_
+from lip_plugin.slots import floor_
 from lip_plugin.surgery import RetrofitState, caps_by_name, find_retrofit, retrofit, set_state
 
 ORDERS = ("last", "first", "together")
@@ -51,14 +51,14 @@ class RetrofitSchedule:
     """When norms go and caps tighten, in shares of the training (0 its first step, 1 its end).
 
     Args:
-        norms: (begin, end) of the norms' removal; before it every norm is there, after it none, or the config's norm_shares.
-        order: `"last"` removes one slot after another from the last to the first (each fades out over its part of the
-            time), `"first"` from the first on, `"together"` all of them at once, fading.
+        norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's norm_floors.
+        order: `"last"` raises one slot's floor after another's from the last to the first, `"first"` from the first on,
+            `"together"` all of them at once.
         caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
             A layer whose own norm is below its target has the target as its cap from the start.
         every: steps between two changes; each measures the norms of all blocks that a cap fell on. A compiled
-            model is compiled anew when a slot's norm begins to go and when it is gone, so twice for each slot, or twice in
-            all for order="together"; beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
+            model is compiled anew when a slot's floor leaves 0, so once for each slot, or once in all for order="together";
+            beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
 
     Raises:
         ConfigError: shares out of order or of [0, 1], an unknown order.
@@ -84,13 +84,15 @@ class RetrofitSchedule:
         if self.every < 1:
             raise ConfigError(f"RetrofitSchedule(every={self.every}): at least 1 step.")
 
-    def shares_at(self, slots: list[str], progress: float) -> dict[str, float]:
-        """How much of each slot's norm is left; slots in running order."""
+    def floors_at(self, end: Mapping[str, float], progress: float) -> dict[str, float]:
+        """The floor of every slot, from 0 to its `end`; slots in running order."""
         u = _part(self.norms, progress)
         if self.order == "together":
-            return dict.fromkeys(slots, 1.0 - u)
+            return {slot: u * floor for slot, floor in end.items()}
+        slots = list(end)
         turn = slots[::-1] if self.order == "last" else slots
-        return {slot: min(1.0, max(0.0, 1.0 - (u * len(slots) - i))) for i, slot in enumerate(turn)}
+        parts = {slot: min(1.0, max(0.0, u * len(slots) - i)) for i, slot in enumerate(turn)}
+        return {slot: parts[slot] * floor for slot, floor in end.items()}
 
     def caps_at(
         self, start: Mapping[str, float], end: Mapping[str, float], progress: float
@@ -107,13 +109,13 @@ class RetrofitSchedule:
     ) -> RetrofitReport:
         """Retrofit a pretrained model to the start of the schedule, in place: its norms are there, its weights at their caps.
 
-        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides, and what is left of a
-        norm at the end (norm_shares). Its norm_scales may be given, else they are found on `batches` (see `calibrate`).
+        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_floors may
+        be given, else they are found on `batches` (see `calibrate`).
 
-        Collective: on several processes every one calls it, and all take the constants and caps that the first one finds.
+        Collective: on several processes every one calls it, and all take the floors and caps that the first one finds.
 
         Raises:
-            ConfigError: norms="remove", no scales and no batches, or a model that was retrofitted already.
+            ConfigError: norms="remove", no floors and no batches, or a model that was retrofitted already.
         """
         if find_retrofit(model) is not None:
             raise ConfigError(
@@ -125,17 +127,17 @@ class RetrofitSchedule:
                 f"RetrofitSchedule goes to norms='calibrated' (or 'keep': only caps move), not to {config.norms!r}."
             )
         names = parts(model, find_family(model).architecture)
-        if config.norms == "calibrated" and not config.norm_scales and batches is None:
+        if config.norms == "calibrated" and not config.norm_floors and batches is None:
             raise ConfigError(
-                "RetrofitSchedule needs batches for the constants of the norms: LipschitzCallback(..., calibration="
-                "batches), or LipschitzConfig(norm_scales=calibrate(model, batches))."
+                "RetrofitSchedule needs batches for the floors of the norms: LipschitzCallback(..., calibration="
+                "batches), or LipschitzConfig(norm_floors=calibrate(model, batches))."
             )
-        config = with_scales(model, config, batches)
+        config = with_floors(model, config, batches)
         target = replace(config, init="keep")
         own = on_first(partial(own_caps, model, granularity=config.granularity))
         end = caps_by_name(names, target)
-        shares = dict.fromkeys(target.norm_scales, 1.0)
-        first = replace(target, overrides=self.caps_at(own, end, 0.0), norm_shares=shares)
+        floors = self.floors_at(target.norm_floors, 0.0)
+        first = replace(target, overrides=self.caps_at(own, end, 0.0), norm_floors=floors)
         report = retrofit(model, first)
         model.__dict__[_KEY] = _Course(own, end, target)
         self.apply_(model, None, 0.0)
@@ -157,12 +159,7 @@ class RetrofitSchedule:
                 "RetrofitSchedule.apply_: call begin_(model, config, batches) on the pretrained model first."
             )
         if course.target.norms == "calibrated":
-            shares = self.shares_at(list(course.target.norm_scales), progress)
-            left = course.target.norm_shares
-            shares = {
-                slot: 1.0 - (1.0 - left.get(slot, 0.0)) * (1.0 - share) for slot, share in shares.items()
-            }
-            set_norm_shares_(model, shares)
+            set_norm_floors_(model, self.floors_at(course.target.norm_floors, progress))
         u = _part(self.caps, progress)
         if u == 1.0:
             wanted: dict[str, Any] = {"w_max": course.target.w_max, "overrides": course.target.overrides}
@@ -173,12 +170,11 @@ class RetrofitSchedule:
             recap_(model, optimizer, **wanted, process_group=process_group)
 
 
-def with_scales(model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None) -> LipschitzConfig:
-    """The config with its constants found on `batches`, if it needs any; on all processes those of the first one."""
-    if config.norms != "calibrated" or config.norm_scales or batches is None:
+def with_floors(model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None) -> LipschitzConfig:
+    """The config with its floors found on `batches`, if it needs any; on all processes those of the first one."""
+    if config.norms != "calibrated" or config.norm_floors or batches is None:
         return config
-    scales = on_first(partial(calibrate, model, batches, norm_shares=config.norm_shares))
-    return replace(config, norm_scales=scales)
+    return replace(config, norm_floors=on_first(partial(calibrate, model, batches)))
 
 
 def _part(span: tuple[float, float], progress: float) -> float:
@@ -188,29 +184,31 @@ def _part(span: tuple[float, float], progress: float) -> float:
     return 0.0 if progress <= begin else (progress - begin) / (end - begin)
 
 
-def set_norm_shares_(model: nn.Module, shares: Mapping[str, float]) -> RetrofitReport:
-    """Change how much of its calibrated norms a model still has, in mid-run, in place; what is saved with it says so too.
+def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitReport:
+    """Move floors under a model's norms in mid-run, in place; what is saved with it says so too.
 
     Args:
         model: retrofitted with norms="calibrated", wrapped or not.
-        shares: in [0, 1] by slot; 0 for those that are left out.
+        floors: by slot, 0 or above; those that are left out stay where they are.
 
     Raises:
-        ConfigError: shares out of range, or a model without calibrated norms. Nothing was changed.
+        ConfigError: floors out of range, unknown slots, or a model without calibrated norms. Nothing was changed.
     """
     root, state = require_retrofit(model)
     if state.config.norms != "calibrated":
         raise ConfigError(
-            f"set_norm_shares_: this model's norms are {state.config.norms!r}, not 'calibrated'."
+            f"set_norm_floors_: this model's norms are {state.config.norms!r}, not 'calibrated'."
         )
-    config = replace(state.config, norm_shares={k: v for k, v in shares.items() if v})
+    if unknown := sorted(set(floors) - set(state.config.norm_floors)):
+        raise ConfigError(
+            f"set_norm_floors_: no norm slot {unknown[0]!r}. There are: {', '.join(state.config.norm_floors)}."
+        )
+    config = replace(state.config, norm_floors={**state.config.norm_floors, **floors})
     plan = Plan()
-    for slot, scale in config.norm_scales.items():
+    for slot, floor in config.norm_floors.items():
         module: Any = root.get_submodule(slot)
-        share = config.norm_shares.get(slot, 0.0)
-        if module.share != share:
-            do = partial(calibrate_, module, slot, scale, share)
-            plan.add(slot, f"{share:g} of the norm left", do)
+        if module.floor != floor:
+            plan.add(slot, f"floor {floor:.6g} under the norm", partial(floor_, module, slot, floor))
     report = plan.carry_out()
     if len(report):
         set_state(root, RetrofitState(config, state.architecture))

@@ -1,13 +1,16 @@
-"""Norm slots: what a library's norm computes, and the affine map that takes its place where norms are calibrated.
+"""Norm slots: what a library's norm computes, and the floor under its divisor that makes it a Lipschitz map.
 
-A LayerNorm gives g (x - mean x) / s(x) + b, an RMSNorm g x / s(x), with s the root of the mean square (plus eps). A trained
-model is a function of these; but over the inputs that it is given, s of one slot varies little. With s replaced by a
-constant 1/c the norm is an affine map of constant c max(g), whose c `calibrate` finds. On the way there a slot computes
-share * norm(x) + (1 - share) * fixed(x). Gain and bias stay the norm's own Parameters, under their own keys.
+A LayerNorm gives g (x - mean x) / s(x) + b, an RMSNorm g x / s(x), with s the root of the mean square (plus eps): near zero
+it is as steep as g / sqrt(eps). With max(s(x), floor) for s(x) it is nowhere steeper than g / floor, no output is larger
+than before, and every x with s(x) >= floor is mapped as before. Over the inputs that a trained model is given, s of a slot
+stays away from 0, so `calibrate` finds floors that change (almost) nothing. Far above them the map is affine: the norm is
+gone. Gain and bias stay the norm's own Parameters, under their own keys.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +34,7 @@ class NormFacts:
 
 def norm_facts(module: Any, name: str) -> NormFacts:
     """The facts about a library's norm module; raises UnsupportedModelError for one that we do not know."""
-    cls = module.plain_class if isinstance(module, Calibrated) else type(module)
+    cls = module.plain_class if isinstance(module, Floored) else type(module)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if cls is nn.LayerNorm:
         return NormFacts(float(module.eps), True)
@@ -56,38 +59,32 @@ def root_mean_square(x: Tensor, facts: NormFacts) -> Tensor:
     return (x.square().mean(-1, keepdim=True) + facts.eps).sqrt()
 
 
-class Calibrated:
-    """Mixin of a norm whose slot computes share * norm(x) + (1 - share) * scale * g * (x, centered or not) + b.
+class Floored:
+    """Mixin of a norm whose slot computes g (x, centered or not) / max(s(x), floor) + b; the library's norm at a floor of 0.
 
-    `scale` and `share` are python floats on the module: torch.compile compiles anew when a share leaves 1, and when it gets
-    to 0.
+    `floor` is a python float on the module: torch.compile compiles anew when it leaves 0, and takes the numbers above.
     """
 
     plain_class: type
     facts: NormFacts
-    scale: float
-    share: float
+    floor: float
     weight: Tensor | None
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.share == 1.0:
+        if self.floor == 0.0:
             return super().forward(x)  # type: ignore[misc]
-        fixed = self.fixed(x)
-        return fixed if self.share == 0.0 else self.share * super().forward(x) + (1.0 - self.share) * fixed  # type: ignore[misc]
-
-    def fixed(self, x: Tensor) -> Tensor:
-        """The affine map: in float32 or wider, as norms compute, its result in x's dtype."""
+        # in float32 or wider, as norms compute; the result in x's dtype
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y - y.mean(-1, keepdim=True) if self.facts.center else y
+        y = y / (y.square().mean(-1, keepdim=True) + self.facts.eps).sqrt().clamp_min(self.floor)
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
-        y = y * self.scale
         if weight is not None:
             y = y * ((1.0 + weight) if self.facts.one_plus else weight)
         return (y if bias is None else y + bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale:.6g}, share={self.share:.6g}"  # type: ignore[misc]
+        return f"{super().extra_repr()}, floor={self.floor:.6g}"  # type: ignore[misc]
 
     def __reduce_ex__(
         self, protocol: Any
@@ -98,23 +95,38 @@ class Calibrated:
 _CLASSES: dict[type, Any] = {}
 
 
-def _calibrated(cls: type) -> Any:
+def _floored(cls: type) -> Any:
     if cls not in _CLASSES:
         _CLASSES[cls] = type(
-            "CalibratedScale", (Calibrated, cls), {"plain_class": cls, "__module__": __name__}
+            f"Floored{cls.__name__}", (Floored, cls), {"plain_class": cls, "__module__": __name__}
         )
     return _CLASSES[cls]
 
 
 def _blank(cls: type) -> Any:
-    made = _calibrated(cls)
+    made = _floored(cls)
     return made.__new__(made)
 
 
-def calibrate_(module: Any, name: str, scale: float, share: float) -> None:
-    """Make a norm calibrated, in place, sharing its very Parameters; or change the numbers of one that is."""
-    if not isinstance(module, Calibrated):
+def floor_(module: Any, name: str, floor: float) -> None:
+    """Put a floor under a norm's divisor, in place, sharing its very Parameters; or move the one that is there."""
+    if not isinstance(module, Floored):
         facts = norm_facts(module, name)
-        module.__class__ = _calibrated(type(module))
+        module.__class__ = _floored(type(module))
         module.facts = facts
-    module.scale, module.share = float(scale), float(share)
+    module.floor = float(floor)
+
+
+@torch.no_grad()
+def steepest_norm(model: nn.Module, slots: Iterable[str]) -> float:
+    """Largest Lipschitz constant of a norm in these slots, gain / max(sqrt(eps), floor); a float, for logs, not a proof."""
+    found = [0.0]
+    for slot in slots:
+        module: Any = model.get_submodule(slot)
+        facts, weight = norm_facts(module, slot), getattr(module, "weight", None)
+        gain = 1.0
+        if weight is not None:
+            gain = float((1.0 + weight if facts.one_plus else weight).abs().max())
+        least = max(facts.eps**0.5, module.floor if isinstance(module, Floored) else 0.0)
+        found.append(gain / least if least else math.inf)
+    return max(found)

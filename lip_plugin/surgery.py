@@ -27,7 +27,7 @@ from lip_plugin.modules import (
 from lip_plugin.parts import Parts, parts
 from lip_plugin.plan import Plan, RetrofitReport
 from lip_plugin.recipe import plan_constants
-from lip_plugin.slots import calibrate_
+from lip_plugin.slots import floor_
 
 logger = logging.getLogger(__name__)
 _MARK = "lip_retrofit"
@@ -193,13 +193,9 @@ def caps_by_name(names: Parts, config: LipschitzConfig) -> dict[str, float]:
 
 
 def _plan_calibrated(plan: Plan, model: nn.Module, name: str, config: LipschitzConfig) -> None:
-    scale, share = config.norm_scales[name], config.norm_shares.get(name, 0.0)
-    left = f", {share:g} of the norm left" if share else ""
-    plan.add(
-        name,
-        f"norm -> fixed scale {scale:.6g}{left}",
-        lambda: calibrate_(model.get_submodule(name), name, scale, share),
-    )
+    floor = config.norm_floors[name]
+    what = f"floor {floor:.6g} under the norm" if floor else "norm, without a floor yet"
+    plan.add(name, what, lambda: floor_(model.get_submodule(name), name, floor))
 
 
 def _plan_constrain(plan: Plan, name: str, module: Any, layout: Layout) -> None:

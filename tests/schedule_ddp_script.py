@@ -44,15 +44,16 @@ def main(out: Path) -> None:
         disable_tqdm=True,
     )
     trainer = Trainer(model, args, train_dataset=data_for("llama"), callbacks=[callback])
-    scales = model.lip_retrofit.config.norm_scales
+    at_start = model.lip_retrofit.config.norm_floors
     trainer.train()
     config = model.lip_retrofit.config
     found = {
-        "scales": scales,
-        "end": (config.w_max, config.overrides, config.norm_shares),
+        "at_start": at_start,
+        "end": (config.w_max, config.overrides),
+        "floors": config.norm_floors,
         "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
         "worst": max(b.worst_over_cap for b in block_norms(model)),
-        "left": [e["lip/norms_left"] for e in trainer.state.log_history if "lip/norms_left" in e],
+        "steep": [e["lip/steepest_norm"] for e in trainer.state.log_history if "lip/steepest_norm" in e],
         "world_size": args.world_size,
     }
     torch.save(found, out / f"rank-{rank}.pt")

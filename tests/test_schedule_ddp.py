@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("schedule_ddp_script.py")
 
 
 @pytest.mark.slow
-def test_replicas_lose_their_norms_together(tmp_path: Path) -> None:
+def test_replicas_get_their_floors_together(tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("gloo is not available")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -26,10 +26,12 @@ def test_replicas_lose_their_norms_together(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-6000:]
     one, two = (torch.load(tmp_path / f"rank-{n}.pt", weights_only=True) for n in range(2))
     assert one["world_size"] == 2
-    assert one["scales"] == two["scales"]
-    assert one["end"] == two["end"] == (0.4, {}, {})
+    assert one["at_start"] == two["at_start"] == dict.fromkeys(one["floors"], 0.0)
+    assert one["floors"] == two["floors"]
+    assert min(one["floors"].values()) > 0
+    assert one["end"] == two["end"] == (0.4, {})
     for name, weight in one["weights"].items():
         assert torch.equal(weight, two["weights"][name]), name
     assert max(one["worst"], two["worst"]) <= 1.0 + CAP_TOLERANCE
-    assert one["left"][-1] == 0
-    assert not two["left"]  # the first process alone logs
+    assert one["steep"][-1] < 0.1 * one["steep"][0]
+    assert not two["steep"]  # the first process alone logs

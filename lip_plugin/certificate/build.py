@@ -16,7 +16,7 @@ from lip_plugin.certificate.entry import Entry, entry_of
 from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Node, Norm, Residual, Scale
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.maps import linear_of, linears_of, maps_of, read_linear
-from lip_plugin.certificate.nodes import First, Fixed, Parallel, Rotary, Softcap
+from lip_plugin.certificate.nodes import First, Parallel, Rotary, Softcap
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
@@ -28,7 +28,7 @@ from lip_plugin.modules import (
 from lip_plugin.parts import BranchParts, LayerParts, Parts, parts
 from lip_plugin.position import position_bias
 from lip_plugin.recipe import head_dim, owner_of
-from lip_plugin.slots import Calibrated, norm_facts
+from lip_plugin.slots import Floored, norm_facts
 from lip_plugin.surgery import find_retrofit
 
 
@@ -184,7 +184,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def _slot(root: nn.Module, name: str) -> Node:
-    """The node of a norm slot: the constant it became, or the norm that was kept or calibrated."""
+    """The node of a norm slot: the constant it became, or the norm, with its floor if it has one."""
     module: Any = root.get_submodule(name)
     if isinstance(module, ConstantScale):
         return Scale(name, module.scale)
@@ -195,10 +195,8 @@ def _slot(root: nn.Module, name: str) -> Node:
         # the gain in float64, away from zero by one unit, as 1 + w may round
         gain = 1.0 + weight.detach().double()
         weight = gain + gain * 2**-52
-    if isinstance(module, Calibrated):
-        held: Any = module
-        return Fixed(name, held, facts.eps, facts.center, weight, bias, module.scale, module.share)
-    return Norm(name, module, facts.eps, facts.center, weight, bias)
+    floor = module.floor if isinstance(module, Floored) else 0.0
+    return Norm(name, module, facts.eps, facts.center, weight, bias, floor)
 
 
 def _branch(

@@ -122,7 +122,7 @@ def _nodes(nodes: Any) -> Iterator[Node]:
 
 
 def _check_node(node: Node) -> None:
-    """Norms near zero, where eps decides; activations over all of their range; rotations turn only."""
+    """Norms on both sides of their floor (or sqrt(eps)); activations over all of their range; rotations turn only."""
     generator = torch.Generator().manual_seed(2)
     if isinstance(node, Norm):
         weight = next(node.module.parameters(), None)
@@ -130,7 +130,11 @@ def _check_node(node: Node) -> None:
         width = int(shape[-1])
         x = torch.randn(8, width, generator=generator, dtype=torch.float64)
         x = x if weight is None else x.to(weight.device)
-        x = x * max(node.eps, 1e-12) ** 0.5
+        x = (
+            x
+            * max(node.eps**0.5, node.floor, 1e-6)
+            * torch.linspace(0.3, 3.0, 8, dtype=x.dtype, device=x.device)[:, None]
+        )
         difference = _difference(node.run(x), node.module(x).double())
     elif isinstance(node, Activation):
         x = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)

@@ -32,7 +32,7 @@ from lip_plugin.certificate.graph import (
     largest,
     rms,
 )
-from lip_plugin.certificate.nodes import First, Fixed, Parallel, Softcap
+from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, exponential, mul, norm2, root, up
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
@@ -159,26 +159,15 @@ def _gain(b: Norm, t: Any) -> Decimal:
 
 @eta.register
 def _(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
-    if (b.eps, b.center) != (t.eps, t.center):
-        raise _unlike(b, t, f"a norm with eps {b.eps:g}")
+    if (b.eps, b.center, b.floor) != (t.eps, t.center, t.floor):
+        raise _unlike(b, t, f"a norm with eps {b.eps:g} and floor {b.floor:g}")
     if (b.weight is None) != (t.weight is None):
         raise _unlike(b, t, "a norm with a gain" if b.weight is not None else "a norm without a gain")
     gain = _gain(b, t)
-    # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps)
-    small = div(r, up(b.eps**0.5 * (1 - 1e-15))) if b.eps > 0 else ONE
+    # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps), r / floor
+    least = b.least()
+    small = div(r, least) if least > 0 else ONE
     return add(mul(gain, min(ONE, small)), mul(rms(difference(t.bias, b.bias)), _SLIP))
-
-
-@eta.register
-def _(b: Fixed, t: Any, r: Decimal, sides: Sides) -> Decimal:
-    if (b.scale, b.share) != (t.scale, t.share):
-        raise _unlike(b, t, f"a norm calibrated to {b.scale:g}, of which {b.share:g} is left")
-    kept, gone = b.shares()
-    gain = ZERO if b.weight is None else _gain(b, t)
-    bias = mul(rms(difference(t.bias, b.bias)), _SLIP)
-    affine = add(mul(up(abs(b.scale)), gain, r), bias)
-    norm = eta.dispatch(Norm)(b, t, r, sides)
-    return add(_times(norm, kept), mul(gone, affine))
 
 
 @eta.register

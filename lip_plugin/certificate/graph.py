@@ -141,9 +141,10 @@ class Scale:
 
 @dataclass
 class Norm:
-    """LayerNorm or RMSNorm that was kept: radius largest gain + RMS(bias), constant gain / sqrt(eps).
+    """LayerNorm or RMSNorm, kept or with a floor: g x / max(s(x), floor) + b with s = sqrt(mean square + eps).
 
-    The centering of a LayerNorm is an orthogonal projection, so it changes neither number.
+    Radius largest gain + RMS(bias), constant gain / max(sqrt(eps), floor). The centering of a LayerNorm is an orthogonal
+    projection, so it changes neither number.
     """
 
     name: str
@@ -152,17 +153,21 @@ class Norm:
     center: bool
     weight: Tensor | None
     bias: Tensor | None
+    floor: float = 0.0
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         y = x - x.mean(-1, keepdim=True) if self.center else x
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = y / (y.square().mean(-1, keepdim=True) + self.eps).sqrt().clamp_min(self.floor)
         y = y if self.weight is None else y * self.weight.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def least(self) -> Decimal:
+        """What it divides by is at least this; from below by one unit of 1e-15, as the library computes with floats."""
+        return up(max(self.eps**0.5, self.floor) * (1 - 1e-15))
+
     def bound(self, r: Decimal, norms: Norms) -> Bound:
-        gain = ONE if self.weight is None else largest(self.weight)
-        # eps as the library computes with it: a float; sqrt from below by one unit of 1e-15
-        constant = div(gain, up(self.eps**0.5 * (1 - 1e-15))) if self.eps > 0 else INF
+        gain, least = ONE if self.weight is None else largest(self.weight), self.least()
+        constant = div(gain, least) if least > 0 else INF
         return Bound(add(min(gain, mul(constant, r)), rms(self.bias)), constant)
 
 

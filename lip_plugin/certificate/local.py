@@ -29,7 +29,7 @@ from lip_plugin.certificate.graph import (
 )
 from lip_plugin.certificate.kinks import Kinks
 from lip_plugin.certificate.movement import Local, Movement, Remainder, Term, sum_of
-from lip_plugin.certificate.nodes import First, Fixed, Parallel, Softcap
+from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError
 
@@ -192,26 +192,28 @@ def _(node: Norm, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, 
 
 
 def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """(movement, remainder) in 2-norm of a kept norm at x [..., d], for a movement `size` [eps, ...].
+    """(movement, remainder) in 2-norm of a norm at x [..., d], for a movement `size` [eps, ...].
 
-    On the segment to x' the root s = sqrt(m + eps) of the mean square m is at least that of RMS - size / sqrt(d);
-    the first derivative is at most 1/s, the second (2 / sqrt(3)) / (sqrt(d) s^2).
+    On the segment to x' the root s = sqrt(m + eps) of the mean square m is within size / sqrt(d) of what it is at x;
+    the first derivative is at most 1 / max(s, floor). Above the floor the second is at most (2 / sqrt(3)) / (sqrt(d) s^2),
+    below it the map is affine. Where the segment may meet the kink at the floor, the remainder is at most movement and
+    derivative together.
     """
     width = math.sqrt(x.shape[-1])
     x = x.detach()
     centered = x - x.mean(-1, keepdim=True) if node.center else x
     rms = torch.linalg.vector_norm(centered, dim=-1) / width
-    # 1 - 1e-12: what rounding of the root mean square may have added
-    here = (rms.square() + node.eps).sqrt() * (1 - 1e-12)
-    least = ((rms * (1 - 1e-12) - size / width).clamp_min(0.0).square() + node.eps).sqrt() * (1 - 1e-12)
+    down, up_ = 1 - 1e-12, 1 + 1e-12  # what rounding of the root mean square may have added or taken
+    here = (rms.square() + node.eps).sqrt().clamp_min(node.floor) * down
+    low = ((rms * down - size / width).clamp_min(0.0).square() + node.eps).sqrt() * down
+    high = ((rms * up_ + size / width).square() + node.eps).sqrt() * up_
+    least = low.clamp_min(node.floor * down)
     gain = to_float(largest(node.weight)) if node.weight is not None else 1.0
     moved = gain * torch.minimum(size / least, torch.full_like(size, 2.0 * width))
     curved = gain * size.square() / (math.sqrt(3.0) * width * least.square())
-    curved = torch.minimum(curved, moved + gain * size / here)
-    if isinstance(node, Fixed):  # the affine part moves as far as it moves, and has no remainder
-        kept, gone = (to_float(share) for share in node.shares())
-        return kept * moved + gone * to_float(node.slope()) * size, kept * curved
-    return moved, curved
+    either = moved + gain * size / here
+    curved = torch.where(low <= node.floor, either, torch.minimum(curved, either))
+    return moved, torch.where(high < node.floor, torch.zeros_like(curved), curved)
 
 
 def record(

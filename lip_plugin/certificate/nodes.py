@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.attention import Attention
-from lip_plugin.certificate.graph import Bound, Chain, Node, Norm, Norms, Watch, branches, largest, rms
-from lip_plugin.certificate.upper import ONE, add, mul, up
+from lip_plugin.certificate.graph import Bound, Chain, Node, Norms, Watch, branches
+from lip_plugin.certificate.upper import ONE, add, up
 
 
 @dataclass
@@ -63,46 +63,6 @@ class First:
 
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         return Bound(r, ONE)
-
-
-@dataclass
-class Fixed(Norm):
-    """A calibrated norm: share * norm(x) + (1 - share) * (scale * gain * x + bias), x centered as the norm does.
-
-    The second map is affine: constant scale * largest gain. Constants and radii of the two add up in their shares.
-    """
-
-    scale: float = 1.0
-    share: float = 0.0
-
-    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
-        y = x - x.mean(-1, keepdim=True) if self.center else x
-        y = y * self.scale
-        y = y if self.weight is None else y * self.weight.to(y.dtype)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        if self.share == 0.0:
-            return y
-        return self.share * super().run(x) + (1.0 - self.share) * y
-
-    def shares(self) -> tuple[Decimal, Decimal]:
-        """(share, 1 - share), rounded up."""
-        return up(self.share), up(Decimal(1) - Decimal(self.share))
-
-    def slope(self) -> Decimal:
-        """Constant of the affine map: scale times the largest gain."""
-        return mul(up(abs(self.scale)), ONE if self.weight is None else largest(self.weight))
-
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
-        kept, gone = self.shares()
-        slope, bias = self.slope(), rms(self.bias)
-        radius, constant = add(mul(slope, r), bias), slope
-        if kept == 0:
-            return Bound(radius, constant)
-        norm = super().bound(r, norms)
-        return Bound(
-            add(mul(kept, norm.radius), mul(gone, radius)),
-            add(mul(kept, norm.lipschitz), mul(gone, constant)),
-        )
 
 
 class Rotary:

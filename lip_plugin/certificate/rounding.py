@@ -33,7 +33,7 @@ from lip_plugin.certificate.graph import (
     largest,
 )
 from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
-from lip_plugin.certificate.nodes import First, Fixed, Parallel, Softcap
+from lip_plugin.certificate.nodes import First, Parallel, Softcap
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, ZERO, add, div, exponential, mul, root, to_float, up
 from lip_plugin.certificate.whole import sharded_too
@@ -144,14 +144,7 @@ def _(node: Norm, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decima
     carried, radius = _carried(node, r, e, norms)
     d = node.weight.shape[-1] if node.weight is not None else 1
     centering = mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
-    return add(carried, centering, mul(add(a.sum_of(d), a.units(_FUNCTION + 4)), radius))
-
-
-@rounding.register
-def _(node: Fixed, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
-    """As a norm, and a product and a sum more; the affine map alone needs less."""
-    norm = rounding.dispatch(Norm)(node, r, e, norms, a)
-    return add(norm, mul(a.units(8), _carried(node, r, e, norms)[1]))
+    return add(carried, centering, mul(add(a.sum_of(d), a.units(_FUNCTION + 6)), radius))
 
 
 @rounding.register
