@@ -1,4 +1,4 @@
-"""Pretrained models that lose their norms: loss before, right after removal, and after repair, against naive removal.
+"""Pretrained models whose norms get floors, or go: loss before, right after, and after training on, against naive removal.
 
     python benchmarks/pretrained.py --task text [--text FILE]         # a GPT-2 trained here to convergence, then retrofitted
     python benchmarks/pretrained.py --task sentiment --reviews FILE   # all-MiniLM-L6-v2 on movie reviews
@@ -13,10 +13,13 @@ number of steps of AdamW behind it, the same batches, and (but for the first) ca
     as it is    the model with its norms, trained on: what there is to lose
     keep        norms stay, caps at the weights' own norms
     recipe      naive: the recipe of arXiv 2507.13338 put in (norms="remove", init="keep")
-    dropped     naive: every norm becomes its gain and bias alone (calibrated to constants of 1)
-    at once     calibrated, all norms at once
-    last, first, together     calibrated, norms going over half of the training in this order
-    tightened   as last, caps going from the weights' own norms to --w-max
+    dropped     naive: every norm becomes its gain and bias alone (nothing is proven of it here)
+    constant    every norm becomes gain, bias and the constant nearest to it in squares, in running order (nothing is proven)
+    floored     norms="calibrated": floors at --quantile of what norms divide by, caps at the weights' own norms
+    tightened   the same, caps going to --w-max
+    gone        floors at the largest value seen, so that every norm is affine on these tokens
+    last, first, together     the same, floors rising from 0 over half of the training in this order
+    gone tight  as together, caps going to --w-max
     kept tight  as keep, caps going to --w-max
 """
 
@@ -50,20 +53,24 @@ from lip_plugin import (
     own_caps,
     retrofit,
 )
-from lip_plugin.calibration import METHODS
+from lip_plugin.slots import norm_facts, root_mean_square
 
 WAYS = (
     "as it is",
     "keep",
     "recipe",
     "dropped",
-    "at once",
+    "constant",
+    "floored",
+    "tightened",
+    "gone",
     "last",
     "first",
     "together",
-    "tightened",
+    "gone tight",
     "kept tight",
 )
+NAIVE = ("dropped", "constant")
 
 
 @dataclass
@@ -220,32 +227,77 @@ def pretrained(task: Task, args: argparse.Namespace) -> Any:
     return model
 
 
+class Affine(torch.nn.Module):
+    """A norm that is gone: c gain (x, centered or not) + bias, with the norm's own Parameters."""
+
+    def __init__(self, norm: Any, c: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.c = norm.weight, getattr(norm, "bias", None), c
+        self.center = isinstance(norm, torch.nn.LayerNorm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x - x.mean(-1, keepdim=True) if self.center else x
+        y = y * self.c * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+def replace_naively(model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]) -> None:
+    """Put Affine where norms were: with c = 1, or sum(s) / sum(s^2) over the tokens, each behind those that are replaced."""
+    for slot in slots:
+        norm, c = model.get_submodule(slot), 1.0
+        if way == "constant":
+            seen: list[Tensor] = []
+            handle = norm.register_forward_pre_hook(
+                lambda m, a, seen=seen, norm=norm: seen.append(roots(norm, a[0]))
+            )
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+            handle.remove()
+            masks = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
+            s = torch.cat([(x if m is None else x[m]).flatten() for x, m in zip(seen, masks, strict=True)])
+            c = float(s.sum() / s.square().sum())
+        model.set_submodule(slot, Affine(norm, c))
+
+
+def roots(norm: Any, x: Tensor) -> Tensor:
+    return root_mean_square(x, norm_facts(norm, "norm"))[..., 0]
+
+
 def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> RetrofitSchedule | None:
     """Retrofit a pretrained model, in place; gives the schedule that it follows from then on, if any."""
+    if way == "as it is":
+        return None
     own = own_caps(model)
     batches = [{k: v for k, v in b.items() if k != "labels"} for b in task.batches(4, 7)]
-    scales = (
-        calibrate(model, batches, method=args.method)
-        if way not in ("as it is", "keep", "recipe", "kept tight")
-        else {}
+    tight: dict[str, Any] = (
+        {"w_max": args.w_max} if way.endswith(("tight", "tightened")) else {"overrides": own}
     )
-    if way == "keep":
-        retrofit(model, LipschitzConfig(norms="keep", overrides=own))
-    elif way == "recipe":
+    caps = (0.1, 0.8) if "w_max" in tight else (0.0, 0.0)
+    if way == "recipe":
         retrofit(model, LipschitzConfig(norms="remove", init="keep", overrides=own))
-    elif way in ("dropped", "at once"):
-        scales = dict.fromkeys(scales, 1.0) if way == "dropped" else scales
-        retrofit(model, LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own))
-    elif way in ("last", "first", "together"):
-        schedule = RetrofitSchedule(norms=(0.0, 0.5), order=way, caps=(0.0, 0.0), every=args.every)
-        schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own))
+    elif way == "keep" or way in NAIVE:
+        slots = list(calibrate(model, batches))
+        retrofit(model, LipschitzConfig(norms="keep", overrides=own))
+        if way in NAIVE:
+            replace_naively(model, way, slots, batches)
+    elif way == "kept tight":
+        schedule = RetrofitSchedule(caps=caps, every=args.every)
+        schedule.begin_(model, LipschitzConfig(norms="keep", **tight))
         return schedule
-    elif way in ("tightened", "kept tight"):
-        norms = "calibrated" if way == "tightened" else "keep"
-        schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.1, 0.8), every=args.every)
-        schedule.begin_(model, LipschitzConfig(norms=norms, norm_scales=scales, w_max=args.w_max))
+    else:
+        gone = way not in ("floored", "tightened")
+        floors = calibrate(model, batches, quantile=1.0 if gone else args.quantile)
+        rise = (0.0, 0.5) if gone and way != "gone" else (0.0, 0.0)
+        order = way if way in ("last", "first") else "together"
+        schedule = RetrofitSchedule(norms=rise, order=order, caps=caps, every=args.every)
+        schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_floors=floors, **tight))
         return schedule
     return None
+
+
+def proven(model: Any, way: str) -> float:
+    return math.nan if way in NAIVE else certify(model).log10_lipschitz
 
 
 def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -258,7 +310,7 @@ def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, 
         twin = copy.deepcopy(model)
         schedule.apply_(twin, None, 1.0)
         after = task.judge(twin)
-    log10_start = certify(model).log10_lipschitz
+    log10_start = proven(model, way)
 
     def each(step: int, optimizer: Any) -> None:
         if step % max(1, task.steps // 6) == 0:
@@ -274,10 +326,10 @@ def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, 
     row = {"task": task.name, "way": way, "before": before, "after": after, "repaired": end, "curve": curve}
     row |= {
         "log10_start": log10_start,
-        "log10_end": certify(model).log10_lipschitz,
+        "log10_end": proven(model, way),
         "seconds": time.perf_counter() - began,
     }
-    row |= {"largest_cap": max((v for v in own_caps(model).values()), default=0.0), "w_max": args.w_max}
+    row |= {"quantile": args.quantile, "w_max": args.w_max}
     return row
 
 
@@ -295,7 +347,9 @@ def figure(path: str, files: list[str]) -> None:
     for axis, rows in zip(axes[0], tables, strict=True):
         for row in rows:
             steps, losses = zip(*row["curve"], strict=True)
-            style = {"as it is": "k--", "recipe": "r:", "dropped": "m:"}.get(row["way"], "-")
+            style = {"as it is": "k--", "recipe": "r:", "dropped": "m:", "constant": "y:"}.get(
+                row["way"], "-"
+            )
             axis.plot(steps, losses, style, label=row["way"])
         low = min(row["repaired"][0] for row in rows)
         axis.set(xlabel="steps of repair", ylabel="validation loss", title=rows[0]["task"], yscale="log")
@@ -317,7 +371,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--w-max", type=float, default=2.0)
-    parser.add_argument("--method", default="mean_inverse", choices=METHODS, help="of calibrate")
+    parser.add_argument("--quantile", type=float, default=0.05, help="of calibrate")
     parser.add_argument("--repair-lr", type=float)
     parser.add_argument("--rows", help="append the rows as JSON lines to this file")
     parser.add_argument("--figure", nargs="+", metavar=("PNG", "ROWS"))
@@ -356,7 +410,7 @@ def main() -> None:
                 "{:.3f} {:>5.1f} %".format(*(row[k][0], 100 * row[k][1]))
                 for k in ("before", "after", "repaired")
             ]
-            ends = [f"{row[k]:.1f}" if math.isfinite(row[k]) else "inf" for k in ("log10_start", "log10_end")]
+            ends = ["-" if math.isnan(row[k]) else f"{row[k]:.1f}" for k in ("log10_start", "log10_end")]
             print(
                 f"{way:<11} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {ends[0]:>14} {ends[1]:>12}",
                 flush=True,
