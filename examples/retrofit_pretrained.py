@@ -2,10 +2,10 @@
 
     python examples/retrofit_pretrained.py                    # trains a small GPT-2 with norms first; offline
     python examples/retrofit_pretrained.py --model FOLDER --text FILE     # characters, as that run left them
-    python examples/retrofit_pretrained.py --order together --w-max 1.5
+    python examples/retrofit_pretrained.py --quantile 1 --w-max 1.5     # floors that all tokens are below: no norm is left
 
-Every norm becomes the affine map that it was on average (calibrate), one after another while the model trains on; caps start
-at the weights' own norms and tighten. The run folder holds model/, certificate.json, metrics.json and figure.png.
+A floor rises under what every norm divides by, to one that the text hardly meets (calibrate), and caps start at the weights'
+own norms and tighten, while the model trains on. The run folder holds model/, certificate.json, metrics.json and figure.png.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def main() -> None:
     )
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--order", default="last", choices=["last", "first", "together"])
+    parser.add_argument("--order", default="together", choices=["last", "first", "together"])
+    parser.add_argument("--quantile", type=float, default=0.05, help="of what norms divide by: the floors")
     parser.add_argument("--w-max", type=float, default=2.0, help="where the caps go")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     options = parser.parse_args()
@@ -110,16 +111,16 @@ def main() -> None:
         data[0][i : i + 8]["input_ids"] for i in range(0, 32, 8)
     ]  # not shuffled: a resumed run needs the same
     marks = {"with its norms": loss_of(model, data, out)}
-    own, scales = own_caps(model), calibrate(model, batches)
+    own, floors = own_caps(model), calibrate(model, batches, quantile=options.quantile)
     for name, config in {
         "norms removed by the recipe": LipschitzConfig(norms="remove", init="keep", overrides=own),
-        "calibrated, not trained on": LipschitzConfig(norms="calibrated", norm_scales=scales, overrides=own),
+        "floors, not trained on": LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own),
     }.items():
         twin = copy.deepcopy(model)
         retrofit(twin, config)
         marks[name] = loss_of(twin, data, out)
     schedule = RetrofitSchedule(order=options.order, every=1 if options.smoke else 10)
-    config = LipschitzConfig(norms="calibrated", w_max=options.w_max, norm_scales=scales)
+    config = LipschitzConfig(norms="calibrated", w_max=options.w_max, norm_floors=floors)
     trainer = trainer_of(
         model, data, out, options.steps, 1e-3, [LipschitzCallback(config, schedule=schedule)]
     )

@@ -152,12 +152,13 @@ def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: 
         return [step for step, _ in rows], [value for _, value in rows]
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    left.plot(*series("eval_loss"), "o-", label="while norms go and caps tighten")
+    left.plot(*series("eval_loss"), "o-", label="while floors rise and caps tighten")
     for (name, value), colour in zip(marks.items(), ("black", "tab:red", "tab:orange"), strict=False):
         left.axhline(value, color=colour, linestyle=":", label=f"{name}: {value:.2f}")
     left.set(xlabel="step", title="validation loss (nats)", yscale="log")
     left.legend(fontsize=8)
-    middle.plot(*series("lip/norms_left"), label="share of the norms left")
+    middle.plot(*series("lip/steepest_norm"), label="steepest norm (Lipschitz constant)")
+    middle.set_yscale("log")
     caps = middle.twinx()
     caps.plot(*series("lip/largest_cap"), color="tab:green", label="largest cap (RMS->RMS)")
     lines = [*middle.get_lines(), *caps.get_lines()]
