@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -175,9 +174,9 @@ class LipschitzConfig:
         object.__setattr__(self, "norm_floors", dict(self.norm_floors))
         for slot, floor in self.norm_floors.items():
             number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
-            if not number or not 0 <= floor < math.inf:
+            if not number or not (floor == 0 or 1e-12 <= floor <= 1e12):  # gain / floor has to be a float32
                 raise ConfigError(
-                    f"LipschitzConfig(norm_floors[{slot!r}]={floor!r}): a finite number, 0 or above, please."
+                    f"LipschitzConfig(norm_floors[{slot!r}]={floor!r}): 0, or a number from 1e-12 to 1e12, please."
                 )
 
     @classmethod

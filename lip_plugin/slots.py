@@ -55,8 +55,8 @@ def norm_facts(module: Any, name: str) -> NormFacts:
 def root_mean_square(x: Tensor, facts: NormFacts) -> Tensor:
     """s(x) [..., 1] of a norm, float32 or wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = x - x.mean(-1, keepdim=True) if facts.center else x
-    return (x.square().mean(-1, keepdim=True) + facts.eps).sqrt()
+    square = x.var(-1, correction=0, keepdim=True) if facts.center else x.square().mean(-1, keepdim=True)
+    return (square + facts.eps).sqrt()
 
 
 class Floored:
@@ -72,15 +72,21 @@ class Floored:
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)  # type: ignore[misc]
         if self.floor == 0.0:
-            return super().forward(x)  # type: ignore[misc]
-        # in float32 or wider, as norms compute; the result in x's dtype
+            return y
+        # tokens above the floor get the library's very bits
+        return torch.where(root_mean_square(x.detach(), self.facts) < self.floor, self.below(x), y)
+
+    def below(self, x: Tensor) -> Tensor:
+        """The affine map below the floor: in float32 or wider, as norms compute; the result in x's dtype."""
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y - y.mean(-1, keepdim=True) if self.facts.center else y
-        y = y / (y.square().mean(-1, keepdim=True) + self.facts.eps).sqrt().clamp_min(self.floor)
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
-        if weight is not None:
-            y = y * ((1.0 + weight) if self.facts.one_plus else weight)
+        if weight is None:
+            y = y / self.floor
+        else:
+            y = y * ((1.0 + weight if self.facts.one_plus else weight) / self.floor)
         return (y if bias is None else y + bias).to(x.dtype)
 
     def extra_repr(self) -> str:
