@@ -49,6 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {**_POSITION, "logit_scale": 40.0},
 }
 
+FLOOR_MIN = 1e-12  # of a norm: gain / floor has to be a float32
+
 
 @dataclass(frozen=True)
 class LipschitzConfig:
@@ -174,7 +176,7 @@ class LipschitzConfig:
         object.__setattr__(self, "norm_floors", dict(self.norm_floors))
         for slot, floor in self.norm_floors.items():
             number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
-            if not number or not (floor == 0 or 1e-12 <= floor <= 1e12):  # gain / floor has to be a float32
+            if not number or not (floor == 0 or FLOOR_MIN <= floor <= 1.0 / FLOOR_MIN):
                 raise ConfigError(
                     f"LipschitzConfig(norm_floors[{slot!r}]={floor!r}): 0, or a number from 1e-12 to 1e12, please."
                 )

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lip_plugin.architecture import family_named, find_family
 from lip_plugin.calibration import calibrate, own_caps
-from lip_plugin.config import LipschitzConfig
+from lip_plugin.config import FLOOR_MIN, LipschitzConfig
 from lip_plugin.distributed import on_first
 from lip_plugin.errors import ConfigError
 from lip_plugin.optim.projection import require_retrofit
@@ -87,12 +87,13 @@ class RetrofitSchedule:
     def floors_at(self, end: Mapping[str, float], progress: float) -> dict[str, float]:
         """The floor of every slot, from 0 to its `end`; slots in running order."""
         u = _part(self.norms, progress)
-        if self.order == "together":
-            return {slot: u * floor for slot, floor in end.items()}
         slots = list(end)
         turn = slots[::-1] if self.order == "last" else slots
         parts = {slot: min(1.0, max(0.0, u * len(slots) - i)) for i, slot in enumerate(turn)}
-        return {slot: parts[slot] * floor for slot, floor in end.items()}
+        if self.order == "together":
+            parts = dict.fromkeys(slots, u)
+        rising = {slot: parts[slot] * floor for slot, floor in end.items()}
+        return {slot: floor if floor >= FLOOR_MIN else 0.0 for slot, floor in rising.items()}
 
     def caps_at(
         self, start: Mapping[str, float], end: Mapping[str, float], progress: float
