@@ -53,12 +53,12 @@ class RetrofitSchedule:
     Args:
         norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's norm_floors.
         order: `"together"` raises all floors at once, `"last"` one slot's after another's from the last to the first,
-            `"first"` from the first on. Measured alike (docs/pretrained.md); together, torch compiles once.
+            `"first"` from the first on. Measured alike (docs/pretrained.md).
         caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
             A layer whose own norm is below its target has the target as its cap from the start.
         every: steps between two changes; each measures the norms of all blocks that a cap fell on. A compiled
-            model is compiled anew when a slot's floor leaves 0, so once in all, or once for each slot in the other orders;
-            beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
+            model is compiled anew when floors leave 0 and when they move for the first time, so twice in all, or for each slot
+            in the other orders; beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
 
     Raises:
         ConfigError: shares out of order or of [0, 1], an unknown order.

@@ -156,7 +156,7 @@ def test_the_callback_carries_it_out_and_a_resumed_run_ends_where_the_other_does
     log = [row for row in whole.state.log_history if "lip/steepest_norm" in row]
     steep = [row["lip/steepest_norm"] for row in log]
     assert steep == sorted(steep, reverse=True)
-    assert steep[-1] < 0.1 * steep[0]
+    assert steep[-1] < 0.5 * steep[0]
     assert log[0]["lip/largest_cap"] > log[-1]["lip/largest_cap"]
     assert max(row["lip/worst_norm_over_cap"] for row in log) <= 1 + 1e-3
     resumed = trainer(tmp_path / "resumed", optim)  # as if the first run had died after its fifth step

@@ -33,5 +33,5 @@ def test_replicas_get_their_floors_together(tmp_path: Path) -> None:
     for name, weight in one["weights"].items():
         assert torch.equal(weight, two["weights"][name]), name
     assert max(one["worst"], two["worst"]) <= 1.0 + CAP_TOLERANCE
-    assert one["steep"][-1] < 0.1 * one["steep"][0]
+    assert one["steep"][-1] < 0.5 * one["steep"][0]
     assert not two["steep"]  # the first process alone logs
