@@ -9,7 +9,7 @@ Nothing is downloaded, and no code of a checkpoint is run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
+from lip_plugin.architecture import find_family
 from lip_plugin.certificate.certify import Certificate
 from lip_plugin.certificate.fingerprint import differences, settings_of
 from lip_plugin.certificate.streaming import Progress, certify_layers
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import CheckpointError, ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.integrations.hf_shards import CONFIG, Shards, check_keys, first_line, read_json
+from lip_plugin.parts import parts
 from lip_plugin.surgery import retrofit
 
 # The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
@@ -172,8 +174,21 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     saved = _saved_retrofit(config)
     if saved is not None:
         plain = {**saved.to_dict(), "overrides": {}, "init": "keep"}  # caps do not change what it computes
+        if saved.norm_floors:
+            plain["norm_floors"] = _floors_of(twin, chosen, saved.norm_floors)
         retrofit(twin, LipschitzConfig.from_dict(plain))
     return twin.eval()
+
+
+def _floors_of(twin: nn.Module, chosen: list[int], floors: Mapping[str, float]) -> dict[str, float]:
+    """The floors of the twin's slots: its layer i is layer chosen[i] of the whole model."""
+    architecture = find_family(twin).architecture
+    found = {}
+    for slot in parts(twin, architecture).norms():
+        before, layers, rest = slot.partition(f"{architecture.layers}.")
+        index, dot, leaf = rest.partition(".")
+        found[slot] = floors[f"{before}{layers}{chosen[int(index)]}{dot}{leaf}" if layers else slot]
+    return found
 
 
 @contextmanager

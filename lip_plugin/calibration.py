@@ -59,10 +59,11 @@ def calibrate(
         raise UnsupportedModelError("calibrate: the norms of this model were replaced already. Load it anew.")
     held = _checked(batches)
     slots = list(names.norms())
-    groups = [[slot] for slot in slots] if sequential else [slots]
     floors: dict[str, float] = {}
-    with _as_it_was(model, slots), progress(len(groups) * len(held), "calibrate") as bar:
-        for group in groups:
+    rounds = len(slots) if sequential else 1
+    with _as_it_was(model, slots), progress(rounds * len(held), "calibrate") as bar:
+        slots = _running_order(model, family, slots, held[0])
+        for group in [[slot] for slot in slots] if sequential else [slots]:
             roots = _observed(model, family, group, held, bar)
             for slot in group:
                 floors[slot] = _floor(slot, torch.cat(roots[slot]), quantile)
@@ -94,6 +95,25 @@ def _as_it_was(model: nn.Module, slots: list[str]) -> Iterator[None]:
             module.training = mode
 
 
+def _running_order(model: nn.Module, family: Family, slots: list[str], batch: Any) -> list[str]:
+    """The slots as a forward pass comes to them."""
+    order: dict[str, None] = {}
+    handles = [
+        model.get_submodule(slot).register_forward_pre_hook(lambda m, a, slot=slot: order.setdefault(slot))
+        for slot in slots
+    ]
+    try:
+        _run(model, family, batch, [None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [slot for slot in slots if slot not in order]:
+        raise UnsupportedModelError(
+            f"calibrate: {missing[0]} was not reached by a forward pass over the batches."
+        )
+    return list(order)
+
+
 def _observed(
     model: nn.Module, family: Family, group: list[str], batches: list[Any], bar: Any
 ) -> dict[str, list[Tensor]]:
@@ -105,8 +125,7 @@ def _observed(
         facts = norm_facts(model.get_submodule(slot), slot)
 
         def hook(module: nn.Module, args: Any) -> None:
-            s = _counted(args[0].detach(), facts, mask[0])
-            roots[slot].append(s[:: max(1, s.numel() // _AT_MOST)].double().cpu())
+            roots[slot].append(_few(_counted(args[0].detach(), facts, mask[0])).double().cpu())
 
         return model.get_submodule(slot).register_forward_pre_hook(hook)
 
@@ -119,16 +138,27 @@ def _observed(
         for handle in handles:
             handle.remove()
     for slot, found in roots.items():
-        if not found:
-            raise UnsupportedModelError(
-                f"calibrate: {slot} was not reached by a forward pass over the batches."
+        if not sum(map(len, found)):
+            raise ConfigError(
+                f"calibrate: at {slot} no token of the batches counts. Look at their attention_mask."
             )
     return roots
+
+
+def _few(s: Tensor) -> Tensor:
+    """At most _AT_MOST values of many, by chance (heads lie in a pattern), and the smallest one."""
+    if len(s) <= _AT_MOST:
+        return s
+    generator = torch.Generator(s.device).manual_seed(0)
+    at = torch.randint(len(s), (_AT_MOST - 1,), generator=generator, device=s.device)
+    return torch.cat([s.min()[None], s[at]])
 
 
 def _counted(x: Tensor, facts: NormFacts, mask: Tensor | None) -> Tensor:
     """s of the tokens that count, flat; heads, if x has any, stand behind the tokens or in front of them."""
     s = root_mean_square(x, facts)[..., 0]
+    if mask is not None and s.shape == (mask.numel(),):  # OPT flattens its tokens in front of some norms
+        return s[mask.flatten().bool()]
     axes = [i for i in range(1, s.dim()) if mask is not None and s.shape[i] == mask.shape[1]]
     if mask is None or not axes or len(s) != len(mask):
         return s.flatten()
@@ -153,6 +183,9 @@ def _checked(batches: Any) -> list[Any]:
     if not held:
         raise ConfigError("calibrate: no batches. Give a few of what the model is trained on.")
     for batch in held:
+        inputs = list(batch.values()) if isinstance(batch, Mapping) else [batch]
+        if any(isinstance(v, Tensor) and not v.numel() for v in inputs):
+            raise ConfigError("calibrate: a batch is empty.")
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if not isinstance(batch, (Tensor, Mapping)):
             raise ConfigError(

@@ -21,7 +21,7 @@ from lip_plugin.modules import (
 )
 from lip_plugin.parts import Parts
 from lip_plugin.recipe import step_sizes
-from lip_plugin.slots import Floored, norm_facts
+from lip_plugin.slots import Floored, norm_facts, refuse_own_forward
 
 
 def check_model(
@@ -199,6 +199,7 @@ def _check_slots(model: nn.Module, names: Parts, config: LipschitzConfig) -> Non
         raise ConfigError(f"{what} of this {type(model).__name__}. Its slots: {', '.join(slots)}.")
     for name in slots:
         norm_facts(model.get_submodule(name), name)
+        refuse_own_forward(model.get_submodule(name), name)
 
 
 def _check_leaves(model: nn.Module, names: Parts) -> None:

@@ -71,7 +71,8 @@ class LipschitzConfig:
             than its gain (not trained then) over its floor. None means remove, but refuses a model whose weights were
             loaded from somewhere, because a pretrained model is a function of its norms.
         norm_floors: for norms="calibrated": the floor under every norm's divisor by the slot's full name, as
-            `calibrate(model, batches)` gives them, or higher; 0 leaves a norm as it is. See RetrofitSchedule, which raises them.
+            `calibrate(model, batches)` gives them, or higher, up to 1e12; 0 leaves a norm as it is, else 1e-12 and above. See
+            RetrofitSchedule, which raises them.
         residual: a in x <- (1-a) x + a f(x), or one of attention and one of MLPs; None is the paper's 1/(2L) for L
             layers, or 1/(L+1) where attention and MLP run in parallel and their mean is f.
         attention_scale: attention logits are attention_scale * q.k / d_head. 0 leaves attention by position alone,

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lip_plugin.architecture import family_named, find_family
 from lip_plugin.calibration import calibrate, own_caps
+from lip_plugin.checks import check_overrides
 from lip_plugin.config import FLOOR_MIN, LipschitzConfig
 from lip_plugin.distributed import on_first
 from lip_plugin.errors import ConfigError
@@ -30,7 +31,7 @@ from lip_plugin.optim.projection import require_retrofit
 from lip_plugin.parts import parts
 from lip_plugin.plan import Plan, RetrofitReport
 from lip_plugin.recap import recap_
-from lip_plugin.slots import floor_
+from lip_plugin.slots import Floored, floor_, refuse_own_forward
 from lip_plugin.surgery import RetrofitState, caps_by_name, find_retrofit, retrofit, set_state
 
 ORDERS = ("last", "first", "together")
@@ -133,6 +134,7 @@ class RetrofitSchedule:
                 "RetrofitSchedule needs batches for the floors of the norms: LipschitzCallback(..., calibration="
                 "batches), or LipschitzConfig(norm_floors=calibrate(model, batches))."
             )
+        check_overrides(names, config)
         config = with_floors(model, config, batches)
         target = replace(config, init="keep")
         own = on_first(partial(own_caps, model, granularity=config.granularity))
@@ -172,9 +174,15 @@ class RetrofitSchedule:
 
 
 def with_floors(model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None) -> LipschitzConfig:
-    """The config with its floors found on `batches`, if it needs any; on all processes those of the first one."""
+    """The config with its floors found on `batches`, if it needs any; on all processes those of the first one.
+
+    A model that has floors already keeps them.
+    """
     if config.norms != "calibrated" or config.norm_floors or batches is None:
         return config
+    found = find_retrofit(model)
+    if found is not None and found[1].config.norm_floors:
+        return replace(config, norm_floors=found[1].config.norm_floors)
     return replace(config, norm_floors=on_first(partial(calibrate, model, batches)))
 
 
@@ -190,10 +198,10 @@ def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitR
 
     Args:
         model: retrofitted with norms="calibrated", wrapped or not.
-        floors: by slot, 0 or above; those that are left out stay where they are.
+        floors: by slot, 0 or from 1e-12 to 1e12; those that are left out stay where they are.
 
     Raises:
-        ConfigError: floors out of range, unknown slots, or a model without calibrated norms. Nothing was changed.
+        ConfigError: floors out of range, unknown or wrapped slots, or a model without calibrated norms. Nothing was changed.
     """
     root, state = require_retrofit(model)
     if state.config.norms != "calibrated":
@@ -208,6 +216,11 @@ def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitR
     plan = Plan()
     for slot, floor in config.norm_floors.items():
         module: Any = root.get_submodule(slot)
+        if not isinstance(module, Floored):
+            raise ConfigError(
+                f"set_norm_floors_: {slot} is wrapped by a {type(module).__name__}. Leave norms out of modules_to_save."
+            )
+        refuse_own_forward(module, slot)
         if module.floor != floor:
             plan.add(slot, f"floor {floor:.6g} under the norm", partial(floor_, module, slot, floor))
     report = plan.carry_out()

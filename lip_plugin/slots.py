@@ -62,6 +62,7 @@ def root_mean_square(x: Tensor, facts: NormFacts) -> Tensor:
 class Floored:
     """Mixin of a norm whose slot computes g (x, centered or not) / max(s(x), floor) + b; the library's norm at a floor of 0.
 
+    With eps = 0 the gradient at x = 0 is nan, as the library's.
     `floor` is a python float on the module: torch.compile compiles anew when it leaves 0, and takes the numbers above.
     """
 
@@ -86,11 +87,12 @@ class Floored:
         if weight is None:
             y = y / self.floor
         else:
+            weight = weight.to(y.dtype)  # gain / floor may be out of float16's range
             y = y * ((1.0 + weight if self.facts.one_plus else weight) / self.floor)
         return (y if bias is None else y + bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, floor={self.floor:.6g}"  # type: ignore[misc]
+        return ", ".join(filter(None, [super().extra_repr(), f"floor={self.floor:.6g}"]))  # type: ignore[misc]
 
     def __reduce_ex__(
         self, protocol: Any
@@ -112,6 +114,15 @@ def _floored(cls: type) -> Any:
 def _blank(cls: type) -> Any:
     made = _floored(cls)
     return made.__new__(made)
+
+
+def refuse_own_forward(module: Any, name: str) -> None:
+    """Raise UnsupportedModelError for a norm whose forward was replaced on the instance: its class would not be asked."""
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{name} carries a forward of its own (accelerate's hooks and kernels set one), so a floor would have no effect. "
+            "Remove it first: accelerate.hooks.remove_hook_from_module(model, recurse=True), or load without kernels."
+        )
 
 
 def floor_(module: Any, name: str, floor: float) -> None:

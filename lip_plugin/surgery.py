@@ -122,7 +122,8 @@ def _resolved(config: LipschitzConfig, architecture: Architecture) -> LipschitzC
 def release(model: nn.Module) -> RetrofitReport:
     """Give the plain layers back, in place: no caps any more, the very same function.
 
-    Constants and scaled activations stay, because the trained weights compute through them;
+    Constants, floors under norms and scaled activations stay, because the trained weights compute through them, and what was
+    fixed (gains of norms with floors, dropped biases) stays fixed;
     retrofit() may be called again, with any config. A model that is not retrofitted is left alone.
 
     Raises UnsupportedModelError for a sharded model.

@@ -6,18 +6,21 @@ import copy
 import math
 import pickle
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, HF_FAMILIES, auto_class, inputs_for, tiny
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lip_plugin import (
     LipschitzConfig,
     calibrate,
+    calibration,
     certify,
     drift,
     falsify,
@@ -32,12 +35,14 @@ from lip_plugin.certificate.build import build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.graph import Norm, Norms
 from lip_plugin.certificate.local import norm_rule
-from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from lip_plugin.certificate.rounding import Arithmetic, rounding
+from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError, UnsupportedModelError
+from lip_plugin.integrations.hf_checkpoint import certify_streamed
 from lip_plugin.integrations.nanogpt import run
 from lip_plugin.integrations.nanogpt_checkpoint import load_nanogpt
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms, keep_within_caps_
-from lip_plugin.slots import Floored, floor_
+from lip_plugin.slots import Floored, floor_, root_mean_square
 
 
 def logits(model: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -363,7 +368,7 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("tokens", [12, 3])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "olmo2", "opt"])
 def test_padding_does_not_count_in_norms_of_heads(family: str, tokens: int) -> None:
     """Heads before tokens or behind them; with 3 tokens and 1 of padding there are as many as heads."""
     model, ids = lively(family), inputs_for(family, tokens=tokens)
@@ -389,20 +394,113 @@ def test_the_floor_is_a_quantile_of_what_the_norm_divides_by() -> None:
         assert got == pytest.approx(float(want), rel=1e-6)
 
 
-def test_in_turn_a_slot_sees_what_it_will_see() -> None:
-    model, ids = lively("bert"), inputs_for("bert")
-    turn, once = (calibrate(model, ids, quantile=1.0, sequential=s) for s in (True, False))
-    first, last = list(turn)[0], list(turn)[-1]
-    assert turn[first] == once[first]
-    seen: list[torch.Tensor] = []
-    retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=turn, overrides=own_caps(model)))
-    slot = model.get_submodule(last)
-    handle = slot.register_forward_pre_hook(lambda m, a: seen.append(a[0].double()))
+@pytest.mark.parametrize("family", ["gpt2", "bert", "gemma3", "olmo2", "qwen3", "opt"])
+def test_in_turn_every_slot_sees_what_it_will_see(family: str) -> None:
+    model, ids = lively(family), inputs_for(family)
+    floors = calibrate(model, ids, quantile=0.5)
+    retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own_caps(model)))
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(slot: str, module: Any, args: Any) -> None:
+        seen[slot] = root_mean_square(args[0].double(), module.facts).flatten()
+
+    for slot in floors:
+        model.get_submodule(slot).register_forward_pre_hook(partial(hook, slot))
     logits(model, ids)
-    handle.remove()
-    largest = float((seen[0].var(-1, correction=0) + slot.facts.eps).sqrt().max())
-    assert largest == pytest.approx(turn[last], rel=1e-5)
-    assert largest != pytest.approx(once[last], rel=1e-3)
+    assert list(seen) == list(floors), "in running order"
+    for slot, s in seen.items():
+        assert floors[slot] == pytest.approx(float(s.sort().values[(len(s) - 1) // 2]), rel=1e-5), slot
+
+
+def test_of_many_tokens_some_are_looked_at_and_the_smallest_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = lively("qwen3"), torch.randint(67, (8, 24))
+    with torch.no_grad():
+        first = model.model.layers[0].self_attn
+        first.q_proj.weight[: first.head_dim] *= (
+            0.01  # one head of several: a stride over heads would miss it
+        )
+    smallest, middle = (calibrate(model, ids, quantile=q) for q in (0.0, 0.5))
+    monkeypatch.setattr(calibration, "_AT_MOST", 256)
+    assert calibrate(model, ids, quantile=0.0) == smallest
+    assert calibrate(model, ids, quantile=0.5) == pytest.approx(middle, rel=0.3)
+
+
+def test_a_released_model_keeps_its_floors_and_no_certificate_of_another() -> None:
+    models = [calibrated("gpt2", times=times) for times in (20.0, 0.0)]
+    for model in models:
+        release(model)
+    stated = certify(models[0])
+    stated.verify(models[0])
+    for certificate, other in ((stated, models[1]), (certify(models[1]), models[0])):
+        with pytest.raises(CertificateError, match="floors"):
+            certificate.verify(other)
+
+
+def test_a_norm_with_a_forward_of_its_own_is_refused() -> None:
+    model, ids = lively("gpt2"), inputs_for("gpt2")
+    floors = calibrate(model, ids)
+    slot = model.transformer.ln_f
+    slot.forward = slot.forward  # as accelerate's hooks do
+    with pytest.raises(UnsupportedModelError, match="ln_f carries a forward of its own"):
+        retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
+    assert not hasattr(model, "lip_retrofit")
+    del slot.forward
+    retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
+    before, state = logits(model, ids), copy.deepcopy(model.lip_retrofit.config)
+    slot.forward = slot.forward
+    with pytest.raises(UnsupportedModelError, match="carries a forward"):
+        set_norm_floors_(model, dict.fromkeys(floors, 9.0))
+    del slot.forward
+    assert torch.equal(before, logits(model, ids))
+    assert model.lip_retrofit.config == state
+
+
+def test_norms_that_peft_wrapped_are_not_half_changed() -> None:
+    model = calibrated("llama")
+    floors, ids = model.lip_retrofit.config.norm_floors, inputs_for("llama")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]))
+    before = logits(model, ids)
+    with pytest.raises(ConfigError, match="wrapped by a ModulesToSaveWrapper"):
+        set_norm_floors_(adapted, dict.fromkeys(floors, 9.0))
+    assert torch.equal(before, logits(model, ids))
+
+
+@pytest.mark.parametrize("floor", [1e-5, 1e-3, 1e3, 1e4])
+def test_float16_gains_over_floors_neither_overflow_nor_vanish(floor: float) -> None:
+    module, _ = _alone("LayerNorm", floor, width=8)
+    with torch.no_grad():
+        module.weight.fill_(2.0 if floor < 1 else 1e-3)
+        module.bias.zero_()
+    module.half()
+    size = floor * torch.logspace(-2, 2 if floor < 1 else 0.2, 64)[:, None]  # on both sides, within float16
+    x = (torch.randn(64, 8) * size).half().float().requires_grad_(True)
+    y = module(x.half())
+    exact = copy.deepcopy(module).double()(x.detach().half().double())
+    assert torch.isfinite(y).all()
+    assert (y.double() - exact).abs().max() <= 2**-9 * exact.abs().max() + 2**-24
+    y.float().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_rounding_of_a_norm_without_a_gain_is_within_its_bound() -> None:
+    """Its width is not in a weight; a large mean is what costs."""
+    for width in (64, 4096):
+        module = nn.LayerNorm(width, elementwise_affine=False)
+        floor_(module, "slot", 0.5)
+        node = Norm("slot", module, module.eps, True, None, None, 0.5)
+        x = torch.linspace(-1, 1, width)[None] + 1e4
+        off = float((module(x).double() - node.run(x.double())).square().mean().sqrt())
+        size = Decimal(float(x.double().square().mean().sqrt())) * Decimal("1.000001")
+        assert off > 0
+        assert off <= float(rounding(node, size, Decimal(0), Norms(), Arithmetic.of(torch.float32, 1)))
+
+
+def test_a_streamed_certificate_of_more_layers_than_its_twin(tmp_path: Path) -> None:
+    model = calibrated("llama", num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    streamed = certify_streamed(tmp_path)
+    assert streamed.log10_lipschitz == pytest.approx(certify(model).log10_lipschitz)
+    streamed.verify(model)
 
 
 def test_attention_sinks_do_no_harm() -> None:
@@ -454,6 +552,12 @@ def test_bad_input() -> None:
             r"attention_mask has shape \(2, 1, 12, 12\)",
         ),
         (lambda: calibrate(model, [ids], quantile=1.5), ConfigError, r"in \[0, 1\]"),
+        (lambda: calibrate(model, [ids[:0]]), ConfigError, "a batch is empty"),
+        (
+            lambda: calibrate(model, [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}]),
+            ConfigError,
+            "no token of the batches counts",
+        ),
         (lambda: calibrate(nn.Linear(2, 2), [ids]), UnsupportedModelError, "No architecture"),
     ]
     for call, error, match in cases:

@@ -28,6 +28,7 @@ from lip_plugin.errors import ConfigError, TrainerError
 from lip_plugin.integrations.hf_measure import _steepest_norm
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.projection import block_norms
+from lip_plugin.schedule import with_floors
 from lip_plugin.surgery import find_retrofit
 
 TARGET = LipschitzConfig(norms="calibrated", w_max=0.4, embedding_max=0.4, method="hard_cap")
@@ -112,6 +113,9 @@ def test_bad_input() -> None:
         schedule.begin_(model, TARGET)
     with pytest.raises(ConfigError, match="norms='calibrated'"):
         schedule.begin_(model, LipschitzConfig(norms="remove"), batches())
+    typo = LipschitzConfig(norms="calibrated", overrides={"nothing": 1.0})
+    with pytest.raises(ConfigError, match="'nothing'. matches no layer"):
+        schedule.begin_(model, typo, batches())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     retrofit(model, LipschitzConfig(norms="keep"))
     with pytest.raises(ConfigError, match="call begin_"):
@@ -261,3 +265,11 @@ def test_the_callback_calibrates_without_a_schedule(tmp_path: Path) -> None:
     twin = copy.deepcopy(run.model)
     assert math.isfinite(certify(twin).log10_lipschitz)
     attach_projection(torch.optim.SGD(twin.parameters(), lr=0.1), twin)
+
+
+def test_a_model_with_floors_keeps_them_when_it_is_trained_on() -> None:
+    model = lively("gpt2")
+    asked = LipschitzConfig(norms="calibrated", overrides=own_caps(model))
+    retrofit(model, with_floors(model, asked, batches()))
+    other = [torch.randint(67, (4, 12))]
+    assert with_floors(model, asked, other).norm_floors == model.lip_retrofit.config.norm_floors

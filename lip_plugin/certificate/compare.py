@@ -126,9 +126,7 @@ def _check_node(node: Node) -> None:
     generator = torch.Generator().manual_seed(2)
     if isinstance(node, Norm):
         weight = next(node.module.parameters(), None)
-        shape: Any = node.module.normalized_shape if weight is None else weight.shape
-        width = int(shape[-1])
-        x = torch.randn(8, width, generator=generator, dtype=torch.float64)
+        x = torch.randn(8, node.width, generator=generator, dtype=torch.float64)
         x = x if weight is None else x.to(weight.device)
         x = (
             x

@@ -26,6 +26,7 @@ from lip_plugin.errors import CertificateError, NotRetrofittedError, Unsupported
 from lip_plugin.modules import RowParameter, constrained_modules
 from lip_plugin.optim.batches import refuse_sharded
 from lip_plugin.optim.projection import block_norms
+from lip_plugin.slots import Floored
 from lip_plugin.surgery import find_retrofit
 
 if TYPE_CHECKING:
@@ -136,6 +137,10 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
     state = find_retrofit(root)
     if state is not None:
         kept["lipschitz"] = state[1].config.to_dict()
+    # floors under norms change no weight, and stay when a model is released
+    floors = {n: m.floor for n, m in root.named_modules() if isinstance(m, Floored) and m.floor}
+    if floors:
+        kept["floors"] = floors
     text = json.dumps(kept, sort_keys=True, default=lambda v: type(v).__name__)
     return json.loads(text, parse_constant=str)
 
@@ -146,7 +151,7 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     What only `found` has is newer than `stated`: a field of a library's config is ignored, an option of the retrofit
     must be at its default, which leaves a model as it was before there was the option.
     """
-    now, before = dict(found), dict(stated)
+    now, before = {"floors": {}, **found}, {"floors": {}, **stated}
     retrofitted, was = now.pop("lipschitz", None), before.pop("lipschitz", None)
     pairs = [(key, now.get(key), value) for key, value in sorted(before.items())]
     if retrofitted is not None and was is not None:

@@ -161,6 +161,12 @@ class Norm:
         y = y if self.weight is None else y * self.weight.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    @property
+    def width(self) -> int:
+        """d of what it norms."""
+        shape: Any = self.module.normalized_shape if self.weight is None else self.weight.shape
+        return int(shape[-1])
+
     def least(self) -> Decimal:
         """What it divides by is at least this; from below by one unit of 1e-15, as the library computes with floats."""
         return up(max(self.eps**0.5, self.floor) * (1 - 1e-15))

@@ -142,7 +142,7 @@ def _(node: Activation, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> 
 @rounding.register
 def _(node: Norm, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
-    d = node.weight.shape[-1] if node.weight is not None else 1
+    d = node.width
     centering = mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
     return add(carried, centering, mul(add(a.sum_of(d), a.units(_FUNCTION + 6)), radius))
 
@@ -198,8 +198,9 @@ def _(node: Attention, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> D
     for p, post in ((node.q, node.q_norm), (node.k, node.k_norm), (node.v, None)):
         found, before = node.sizes(p, outer, norms, post), node.sizes(p, outer, norms, None)
         error = mul(rounding(p.linear, r, e, norms, a), root(up(p.linear.d_out)))
-        if post is not None:
-            error = mul(rounding(post, div(max(before.sizes), width), div(error, width), norms, a), width)
+        if post is not None:  # over one head, or over all of them: then one head may carry every error
+            over = root(up(node.d_head * p.heads)) if node.whole_norms else width
+            error = mul(rounding(post, div(max(before.sizes), width), div(error, over), norms, a), over)
         largest_bias = max(p.head_biases())
         sizes.append(add(max(found.sizes), largest_bias))
         errors.append(error)
