@@ -155,7 +155,7 @@ def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: 
     left.plot(*series("eval_loss"), "o-", label="while floors rise and caps tighten")
     for (name, value), colour in zip(marks.items(), ("black", "tab:red", "tab:orange"), strict=False):
         left.axhline(value, color=colour, linestyle=":", label=f"{name}: {value:.2f}")
-    left.set(xlabel="step", title="validation loss (nats)", yscale="log")
+    left.set(xlabel="step", title="validation loss (nats)")
     left.legend(fontsize=8)
     middle.plot(*series("lip/steepest_norm"), label="steepest norm (Lipschitz constant)")
     middle.set_yscale("log")
