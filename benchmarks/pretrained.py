@@ -135,7 +135,7 @@ def figure(path: str, files: list[str]) -> None:
             )
             axis.plot(steps, losses, style, label=row["way"])
         low = min(row["repaired"][0] for row in rows)
-        axis.set(xlabel="steps of repair", ylabel="validation loss", title=rows[0]["task"], yscale="log")
+        axis.set(xlabel="steps after", ylabel="validation loss", title=rows[0]["task"], yscale="log")
         axis.set_ylim(0.95 * low, 3.5 * low)
         axis.legend(fontsize=8, ncol=2)
     figure_.tight_layout()

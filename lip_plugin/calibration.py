@@ -43,7 +43,7 @@ def calibrate(
         quantile: in [0, 1], of the roots s of the mean squares of what enters the norm, over tokens. At 0 the floor is the
             smallest s, and nothing changes on these batches; tokens below the floor come out shorter by s / floor. The
             Lipschitz constant of a slot is its largest gain over the floor. At 1 every norm becomes affine. Measured in
-            docs/LOG.md (2026-11-26).
+            docs/pretrained.md.
         sequential: slots in running order, each behind those that have their floors already, so that it sees what it will see.
 
     Raises:
