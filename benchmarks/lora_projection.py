@@ -232,6 +232,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--ways", nargs="*", help="of those above; all by default (nearest takes most of the time)"
+    )
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
@@ -254,11 +257,14 @@ def main() -> None:
     ]
     plans += [("budget", 1.0), ("balanced", 1.0)]
     for way, cap in plans:
+        if args.ways and way not in args.ways:
+            continue
         found = [run(base, way, cap, new, old, seed, args) for seed in range(args.seeds)]
         row = {
             k: v if isinstance(v, str) else statistics.median(f[k] for f in found)
             for k, v in found[0].items()
         }
+        row["losses"] = [f["loss"] for f in found]
         rows.append(row)
         print(
             f"{way:<9} {cap:>6g} {row['loss']:>9.3f} {row['old_loss']:>9.3f} {row['kept']:>7.3f} {row['worst_norm']:>11.3f} "
