@@ -142,7 +142,7 @@ def figure(path: str, files: list[str]) -> None:
     figure_.savefig(path, dpi=110)
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,7 +160,11 @@ def main() -> None:
     parser.add_argument("--figure", nargs="+", metavar=("PNG", "ROWS"))
     parser.add_argument("--table", metavar="ROWS")
     parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
     if args.table:
         table(args.table)
         return

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import data_for, inputs_for, tiny
 from peft import LoraConfig, get_peft_model
-from test_calibration import lively, logits
+from pretrained_models import lively, logits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lip_plugin import (

@@ -1,0 +1,191 @@
+"""Models with floors under their norms: saved, generated with, released, wrapped, changed in mid-run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, HF_FAMILIES, auto_class, inputs_for, tiny
+from peft import LoraConfig, get_peft_model
+from pretrained_models import calibrated, lively, logits
+
+from lip_plugin import (
+    LipschitzConfig,
+    calibrate,
+    certify,
+    release,
+    retrofit,
+    set_norm_floors_,
+)
+from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
+from lip_plugin.integrations.hf_checkpoint import certify_streamed
+from lip_plugin.integrations.nanogpt import run
+from lip_plugin.integrations.nanogpt_checkpoint import load_nanogpt
+from lip_plugin.modules import constrained_modules
+from lip_plugin.slots import Floored
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.8])
+@pytest.mark.parametrize("family", HF_FAMILIES)
+def test_saving_and_loading_gives_the_very_same_logits(family: str, quantile: float, tmp_path: Any) -> None:
+    model, inputs = calibrated(family, quantile), inputs_for(family)
+    model.save_pretrained(tmp_path)
+    again = auto_class(family).from_pretrained(tmp_path)
+    assert torch.equal(logits(model, inputs), logits(again, inputs))
+    assert again.lip_retrofit.config == model.lip_retrofit.config
+    gains = [
+        m.weight for m in again.modules() if isinstance(m, Floored) and getattr(m, "weight", None) is not None
+    ]
+    assert not any(g.requires_grad for g in gains)
+    assert certify(again).log10_lipschitz == pytest.approx(certify(model).log10_lipschitz)
+
+
+@pytest.mark.parametrize("family", [f for f in HF_FAMILIES if f != "vit" and not f.startswith("bert")])
+def test_generating_with_and_without_a_cache_gives_the_same(family: str) -> None:
+    model = calibrated(family)
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 1,
+        "eos_token_id": None,
+    }
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    ids = inputs_for(family)
+    found = [model.generate(ids, use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for a, b in zip(found[0].logits, found[1].logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_nanogpt_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
+    if "nanogpt" not in FAMILIES:
+        pytest.skip("no stand-in")
+    from test_nanogpt import checkout
+
+    folder = checkout(tmp_path / "repo")
+    floors = {"transformer.ln_f": 0.5} | {
+        f"transformer.h.{i}.ln_{j}": 0.7 + 0.1 * i + j / 7 for i in range(2) for j in (1, 2)
+    }
+    options = {"norms": "calibrated", "norm_floors": floors | {"transformer.h.0.ln_1": 0.0}}
+    trained = run(folder, ["--max_iters=2", "--eval_interval=2"], options)["raw_model"]
+    again = load_nanogpt(folder / "out", folder)
+    trained.load_state_dict(torch.load(folder / "out" / "ckpt.pt")["model"])  # it took a step more
+    ids = inputs_for("nanogpt") % 20
+    assert torch.equal(logits(trained, ids), logits(again, ids))
+    resumed = run(folder, ["--init_from=resume", "--max_iters=0"])["raw_model"]
+    for model in (again, resumed):
+        assert model.lip_retrofit.config == trained.lip_retrofit.config
+
+
+def test_without_the_plugin_a_calibrated_model_is_not_loaded_as_another(tmp_path: Any) -> None:
+    model = calibrated("gpt2")
+    assert model.config.activation_function == "lip_plugin.calibrated:gelu_new"
+    from transformers.activations import ACT2FN
+
+    assert type(ACT2FN["lip_plugin.calibrated:gelu_new"]) is type(ACT2FN["gelu_new"])
+    with pytest.raises(KeyError):
+        ACT2FN["lip_plugin.unknown:gelu_new"]
+
+
+def test_pickle_copy_release_and_another_retrofit() -> None:
+    model, inputs = calibrated("gpt2"), inputs_for("gpt2")
+    before = logits(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(before, logits(twin, inputs))
+    config = model.lip_retrofit.config
+    release(model)
+    assert torch.equal(before, logits(model, inputs))
+    with pytest.raises(ConfigError, match="norm_floors of 0"):
+        retrofit(model, LipschitzConfig(norms="keep"))
+    higher = {slot: 2 * floor for slot, floor in config.norm_floors.items()}
+    retrofit(model, LipschitzConfig.from_dict({**config.to_dict(), "norm_floors": higher}))
+    assert not torch.equal(before, logits(model, inputs))
+    retrofit(model, model.lip_retrofit.config)  # again: nothing
+
+
+def test_gains_are_fixed_and_the_rest_trains() -> None:
+    model = calibrated("gpt2")
+    ids = inputs_for("gpt2")
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, module in model.named_modules():
+        if isinstance(module, Floored):
+            assert module.weight.grad is None, name
+            assert module.bias.grad.abs().sum() > 0, name
+    assert all(m.weight.grad is not None for _, m in constrained_modules(model))
+    assert "no cap" in " ".join(certify(model, "caps").assumptions)  # biases
+
+
+def test_floors_move_in_mid_run_everywhere(tmp_path: Any) -> None:
+    model, inputs = calibrated("llama", times=0.0), inputs_for("llama")
+    whole = logits(model, inputs)
+    slots = list(model.lip_retrofit.config.norm_floors)
+    report = set_norm_floors_(model, {slots[0]: 5.0})
+    assert len(report) == 1
+    assert len(set_norm_floors_(model, {slots[0]: 5.0})) == 0
+    assert model.lip_retrofit.config.norm_floors == dict.fromkeys(slots, 0.0) | {slots[0]: 5.0}
+    half = logits(model, inputs)
+    assert not torch.equal(whole, half)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(half, logits(auto_class("llama").from_pretrained(tmp_path), inputs))
+    before = copy.deepcopy(model.lip_retrofit.config)
+    for wrong in ({slots[0]: -1.5}, {"nothing": 0.5}, {slots[0]: math.inf}, {slots[0]: math.nan}):
+        with pytest.raises(ConfigError):
+            set_norm_floors_(model, wrong)
+    assert model.lip_retrofit.config == before
+    kept = tiny("llama")
+    retrofit(kept, LipschitzConfig(norms="keep"))
+    with pytest.raises(ConfigError, match="'keep', not 'calibrated'"):
+        set_norm_floors_(kept, {})
+
+
+def test_a_released_model_keeps_its_floors_and_no_certificate_of_another() -> None:
+    models = [calibrated("gpt2", times=times) for times in (20.0, 0.0)]
+    for model in models:
+        release(model)
+    stated = certify(models[0])
+    stated.verify(models[0])
+    for certificate, other in ((stated, models[1]), (certify(models[1]), models[0])):
+        with pytest.raises(CertificateError, match="floors"):
+            certificate.verify(other)
+
+
+def test_a_norm_with_a_forward_of_its_own_is_refused() -> None:
+    model, ids = lively("gpt2"), inputs_for("gpt2")
+    floors = calibrate(model, ids)
+    slot = model.transformer.ln_f
+    slot.forward = slot.forward  # as accelerate's hooks do
+    with pytest.raises(UnsupportedModelError, match="ln_f carries a forward of its own"):
+        retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
+    assert not hasattr(model, "lip_retrofit")
+    del slot.forward
+    retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
+    before, state = logits(model, ids), copy.deepcopy(model.lip_retrofit.config)
+    slot.forward = slot.forward
+    with pytest.raises(UnsupportedModelError, match="carries a forward"):
+        set_norm_floors_(model, dict.fromkeys(floors, 9.0))
+    del slot.forward
+    assert torch.equal(before, logits(model, ids))
+    assert model.lip_retrofit.config == state
+
+
+def test_norms_that_peft_wrapped_are_not_half_changed() -> None:
+    model = calibrated("llama")
+    floors, ids = model.lip_retrofit.config.norm_floors, inputs_for("llama")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]))
+    before = logits(model, ids)
+    with pytest.raises(ConfigError, match="wrapped by a ModulesToSaveWrapper"):
+        set_norm_floors_(adapted, dict.fromkeys(floors, 9.0))
+    assert torch.equal(before, logits(model, ids))
+
+
+def test_a_streamed_certificate_of_more_layers_than_its_twin(tmp_path: Path) -> None:
+    model = calibrated("llama", num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    streamed = certify_streamed(tmp_path)
+    assert streamed.log10_lipschitz == pytest.approx(certify(model).log10_lipschitz)
+    streamed.verify(model)
