@@ -12,12 +12,16 @@ import pytest
 import torch
 from families import FAMILIES, HF_FAMILIES, auto_class, inputs_for, tiny
 from peft import LoraConfig, get_peft_model
+from peft_models import TARGETS, TOLERANCE, disturb, trainable, worst_merged
 from pretrained_models import calibrated, lively, logits
 
 from lip_plugin import (
     LipschitzConfig,
+    attach_projection,
     calibrate,
     certify,
+    drift,
+    falsify,
     release,
     retrofit,
     set_norm_floors_,
@@ -189,3 +193,28 @@ def test_a_streamed_certificate_of_more_layers_than_its_twin(tmp_path: Path) -> 
     streamed = certify_streamed(tmp_path)
     assert streamed.log10_lipschitz == pytest.approx(certify(model).log10_lipschitz)
     streamed.verify(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_on_a_model_with_floors_stay_within_caps_and_are_certified(family: str) -> None:
+    model, ids = calibrated(family), inputs_for(family)
+    targets: Any = TARGETS[family]
+    adapted: Any = get_peft_model(
+        model, LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    )
+    disturb(adapted, 0.2)
+    optimizer = torch.optim.AdamW(trainable(adapted), lr=0.01)
+    attach_projection(optimizer, adapted)
+    for _ in range(3):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert worst_merged(adapted) <= 1 + TOLERANCE
+    moved = drift(adapted, restarts=2, steps=5)
+    assert 0 < moved.logit_lower <= moved.logit_upper
+    before = certify(adapted).log10_lipschitz
+    set_norm_floors_(adapted, {k: 2 * v for k, v in model.lip_retrofit.config.norm_floors.items()})
+    assert certify(adapted).log10_lipschitz < before
+    merged = adapted.merge_and_unload()
+    assert certify(merged).log10_lipschitz == pytest.approx(certify(adapted).log10_lipschitz, abs=1e-6)
+    assert falsify(merged, restarts=1, steps=2, tokens=4).lower_bound <= certify(merged).lipschitz
