@@ -58,19 +58,21 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_where_the_unbroken_run_doe
     whole = finish(tmp_path / "whole", "llama")
     broken, moments, killed = tmp_path / "broken", random.Random(kills), 0
     steps_seen = [0]
-    while killed < kills:
+    while killed < kills or max(steps_seen) == 0:
+        assert killed < 10 * kills, "no checkpoint was ever found"
         process = start(broken, "llama")
         first = process.stdout.readline()
         steps_seen.append(int(first.split()[1]))
         assert steps_seen[-1] >= steps_seen[-2]  # nothing that was saved is lost
-        time.sleep(moments.uniform(0.0, 0.4))
+        # a slow machine, on which no kill came behind a checkpoint yet, gets more time
+        time.sleep(moments.uniform(0.0, 0.4 * (1 + killed // kills)))
         if process.poll() is not None:
             break  # it is through
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         killed += 1
-    assert killed == kills or killed >= 3
+    assert killed >= min(kills, 3)
     again = finish(broken, "llama")
     assert max(steps_seen) > 0
     assert whole.keys() == again.keys()
