@@ -38,7 +38,7 @@ def refuse_without_effect(
         )
     if schedule is not None and args.load_best_model_at_end:
         raise TrainerError(
-            "load_best_model_at_end would put the weights of a step at which norms were still there into the model of the "
+            "load_best_model_at_end would put the weights of a step with lower floors and higher caps into the model of the "
             "schedule's end. Set it to False; each checkpoint folder loads as what it was."
         )
     norms = None if config is None else config.norms

@@ -52,7 +52,7 @@ class LipschitzCallback(TrainerCallback):
         lr: Muon's rate in RMS->RMS norm per step; None takes `args.learning_rate`, or 0.05 if
             that was left at the TrainingArguments default.
         probe_tokens: length of the two sequences that activations and entropies are seen on.
-        schedule: of a pretrained model: its norms go, and its caps tighten to the config's, while it trains
+        schedule: of a pretrained model: floors rise under its norms, and its caps tighten to the config's, while it trains
             (RetrofitSchedule). Resumed by the same script from the same pretrained weights.
         calibration: batches for the floors of norms="calibrated" (see `calibrate`), where the config names none.
         adapter_budget: of LoRA: how much of the base's own norm a block may change by

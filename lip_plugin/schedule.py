@@ -49,7 +49,7 @@ class _Course:
 
 @dataclass(frozen=True)
 class RetrofitSchedule:
-    """When norms go and caps tighten, in shares of the training (0 its first step, 1 its end).
+    """When floors rise under norms and caps tighten, in shares of the training (0 its first step, 1 its end).
 
     Args:
         norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's norm_floors.
@@ -109,7 +109,7 @@ class RetrofitSchedule:
     def begin_(
         self, model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None = None
     ) -> RetrofitReport:
-        """Retrofit a pretrained model to the start of the schedule, in place: its norms are there, its weights at their caps.
+        """Retrofit a pretrained model to the start of the schedule, in place: floors at 0, weights at their caps.
 
         `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_floors may
         be given, else they are found on `batches` (see `calibrate`).

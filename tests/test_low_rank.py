@@ -44,7 +44,7 @@ def test_the_test_is_what_dense_matrices_say(shape: tuple[int, int, int]) -> Non
     assert torch.allclose(p.solve()[0], dense_top(s, z, zero), rtol=1e-9)
     assert torch.allclose(p.solve(some)[0], dense_top(s, z, some), rtol=1e-9)
     assert torch.allclose(p.solve(zero)[0], p.solve()[0], rtol=1e-12)
-    root = torch.linalg.matrix_norm(z, 2)  # where W0 reads nothing else the test is the norm itself
+    root = torch.linalg.matrix_norm(z, 2)  # what passes has norm(Z) <= 1: W_perp W_perp^T only adds to Z Z^T
     assert bool(((p.solve()[0] > 1) | (root <= 1 + 1e-9)).all())
 
 
@@ -88,3 +88,22 @@ def test_few_evaluations_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
             used.append(count[0] - before)
     assert max(used) <= low_rank._FALSI + 1
     assert sum(used) / len(used) <= 8, used
+
+
+def test_a_block_that_is_done_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose T is 1 to the last bit on both sides, where the interpolation is 0 / 0, beside one that takes long."""
+    p, _, _ = problem((12, 20, 3), 30.0, 0.3, blocks=2)
+    asked: list[Tensor] = []
+
+    def solve(self: LowRankProblem, shift: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(shift)
+        easy = 1.0 + 2.0**-52 if float(shift[0]) < 1.0 else 1.0
+        hard = 1e9 if float(shift[1]) < 3e-7 else 0.5  # a cliff: falsi does not see it, bisection does
+        top = torch.tensor([easy, hard], dtype=torch.float64)
+        return top, torch.zeros(2, 6, 3, dtype=torch.float64)
+
+    monkeypatch.setattr(LowRankProblem, "solve", solve)
+    shift, _ = p.least_shift(torch.tensor([1.0 + 2.0**-52, 1e9], dtype=torch.float64))
+    assert all(bool(torch.isfinite(s).all()) for s in asked)
+    assert float(shift[0]) >= 1.0
+    assert 3e-7 <= float(shift[1]) <= 3e-7 * 1.05

@@ -109,6 +109,9 @@ class LowRankProblem:
             if step >= _FALSI:  # whatever the function does, this ends
                 middle = (low * high).sqrt()
             middle = middle.clamp(low * (0.02 * gap).exp(), high * (-0.02 * gap).exp())
+            middle = torch.where(
+                done, high, middle
+            )  # it waits: at T = 1 to the last bit the formula above is 0 / 0
             now, g_now = self.solve(middle)
             value, inside = now.clamp_min(1e-200).rsqrt() - 1.0, now <= 1.0
             below = torch.where(inside, torch.where(side > 0, 0.5 * below, below), value)
