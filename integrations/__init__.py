@@ -22,7 +22,8 @@ def register_all() -> None:
     import lip_plugin.integrations.bitsandbytes_weights
     import lip_plugin.integrations.hf_families
     import lip_plugin.integrations.nanogpt_family
-    import lip_plugin.integrations.peft_lora  # noqa: F401
+    import lip_plugin.integrations.peft_lora
+    import lip_plugin.integrations.peft_wrappers  # noqa: F401
 
     if _HOOKED in sys.modules:
         _register_persistence()

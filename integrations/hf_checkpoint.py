@@ -32,7 +32,7 @@ from lip_plugin.parts import parts
 from lip_plugin.surgery import retrofit
 
 # The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
-_TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128}
+_TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128, "hidden_dim": 128}
 
 
 def load_checkpoint(folder: str | Path) -> nn.Module:
@@ -167,8 +167,11 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     for key, size in _TWIN_SIZES.items():
         if hasattr(small, key):
             setattr(small, key, size)
+    padding = getattr(small, "pad_token_id", None)
     for key in [k for k in vars(small) if k.endswith("_token_id")]:
         setattr(small, key, None)
+    if padding is not None:  # a classifier looks for it, and roberta's positions begin behind it
+        small.pad_token_id = min(padding, _TWIN_SIZES["vocab_size"] - 1)
     small.dtype = torch.float32
     twin = cls(small)
     saved = _saved_retrofit(config)

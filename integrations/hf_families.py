@@ -1,7 +1,9 @@
-"""The table: Hugging Face models -> Architecture. Strings only; importing it imports nothing.
+"""The table: Hugging Face models -> Architecture. Strings only; importing it imports nothing of theirs.
+
+Decoders are described here, encoders in hf_encoders.py; the rows at the end say which class is which family.
 
 To add a family: say what its parts are called (about fifteen lines, most families are LLAMA with a
-change), append it to HF_ARCHITECTURES, and run `pytest tests/test_families.py`, which drives the whole
+change), append a row to _ROWS, and run `pytest tests/test_families.py`, which drives the whole
 contract from this table. A wrong name is an error at retrofit; a wrong structure is caught when the
 certificate's graph is compared with the model.
 """
@@ -9,12 +11,22 @@ certificate's graph is compared with the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lip_plugin.architecture import Architecture, Attention, Family, Mlp, register_family
+from lip_plugin.architecture import Architecture, Attention, Family, Mlp, model_logits, register_family
+from lip_plugin.integrations.hf_encoders import (
+    BERT,
+    BERT_CLASSIFIER,
+    DISTILBERT,
+    DISTILBERT_CLASSIFIER,
+    ROBERTA,
+    ROBERTA_CLASSIFIER,
+    VIT,
+)
 
 GPT2 = Architecture(
     name="gpt2",
@@ -153,122 +165,101 @@ OPT_PROJECTED = replace(
     readout=(("dense", "model.decoder.project_out"),),
 )
 
-BERT = Architecture(
-    name="bert",
-    layers="bert.encoder.layer",
-    tokens="bert.embeddings.word_embeddings",
-    positions="bert.embeddings.position_embeddings",
-    types="bert.embeddings.token_type_embeddings",
-    entry_norm="bert.embeddings.LayerNorm",
-    kv_heads=None,
-    attention=Attention(
-        module="attention",
-        sum_norm="attention.output.LayerNorm",
-        q="self.query",
-        k="self.key",
-        v="self.value",
-        out="output.dense",
-        scaling="self.scaling",
-        scale="output.dropout",
-        causal=False,
-    ),
-    mlp=Mlp(
-        module="",
-        sum_norm="output.LayerNorm",
-        up="intermediate.dense",
-        act="intermediate.intermediate_act_fn",
-        down="output.dense",
-        scale="output.dropout",
-    ),
-    readout=(
-        ("dense", "cls.predictions.transform.dense"),
-        ("act", "cls.predictions.transform.transform_act_fn"),
-        ("norm", "cls.predictions.transform.LayerNorm"),
-    ),
-    head="cls.predictions.decoder",
-    unused=("cls.predictions.bias",),
-)
-BERT_CLASSIFIER = replace(
-    BERT,
-    name="bert_classifier",
-    readout=(("first", ""), ("dense", "bert.pooler.dense"), ("act", "bert.pooler.activation")),
-    head="classifier",
-    unused=(),
-)
 
-VIT = Architecture(
-    name="vit",
-    layers="vit.layers",
-    patches="vit.embeddings.patch_embeddings.projection",
-    first="vit.embeddings.cls_token",
-    positions="vit.embeddings.position_embeddings",
-    final_norm="vit.layernorm",
-    readout=(("first", ""),),
-    head="classifier",
-    kv_heads=None,
-    attention=Attention(
-        module="attention",
-        norm="layernorm_before",
-        q="q_proj",
-        k="k_proj",
-        v="v_proj",
-        out="o_proj",
-        causal=False,
-    ),
-    mlp=Mlp(module="mlp", norm="layernorm_after", up="fc1", down="fc2", act="activation_fn"),
-)
+def _classifier(decoder: Architecture) -> Architecture:
+    """The sequence classifier of a decoder: it reads the last token that is not padding."""
+    return replace(
+        decoder,
+        name=f"{decoder.name}_classifier",
+        readout=(("last", ""),),
+        head="score",
+        padding="config.pad_token_id",
+    )
 
 
-def _hugging_face(model_type: str, cls: str = "", **fields: Any) -> Callable[[nn.Module], bool]:
-    """Whether a model is transformers' own, of this model_type, class name and config fields."""
+def _one_by_one(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits [batch, 1, labels]; a decoder's classifier without pad_token_id takes one sequence at a time."""
+    config: Any = model.config
+    if config.pad_token_id is not None:
+        return model_logits(model, inputs)
+    return torch.cat([model_logits(model, one) for one in inputs.split(1)])
 
-    def matches(model: nn.Module) -> bool:
+
+@dataclass(frozen=True)
+class _Row:
+    """A family with its model_type and class in transformers; `when` (in words: `variant`) its config must fulfil."""
+
+    architecture: Architecture
+    model_type: str
+    cls: str
+    when: Callable[[Any], bool] = lambda config: True
+    variant: str = ""
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether a model is of transformers' class, or of a subclass that keeps its name in its bases."""
         config = getattr(model, "config", None)
-        ours = any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
-        named = not cls or any(base.__name__ == cls for base in type(model).__mro__)
+        bases = [base.__name__ for base in type(model).__mro__ if base.__module__.startswith("transformers.")]
         return (
-            ours
-            and named
-            and getattr(config, "model_type", None) == model_type
-            and all(getattr(config, name, None) == value for name, value in fields.items())
+            self.cls in bases
+            and getattr(config, "model_type", None) == self.model_type
+            and bool(self.when(config))
         )
 
-    return matches
+
+def _encoder(architecture: Architecture, model_type: str, cls: str) -> _Row:
+    return _Row(architecture, model_type, cls, lambda config: not config.is_decoder, "is_decoder=False")
 
 
-def _opt(before: bool, projected: bool) -> Callable[[nn.Module], bool]:
-    is_opt = _hugging_face("opt", do_layer_norm_before=before)
+def _opt(architecture: Architecture, before: bool, projected: bool) -> _Row:
+    def when(config: Any) -> bool:
+        differ = config.word_embed_proj_dim != config.hidden_size
+        return config.do_layer_norm_before == before and differ == projected
 
-    def matches(model: nn.Module) -> bool:
-        if not is_opt(model):
-            return False
-        config: Any = model.config
-        return (config.word_embed_proj_dim != config.hidden_size) == projected
-
-    return matches
+    equal = "another than" if projected else "equal to"
+    variant = f"do_layer_norm_before={before} and word_embed_proj_dim {equal} hidden_size"
+    return _Row(architecture, "opt", "OPTForCausalLM", when, variant)
 
 
-_ROWS: tuple[tuple[Architecture, Callable[[nn.Module], bool]], ...] = (
-    (GPT2, _hugging_face("gpt2")),
-    (LLAMA, _hugging_face("llama")),
-    (MISTRAL, _hugging_face("mistral")),
-    (QWEN2, _hugging_face("qwen2")),
-    (QWEN3, _hugging_face("qwen3")),
-    (GRANITE, _hugging_face("granite")),
-    (PHI3, _hugging_face("phi3")),
-    (GEMMA2, _hugging_face("gemma2")),
-    (GEMMA3, _hugging_face("gemma3_text")),
-    (OLMO2, _hugging_face("olmo2")),
-    (GPT_NEOX, _hugging_face("gpt_neox", use_parallel_residual=True)),
-    (GPT_NEOX_SEQUENTIAL, _hugging_face("gpt_neox", use_parallel_residual=False)),
-    (OPT, _opt(before=True, projected=False)),
-    (OPT_POST, _opt(before=False, projected=False)),
-    (OPT_PROJECTED, _opt(before=False, projected=True)),
-    (BERT, _hugging_face("bert", "BertForMaskedLM", is_decoder=False)),
-    (BERT_CLASSIFIER, _hugging_face("bert", "BertForSequenceClassification", is_decoder=False)),
-    (VIT, _hugging_face("vit", "ViTForImageClassification")),
+def _neox(architecture: Architecture, parallel: bool) -> _Row:
+    return _Row(
+        architecture,
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        lambda config: config.use_parallel_residual == parallel,
+        f"use_parallel_residual={parallel}",
+    )
+
+
+_ROWS = (
+    _Row(GPT2, "gpt2", "GPT2LMHeadModel"),
+    _Row(_classifier(GPT2), "gpt2", "GPT2ForSequenceClassification"),
+    _Row(LLAMA, "llama", "LlamaForCausalLM"),
+    _Row(_classifier(LLAMA), "llama", "LlamaForSequenceClassification"),
+    _Row(MISTRAL, "mistral", "MistralForCausalLM"),
+    _Row(_classifier(MISTRAL), "mistral", "MistralForSequenceClassification"),
+    _Row(QWEN2, "qwen2", "Qwen2ForCausalLM"),
+    _Row(_classifier(QWEN2), "qwen2", "Qwen2ForSequenceClassification"),
+    _Row(QWEN3, "qwen3", "Qwen3ForCausalLM"),
+    _Row(_classifier(QWEN3), "qwen3", "Qwen3ForSequenceClassification"),
+    _Row(GRANITE, "granite", "GraniteForCausalLM"),
+    _Row(PHI3, "phi3", "Phi3ForCausalLM"),
+    _Row(GEMMA2, "gemma2", "Gemma2ForCausalLM"),
+    _Row(GEMMA3, "gemma3_text", "Gemma3ForCausalLM"),
+    _Row(OLMO2, "olmo2", "Olmo2ForCausalLM"),
+    _neox(GPT_NEOX, parallel=True),
+    _neox(GPT_NEOX_SEQUENTIAL, parallel=False),
+    _opt(OPT, before=True, projected=False),
+    _opt(OPT_POST, before=False, projected=False),
+    _opt(OPT_PROJECTED, before=False, projected=True),
+    _encoder(BERT, "bert", "BertForMaskedLM"),
+    _encoder(BERT_CLASSIFIER, "bert", "BertForSequenceClassification"),
+    _encoder(ROBERTA, "roberta", "RobertaForMaskedLM"),
+    _encoder(ROBERTA_CLASSIFIER, "roberta", "RobertaForSequenceClassification"),
+    _Row(DISTILBERT, "distilbert", "DistilBertForMaskedLM"),
+    _Row(DISTILBERT_CLASSIFIER, "distilbert", "DistilBertForSequenceClassification"),
+    _Row(VIT, "vit", "ViTForImageClassification"),
 )
-HF_ARCHITECTURES = tuple(architecture for architecture, _ in _ROWS)
+HF_ARCHITECTURES = tuple(row.architecture for row in _ROWS)
 
 
 def _is_pretrained(model: nn.Module) -> bool:
@@ -282,5 +273,17 @@ def _on_retrofit(model: nn.Module, config: Any) -> None:
     mark_(model, config)
 
 
-for _architecture, _matches in _ROWS:
-    register_family(Family(_architecture, _matches, is_pretrained=_is_pretrained, on_retrofit=_on_retrofit))
+for _row in _ROWS:
+    _last = ("last", "") in _row.architecture.readout
+    register_family(
+        Family(
+            _row.architecture,
+            _row.matches,
+            is_pretrained=_is_pretrained,
+            logits=_one_by_one if _last else model_logits,
+            on_retrofit=_on_retrofit,
+            model_type=_row.model_type,
+            cls=_row.cls,
+            variant=_row.variant,
+        )
+    )

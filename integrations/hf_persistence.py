@@ -4,7 +4,8 @@ Transformers calls a registered quantizer on the empty skeleton of a model befor
 loaded. We register one whose only act is `retrofit`, and un-mark the model afterwards, so it trains
 and saves like any other. If the plugin is not imported, Transformers merely warns about an unknown
 quantizer and would load a wrong model; so the activation's name in the config is one that only the
-plugin registers, and building the model raises KeyError: it fails closed. Importing this module registers.
+plugin registers, and building the model raises KeyError: it fails closed. Both names say what to do
+(lip_plugin/saved_names.py). Importing this module registers.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.frozen import freeze_
 from lip_plugin.parts import parts
+from lip_plugin.saved_names import (
+    CALIBRATED,
+    CALIBRATED_NAMES,
+    METHOD,
+    METHODS,
+    SCALED,
+    SCALED_NAMES,
+    plain_name,
+)
 from lip_plugin.surgery import find_retrofit, retrofit
 
-METHOD = "lip_plugin"
-SENTINEL = "lip_plugin:"  # the scaled activation
-CALIBRATED = (
-    "lip_plugin.calibrated:"  # the very activation, of a model whose norms are not what its class says
-)
 _SCALABLE = (
     "gelu",
     "gelu_new",
@@ -42,7 +47,7 @@ _SCALABLE = (
     "relu",
     "tanh",
 )
-_ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation")
+_ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation", "activation")
 
 
 class LipschitzPersistenceConfig(QuantizationConfigMixin):
@@ -100,12 +105,13 @@ def register() -> None:
 
     if METHOD in AUTO_QUANTIZER_MAPPING:
         return
-    register_quantization_config(METHOD)(LipschitzPersistenceConfig)
-    register_quantizer(METHOD)(LipschitzLoader)
+    for method in METHODS:
+        register_quantization_config(method)(LipschitzPersistenceConfig)
+        register_quantizer(method)(LipschitzLoader)
     for name in _SCALABLE:
         if name in ACT2FN:
-            ACT2FN[SENTINEL + name] = (_scaled, {"name": name})
-            ACT2FN[CALIBRATED + name] = (_plain, {"name": name})
+            ACT2FN.update({prefix + name: (_scaled, {"name": name}) for prefix in SCALED_NAMES})
+            ACT2FN.update({prefix + name: (_plain, {"name": name}) for prefix in CALIBRATED_NAMES})
 
 
 def _plain(name: str) -> nn.Module:
@@ -130,7 +136,7 @@ def mark_(model: Any, config: LipschitzConfig) -> None:
         if hasattr(model, "all_tied_weights_keys"):
             model.all_tied_weights_keys = {}
     if config.norms != "keep":
-        _name_activations(model, SENTINEL if config.recipe else CALIBRATED)
+        _name_activations(model, SCALED if config.recipe else CALIBRATED)
     model.config.quantization_config.settings = settings_of(model)
 
 
@@ -138,7 +144,7 @@ def _name_activations(model: Any, prefix: str) -> None:
     for key in _ACTIVATION_KEYS:
         name = getattr(model.config, key, None)
         if isinstance(name, str):
-            setattr(model.config, key, prefix + name.removeprefix(SENTINEL).removeprefix(CALIBRATED))
+            setattr(model.config, key, prefix + plain_name(name))
 
 
 register()

@@ -23,14 +23,16 @@ from transformers.training_args import ParallelMode
 
 from lip_plugin.certificate.whole import has_shards
 from lip_plugin.config import LipschitzConfig
-from lip_plugin.errors import ConfigError, TrainerError
-from lip_plugin.integrations.hf_measure import CERTIFICATE, measured, probe, write_certificate
+from lip_plugin.errors import TrainerError
+from lip_plugin.integrations.hf_arguments import check_arguments, refuse_second, refuse_stack
+from lip_plugin.integrations.hf_measure import CERTIFICATE, certificate_or_reason, measured, probe
 from lip_plugin.integrations.hf_optimizer import OPTIM_NAME, MuonFactory, register_optimizer
 from lip_plugin.integrations.hf_schedule import follow, refuse_without_effect
 from lip_plugin.integrations.peft_budget import constrain_adapters, has_budget
 from lip_plugin.optim.muon import LipschitzMuon
 from lip_plugin.optim.projection import attach_projection, keep_within_caps_
 from lip_plugin.plan import RetrofitReport
+from lip_plugin.presets import chosen_config
 from lip_plugin.schedule import RetrofitSchedule, with_floors
 from lip_plugin.surgery import find_retrofit, retrofit
 
@@ -45,7 +47,9 @@ class LipschitzCallback(TrainerCallback):
     """Trains the Trainer's model under a certified Lipschitz constant.
 
     Args:
-        config: None keeps a retrofitted model's own config, or takes LipschitzConfig's defaults.
+        config: a LipschitzConfig, or the name of a preset (`"robust"`; see LipschitzConfig.preset), which
+            is fitted to the model's family. None keeps a retrofitted model's own config, or takes
+            LipschitzConfig's defaults.
         optimizer: `"muon"` or `"keep"`. None chooses LipschitzMuon where the user chose no
             optimizer, and otherwise keeps theirs and projects after its steps. Adapters (peft)
             always keep the user's optimizer.
@@ -60,17 +64,22 @@ class LipschitzCallback(TrainerCallback):
             adapters on a base that was never retrofitted; on one that was, its caps hold in any case.
         **muon: further arguments of LipschitzMuon (`adamw_lr`, `embedding_lr`, `momentum`, ...).
 
+    A certificate that cannot be had does not end a run. A warning says why, once for each reason, and its
+    keys are missing from the log entry, or `certificate.json` from the checkpoint.
+
     The keys it logs are in `hf_measure.METRICS`. They reach the progress bar, `trainer.state.log_history` and
     TensorBoard. Other reporters (wandb, mlflow) run before a user's callback; for those add one line
     after building the Trainer: `LipschitzCallback.put_first(trainer)`.
 
     Raises:
-        TrainerError: DeepSpeed, liger kernels, `model_init`, or a config for a base that carries adapters already.
+        ConfigError: when it is built, an argument of another type, out of range, or that is not known.
+        TrainerError: DeepSpeed, liger kernels, `model_init`, a second LipschitzCallback, or a config for a
+            base that carries adapters already.
     """
 
     def __init__(
         self,
-        config: LipschitzConfig | None = None,
+        config: LipschitzConfig | str | None = None,
         *,
         optimizer: str | None = None,
         lr: float | None = None,
@@ -80,8 +89,7 @@ class LipschitzCallback(TrainerCallback):
         adapter_budget: float | None = None,
         **muon: Any,
     ) -> None:
-        if optimizer not in (None, "muon", "keep"):
-            raise ConfigError(f"LipschitzCallback(optimizer={optimizer!r}): choose 'muon', 'keep' or None.")
+        check_arguments(config, optimizer, lr, probe_tokens, schedule, calibration, adapter_budget, muon)
         self.config = config
         self.optimizer = optimizer
         self.lr = lr
@@ -92,6 +100,8 @@ class LipschitzCallback(TrainerCallback):
         self._probe: torch.Tensor | None = None
         self._writer: Any = None
         self._handle: Any = None
+        self._began_with_trainer = False
+        self._warned: set[str] = set()
 
     @staticmethod
     def put_first(trainer: Any) -> None:
@@ -107,9 +117,13 @@ class LipschitzCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        _refuse(args, model, kwargs.get("optimizer"), self.config)
-        refuse_without_effect(args, model, self.config, self.schedule, self.calibration)
-        report = self._constrain(model)
+        refuse_stack(args, model, kwargs.get("optimizer"), self.config)
+        refuse_second(control, self)
+        found = find_retrofit(model)
+        config = chosen_config(self.config, model if found is None else found[0], "LipschitzCallback(")
+        refuse_without_effect(args, model, config, self.schedule, self.calibration)
+        report = self._constrain(model, config)
+        self._began_with_trainer = True
         if report is not None and state.is_world_process_zero:
             logger.info("%s", report)
         if kwargs.get("optimizer") is None and self._takes_muon(args, model):
@@ -125,14 +139,13 @@ class LipschitzCallback(TrainerCallback):
             register_optimizer()
             args.optim = OPTIM_NAME
 
-    def _constrain(self, model: Any) -> RetrofitReport | None:
+    def _constrain(self, model: Any, config: LipschitzConfig | None) -> RetrofitReport | None:
         """What is to be held of this model from now on; None if it says so itself."""
         retrofitted = find_retrofit(model) is not None
         if hasattr(model, "peft_config") and (not retrofitted or self.adapter_budget is not None):
             if has_budget(model) and self.adapter_budget is None:
                 return None
             return constrain_adapters(model, self.adapter_budget or ADAPTER_BUDGET, relative=True)
-        config = self.config
         if self.schedule is not None:
             return self.schedule.begin_(
                 model, config or LipschitzConfig(norms="calibrated"), self.calibration
@@ -152,6 +165,12 @@ class LipschitzCallback(TrainerCallback):
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if find_retrofit(model) is None and not has_budget(model):
+            if not self._began_with_trainer:
+                raise TrainerError(
+                    "This LipschitzCallback was added to a Trainer that had been built already, too late to "
+                    "retrofit its model. Give it to the Trainer when it is built: Trainer(..., "
+                    "callbacks=[LipschitzCallback()])."
+                )
             raise TrainerError(
                 "The model in training is not the one that was retrofitted: Trainer(model_init=...) builds a new one at "
                 "train(). Build the model first and pass it as Trainer(model=...)."
@@ -196,9 +215,10 @@ class LipschitzCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         began = time.perf_counter()
-        values = measured(kwargs["model"], self._probe)
+        values, problems = measured(kwargs["model"], self._probe)
         if not state.is_world_process_zero:
             return
+        self._warn(problems)
         self._seconds_certifying += time.perf_counter() - began
         inner = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         values["lip/seconds_projecting"] = float(getattr(inner, "seconds_projecting", 0.0))
@@ -223,7 +243,7 @@ class LipschitzCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        write_certificate(kwargs["model"], _checkpoint(args, state))
+        self._write_certificate(state, kwargs["model"], _checkpoint(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -234,7 +254,18 @@ class LipschitzCallback(TrainerCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        write_certificate(kwargs["model"], Path(str(args.output_dir)))
+        self._write_certificate(state, kwargs["model"], Path(str(args.output_dir)))
+
+    def _write_certificate(self, state: TrainerState, model: Any, folder: Path) -> None:
+        problem = certificate_or_reason(model, folder)
+        if problem is not None and state.is_world_process_zero:
+            self._warn([problem])
+
+    def _warn(self, problems: list[str]) -> None:
+        for problem in problems:
+            if problem not in self._warned:
+                logger.warning("%s", problem)
+        self._warned.update(problems)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -252,40 +283,6 @@ def _replicas(args: TrainingArguments, model: nn.Module) -> Any:
     if args.parallel_mode != ParallelMode.DISTRIBUTED or has_shards(model):
         return None
     return torch.distributed.group.WORLD
-
-
-def _refuse(args: TrainingArguments, model: Any, optimizer: Any, config: LipschitzConfig | None) -> None:
-    if args.deepspeed or getattr(args, "hf_deepspeed_config", None):
-        raise TrainerError(
-            "DeepSpeed owns optimizer and weights, so no projection could run after its step. Use accelerate "
-            "with DDP: remove deepspeed= and start with torchrun."
-        )
-    plugin = getattr(args, "fsdp_plugin_args", None) or {}
-    if args.fsdp and int(plugin.get("fsdp_version", 2)) != 2:
-        raise TrainerError(
-            "FSDP1 flattens weights, and a matrix in pieces has no norm. Use FSDP2: fsdp_config={'version': 2}, or "
-            "integrations/accelerate/fsdp2_8.yaml."
-        )
-    if args.use_liger_kernel:
-        raise TrainerError(
-            "Liger kernels replace the forward passes that the certificate describes. Set use_liger_kernel=False."
-        )
-    if hasattr(model, "peft_config") and find_retrofit(model) is None and config is not None:
-        raise TrainerError(
-            "This model carries adapters on a base without caps, so a config comes too late. Order: retrofit(base, "
-            "LipschitzConfig(...)), then get_peft_model(base, ...), then Trainer. Or leave the config out: the adapters' "
-            "change is then bounded (adapter_budget)."
-        )
-    if optimizer is not None and find_retrofit(model) is None and _is_tied(model):
-        raise TrainerError(
-            "The head is tied to the embedding, and untying gives it a Parameter that your optimizer does not have: it "
-            "would never train. Order: retrofit(model, LipschitzConfig(...)), then the optimizer, then Trainer."
-        )
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _tensorboard_dir(args: TrainingArguments) -> str:

@@ -18,6 +18,7 @@ from lip_plugin.architecture import find_family
 from lip_plugin.blocks import RMS_TO_RMS, Layout, Segment, whole
 from lip_plugin.certificate.maps import dequantized
 from lip_plugin.errors import ConfigError, LipschitzError, UnsupportedModelError
+from lip_plugin.face import require_module
 from lip_plugin.integrations.peft_factors import Factors, change_sizes
 from lip_plugin.integrations.peft_layers import (
     BUDGET,
@@ -65,6 +66,7 @@ def constrain_adapters(
         UnsupportedModelError: no LoRA adapters, or a kind without a rule; see `peft_layers`.
         TrainerError: adapters are merged. Nothing was changed.
     """
+    require_module(model, "constrain_adapters")
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
         raise ConfigError(f"constrain_adapters(budget={budget!r}): must be a finite number above 0.")
     if granularity not in ("head", "matrix"):

@@ -208,6 +208,31 @@ def _turn(layer: Any, adapter: str, kind: str, dtype: torch.dtype) -> Tensor:
     ).clone()
 
 
+def adapter_facts(module: nn.Module) -> str:
+    """What the merged weight of an adapted layer depends on besides Parameters; empty for any other module."""
+    layer: Any = module
+    try:
+        kind = kind_of(layer)
+    except UnsupportedModelError:
+        return ""
+    if kind is None:
+        return ""
+    if layer.merged or layer.disable_adapters:
+        return "merged" if layer.merged else "adapters disabled"
+    found = []
+    for name in active(layer):
+        what = f"{name}: {kind}"
+        if kind in (LORA, DORA):
+            what += f" scaling={layer.scaling[name]!r}"
+        if kind == HRA:
+            what += f" orthogonalized={layer.hra_apply_GS[name]!r}"
+        if kind == OFT:
+            oft = layer.oft_R[name]
+            what += f" coft={oft.coft} eps={oft.eps!r} block_share={oft.block_share}"
+        found.append(what)
+    return ", ".join(found)
+
+
 def read_weight(module: nn.Module) -> Tensor | None:
     """For the certificate: the merged weight of an adapted layer, None for any other module.
 

@@ -33,6 +33,7 @@ from lip_plugin.integrations.peft_layers import (
     BUDGET,
     TURNING,
     active,
+    adapter_facts,
     base_weight,
     lora_layers,
     merged_weight,
@@ -178,6 +179,6 @@ def _over(name: str, layout: Any, weight: Tensor) -> BlockNorms:
 
 
 register_projector(project_adapters, merged_block_norms, holds=has_budget, check=find_adapters)
-register_weight_reader(read_weight)
+register_weight_reader(read_weight, adapter_facts)
 
 __all__ = ["lora_layers", "merged_block_norms", "merged_weight", "project_adapters", "read_weight"]

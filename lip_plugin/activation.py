@@ -32,6 +32,20 @@ class Abs(nn.Module):
 REPLACEMENTS: dict[str, type[nn.Module]] = {"abs": Abs}
 
 
+class FunctionActivation(nn.Module):
+    """x -> f(x) of `ACTIVATIONS`, standing for a call of that function in a library's forward.
+
+    There is no module in the library's model at that place, so nothing can be scaled there, nor hooked.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.kind](x)
+
+
 class ScaledActivation(nn.Module):
     """x -> act(x) / slope, with slope an upper bound of act's largest slope: 1-Lipschitz.
 

@@ -80,12 +80,18 @@ class Architecture:
     (`tokens`, mapped by `token_map`, times `embedding_scale`; `positions`; `types`), normed by
     `entry_norm`; or of an image `patches` (a convolution without overlap) behind the row `first`,
     plus `positions`. Tables are embedding modules, or bare Parameters. `readout` lists the steps
-    between the last norm slot and the head as (kind, path): "dense", "act", "norm", or "first", which
-    keeps the first token only.
+    between the last norm slot and the head as (kind, path). "dense", "act" and "norm" are modules at this
+    path. "function" is an activation that the forward calls as a function, so that there is no module to
+    scale: its path is the function's name in SLOPE_UPPER. "first" and "last" keep one token only.
 
     Attributes:
         parallel: both branches of a layer read the same x, and their sum is added.
         heads, kv_heads: attributes of `model.config`.
+        padding: attribute, as a path from the model, of a token id that the forward tells from others by
+            its value, whatever the mask says. With "last" in `readout` the model keeps the last token
+            that has another id. None: all ids are treated alike.
+        positions_follow_padding: the row of `positions` with the number of `padding` is for padding; the
+            first token that is none has the row behind it. Without it positions begin at row 0.
         embedding_scale: attributes that multiply the token rows; the forward reads the first.
         residual_scale: attribute of a layer that multiplies its branches.
         logits_divisor, softcap: attributes of `model.config`: logits / divisor, c tanh(logits / c).
@@ -115,9 +121,16 @@ class Architecture:
     logits_divisor: str | None = None
     softcap: str | None = None
     unused: tuple[str, ...] = ()
+    padding: str | None = None
+    positions_follow_padding: bool = False
+
+    @property
+    def one_token(self) -> bool:
+        """Whether the logits are those of one token for the whole sequence or image: a classifier's."""
+        return any(kind in ("first", "last") for kind, _ in self.readout)
 
 
-def _model_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def model_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     """Logits of a Hugging Face model; a classifier's [batch, labels] become [batch, 1, labels]."""
     logits = model(inputs).logits
     return logits if logits.dim() == 3 else logits.unsqueeze(1)
@@ -134,13 +147,19 @@ class Family:
             channels, height, width]), gives logits [batch, tokens, vocabulary], or one token's.
         on_retrofit: called last by `retrofit` with (model, config), to record it in the model's
             own config; must not touch weights.
+        model_type: the `model_type` that a Hugging Face config has for it; "" for other libraries.
+        cls: name of the model's class, for error messages; "" takes the family's name.
+        variant: what its config has to say besides, as plain text for error messages; "" for nothing.
     """
 
     architecture: Architecture
     matches: Callable[[nn.Module], bool]
     is_pretrained: Callable[[nn.Module], bool] = field(default=lambda model: False)
-    logits: Callable[[nn.Module, Tensor], Tensor] = field(default=_model_logits)
+    logits: Callable[[nn.Module, Tensor], Tensor] = field(default=model_logits)
     on_retrofit: Callable[[nn.Module, Any], None] = field(default=lambda model, config: None)
+    model_type: str = ""
+    cls: str = ""
+    variant: str = ""
 
 
 # Words in the class names of layers that no rule covers, whatever surrounds them.
@@ -164,6 +183,11 @@ def family_named(name: str) -> Family:
     return _FAMILIES[name]
 
 
+def has_family(model: nn.Module) -> bool:
+    """Whether a module is itself a model of a known family."""
+    return not _is_wrapper(model) and any(family.matches(model) for family in _FAMILIES.values())
+
+
 def find_family(model: nn.Module) -> Family:
     """The family of `model`.
 
@@ -175,11 +199,48 @@ def find_family(model: nn.Module) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     what = f"{type(model).__name__}" + (f" (model_type {kind!r})" if kind else "")
     _refuse_by_name(model, what)
-    raise UnsupportedModelError(
-        f"No architecture is described for {what}. Known: {', '.join(_FAMILIES) or 'none'}. "
-        "If it is a transformer with plain Linear layers, describe it as in "
-        "lip_plugin/integrations/hf_families.py and call lip_plugin.architecture.register_family."
-    )
+    raise UnsupportedModelError(f"No architecture is described for {what}. {_cure(model, kind)}")
+
+
+def _known() -> str:
+    """The classes of all known families, for a message."""
+    return ", ".join(dict.fromkeys(f.cls or f.architecture.name for f in _FAMILIES.values())) or "none"
+
+
+_DESCRIBE = (
+    "describe it as in lip_plugin/integrations/hf_families.py and call "
+    "lip_plugin.architecture.register_family"
+)
+
+
+def _cure(model: nn.Module, kind: str | None) -> str:
+    """What is wrong with a model without a family, and what can be done."""
+    config = getattr(model, "config", None)
+    if kind is None:
+        return (
+            "It is not a transformer of a known family, and there is no rule for other networks. Known models: "
+            f"{_known()}. A family can only be described for transformers: layers of attention and MLP whose maps are "
+            f"plain Linear layers. If this is one, {_DESCRIBE}."
+        )
+    same = [f for f in _FAMILIES.values() if f.model_type == kind]
+    if same:
+        described = "; ".join(f"{f.cls} with {f.variant}" if f.variant else f.cls for f in same)
+        return (
+            f"Of this model_type these are known: {described}. Retrofit the model with its language-model head or "
+            "classifier (AutoModelForCausalLM, AutoModelForSequenceClassification and the like load it), before any wrapper."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            "It is an encoder-decoder, and attention from one sequence to another has no rule here. Use an encoder or a "
+            f"decoder alone: {_known()}."
+        )
+    towers = [key for key, value in getattr(config, "__dict__", {}).items() if hasattr(value, "model_type")]
+    if len(towers) > 1:
+        return (
+            f"It joins several models ({', '.join(towers)}), and there is no rule for what joins them. Use a model with one "
+            f"tower: {_known()}."
+        )
+    return f"Known: {_known()}. If it is a transformer whose maps are plain Linear layers, {_DESCRIBE}."
 
 
 def _is_wrapper(model: nn.Module) -> bool:

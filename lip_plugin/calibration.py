@@ -15,6 +15,7 @@ from lip_plugin.blocks import ROW, whole
 from lip_plugin.certificate.progress import progress
 from lip_plugin.checks import norms_are_gone, refuse_shards
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from lip_plugin.face import require_module
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.modules import table_of
 from lip_plugin.parts import Parts, parts
@@ -50,6 +51,7 @@ def calibrate(
         ConfigError: no batches, or a quantile out of range. NonFiniteError: a slot reads nan or inf.
         UnsupportedModelError: an unknown family or norm, or norms that are gone.
     """
+    require_module(model, "calibrate")
     if not 0.0 <= quantile <= 1.0:
         raise ConfigError(f"calibrate(quantile={quantile!r}): a number in [0, 1], please.")
     refuse_shards(model, "calibrate")
@@ -179,6 +181,12 @@ def _run(model: nn.Module, family: Family, batch: Any, mask: list[Tensor | None]
 
 def _checked(batches: Any) -> list[Any]:
     """The batches, all of them: each a tensor or a dictionary, with a mask by token if any."""
+    listed = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not listed or isinstance(batches, (str, bytes, type)):
+        raise ConfigError(
+            f"calibrate(model, batches): the batches are of type {type(batches).__name__}. Give a list of "
+            "tensors of token ids [batch, tokens], or of dictionaries of the model's inputs."
+        )
     held = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
     if not held:
         raise ConfigError("calibrate: no batches. Give a few of what the model is trained on.")
@@ -218,6 +226,7 @@ def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]
 
     Raises UnsupportedModelError for an unknown family.
     """
+    require_module(model, "own_caps")
     refuse_shards(model, "own_caps")
     _, names = _described(model)
     caps = {}

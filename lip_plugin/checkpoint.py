@@ -30,6 +30,7 @@ from lip_plugin.certificate.certify import Certificate, certify
 from lip_plugin.certificate.whole import has_shards, together
 from lip_plugin.distributed import on_first, processes
 from lip_plugin.errors import CheckpointError, ConfigError
+from lip_plugin.face import require_module
 from lip_plugin.optim.projection import require_retrofit
 
 _NAME, _PARTIAL = "step-", ".partial-"
@@ -63,6 +64,11 @@ def save_checkpoint(
         ConfigError: the folder holds later steps: of a run that this one is no continuation of.
         CertificateError, NonFiniteError: the weights cannot be certified; nothing was written.
     """
+    require_module(model, "save_checkpoint")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ConfigError(
+            f"save_checkpoint(folder, step={step!r}, ...): how many steps were taken, 0 or more."
+        )
     parent = Path(folder)
     target, partial = parent / f"{_NAME}{step}", parent / f"{_PARTIAL}{step}"
     certificate = certify(model) if has_shards(model) else on_first(lambda: certify(model))
@@ -127,6 +133,7 @@ def load_checkpoint(
         CheckpointError: the checkpoint does not fit the model.
         CertificateError: the certificate beside the weights belongs to others.
     """
+    require_module(model, "load_checkpoint")
     found = on_first(lambda: _complete(Path(folder)))
     if not found:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from lip_plugin.activation import activation_kind
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.distributed import is_sharded
 from lip_plugin.errors import ConfigError, NonFiniteError, TiedWeightsError, UnsupportedModelError
+from lip_plugin.face import did_you_mean
 from lip_plugin.modules import (
     ConstantScale,
     RowParameter,
@@ -19,9 +21,15 @@ from lip_plugin.modules import (
     is_patches,
     table_of,
 )
-from lip_plugin.parts import Parts
+from lip_plugin.parts import Parts, refuse_undescribed
+from lip_plugin.presets import has_gates
 from lip_plugin.recipe import step_sizes
 from lip_plugin.slots import Floored, norm_facts, refuse_own_forward
+
+_ADAPTERS = (
+    "To train adapters on a quantized base (4-bit ones work), leave retrofit out: put LoRA on it with "
+    "get_peft_model, and constrain_adapters(model, budget=0.1, relative=True) holds what they change."
+)
 
 
 def check_model(
@@ -45,7 +53,7 @@ def check_model(
         )
     _check_leaves(model, names)
     _check_ties(model, names, config)
-    _check_nothing_left_over(model, names)
+    refuse_undescribed(model, names)
     check_overrides(names, config)
     if config.norms == "calibrated":
         _check_slots(model, names, config)
@@ -94,32 +102,51 @@ def _check_recipe(model: nn.Module, names: Parts) -> None:
 
 
 def _check_options(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    """Options that a family may have no place for."""
-    kind, architecture = type(model).__name__, names.architecture
-    if config.logit_scale not in (None, 1) and not architecture.final_norm:
+    """Options that a family may have no place for: one error names all of them."""
+    unfit = dict(_without_place(model, names, config))
+    if unfit:
         raise ConfigError(
-            f"{kind} has no norm slot behind its last block, where logit_scale would go. Give its head a cap of its own "
-            f"instead: overrides={{{names.head!r}: ...}}."
-        )
-    gated = any({"gate", "gate_up"} & layer.mlp.linears.keys() for layer in names.layers)
-    if config.activation is not None and gated:
-        raise ConfigError(
-            f"{kind} has gated MLPs, whose products need their own activation: leave activation={config.activation!r} out."
-        )
-    if isinstance(config.residual, tuple) and architecture.parallel:
-        raise ConfigError(
-            f"{kind} runs attention and MLP in parallel, so they share one step: residual takes one number."
+            f"{type(model).__name__} has no place for {' and '.join(unfit)}. {' '.join(unfit.values())} The "
+            'name of a preset leaves out by itself what a family has no place for: retrofit(model, "robust").'
         )
     _check_depth(names, config)
+
+
+def _without_place(model: nn.Module, names: Parts, config: LipschitzConfig) -> Iterator[tuple[str, str]]:
+    """(field, why and what to do) for every field of the config that this model has no place for."""
+    architecture = names.architecture
+    if config.logit_scale not in (None, 1) and not architecture.final_norm:
+        yield (
+            "logit_scale",
+            "There is no norm slot behind its last block, where logit_scale would go: leave it out, and give "
+            f"the head a cap of its own instead, overrides={{{names.head!r}: ...}}.",
+        )
+    if config.activation is not None and has_gates(names):
+        yield (
+            "activation",
+            "Its MLPs are gated, and their products need their own activation: leave "
+            f"activation={config.activation!r} out.",
+        )
+    if isinstance(config.residual, tuple) and architecture.parallel:
+        yield (
+            "two residual weights",
+            "It runs attention and MLP in parallel, so they share one step: give residual one number, "
+            f"residual={min(config.residual)!r}.",
+        )
     if config.position_bias is None:
         return
-    if architecture.patches:
-        raise ConfigError(f"position_bias counts tokens, and {kind} has patches of an image: leave it out.")
+    # attention by position alone needs the biases, so the two go together
+    out = "leave position_bias out" + (
+        " and attention_scale=0 with it" if config.attention_scale == 0 else ""
+    )
     attention = getattr(model.config, "_attn_implementation", "sdpa")
-    if attention not in ("sdpa", None):
-        raise ConfigError(
-            f"{kind} attends by {attention!r}, and position_bias needs scaled_dot_product_attention: build or load the "
-            'model with attn_implementation="sdpa", if transformers lets it.'
+    if architecture.patches:
+        yield "position_bias", f"position_bias counts tokens, and this model has patches of an image: {out}."
+    elif attention not in ("sdpa", None):
+        yield (
+            "position_bias",
+            f"position_bias needs scaled_dot_product_attention, and this model attends by {attention!r}: build "
+            f'or load it with attn_implementation="sdpa", or {out} if transformers does not let it.',
         )
 
 
@@ -153,7 +180,7 @@ def _check_values(model: nn.Module) -> None:
         if not p.is_floating_point():
             raise UnsupportedModelError(
                 f"{name} has dtype {p.dtype}: a quantized weight has no norm that training could keep. "
-                "Load the model unquantized."
+                f"Load the model unquantized. {_ADAPTERS}"
             )
         if not torch.isfinite(p.detach()).all():
             raise NonFiniteError(f"{name} holds nan or inf. Load a sound checkpoint before retrofitting.")
@@ -217,7 +244,7 @@ def _check_leaves(model: nn.Module, names: Parts) -> None:
         if role != "patch" and not is_linear(module):
             raise UnsupportedModelError(
                 f"{name} is {type(module).__module__}.{type(module).__name__}, not a plain Linear or Conv1D: "
-                "load the model unquantized and without mixture-of-experts layers."
+                f"load the model unquantized and without mixture-of-experts layers. {_ADAPTERS}"
             )
     for _, name in names.tables():
         table = table_of(model, name)
@@ -253,26 +280,13 @@ def _check_ties(model: nn.Module, names: Parts, config: LipschitzConfig) -> None
             )
 
 
-def _check_nothing_left_over(model: nn.Module, names: Parts) -> None:
-    described = {*(name for _, name in names.linears()), *names.norms()}
-    rows = [(name, table_of(model, name)) for _, name in names.tables()]
-    described |= {name for name, table in rows if not isinstance(table, RowParameter)}
-    bare = {name for name, table in rows if isinstance(table, RowParameter)} | {*names.architecture.unused}
-    described |= {f"{layer.attention.module}.position_bias" for layer in names.layers}
-    for name, _ in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        if owner not in described and name not in bare:
-            raise UnsupportedModelError(
-                f"{owner or type(model).__name__} ({type(model.get_submodule(owner)).__name__}) has weights that the "
-                "architecture does not describe, so nothing could be proven about the model. Mixture-of-experts, "
-                "state-space and cross-attention layers have no rule here."
-            )
-
-
 def check_overrides(names: Parts, config: LipschitzConfig) -> None:
     """Raise ConfigError for an override that matches no layer."""
     known = [name for _, name in (*names.linears(), *names.tables())]
     for key in config.overrides:
         if not any(name == key or name.endswith("." + key) for name in known):
-            sample = ", ".join(known[:4])
-            raise ConfigError(f"overrides[{key!r}] matches no layer. Layers are named like: {sample}.")
+            leaves = {".".join(name.split(".")[-n:]) for name in known for n in (1, 2, 3)}
+            hint = did_you_mean(key, [*known, *sorted(leaves)])
+            raise ConfigError(
+                f"overrides[{key!r}] matches no layer.{hint} Layers are named like: {', '.join(known[:4])}."
+            )

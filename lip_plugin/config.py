@@ -192,20 +192,23 @@ class LipschitzConfig:
                 `MarginLoss(model, 0.5)` take logit_scale=20: as many proven, and more of them right (docs/LOG.md).
                 `"accurate"`: the same with a larger logit_scale, the most accuracy. `"paper"`: the recipe of arXiv
                 2507.13338 to the letter, its logits as small as its caps make them. Measured on text, 3 blocks deep
-                (docs/LOG.md); deeper is untried. Families with gated MLPs keep their activation:
-                `preset("robust", activation=None)`.
+                (docs/LOG.md); deeper is untried. Not every family has a place for all of it: give `retrofit`,
+                `LipschitzCallback` or `plan_caps` the name alone, and what has no place is left out.
             changes: fields of LipschitzConfig.
 
         Raises:
             ConfigError: an unknown name, or a change that is out of range.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
                 f"LipschitzConfig.preset({name!r}): choose one of {', '.join(map(repr, PRESETS))}."
             )
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(changes) - known)
         if unknown:
-            raise ConfigError(f"LipschitzConfig has no field {', '.join(unknown)}.")
+            raise ConfigError(
+                f"LipschitzConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+            )
         return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,10 +251,11 @@ def _check_residual(residual: Any) -> None:
     if isinstance(residual, tuple) and len(residual) != 2:
         raise ConfigError(f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP).")
     for a in weights:
-        _check_positive("residual", a)
-        if a >= 1:
+        is_number = isinstance(a, (int, float)) and not isinstance(a, bool)
+        if not is_number or not 0 < a < 1:
             raise ConfigError(
-                f"LipschitzConfig(residual={residual}): a in (1-a) x + a f(x) must lie in (0, 1)."
+                f"LipschitzConfig(residual={residual!r}): a in (1-a) x + a f(x) is a number between 0 and 1, "
+                "or a pair of them, of (attention, MLP)."
             )
 
 

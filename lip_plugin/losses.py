@@ -38,7 +38,8 @@ class MarginLoss:
         root, state = require_retrofit(model)
         self.model, self.margin = root, float(margin)
         self._scale = float(state.config.logit_scale or 1.0)
-        self._shifted = state.architecture.attention.causal  # a logit is about the next token
+        causal = state.architecture.attention.causal
+        self._shifted = causal and not state.architecture.one_token  # a logit is about the next token
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The loss of a batch, as Trainer's `compute_loss_func` calls it.

@@ -10,7 +10,7 @@ from torch import nn
 
 from lip_plugin.architecture import Architecture, Branch
 from lip_plugin.errors import UnsupportedModelError
-from lip_plugin.modules import table_of
+from lip_plugin.modules import RowParameter, table_of
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,28 @@ def _knobs(model: nn.Module, architecture: Architecture, layers: list[LayerParts
     neutrals |= dict.fromkeys(filter(None, [architecture.logits_divisor]), 1.0)
     neutrals |= dict.fromkeys(filter(None, [architecture.softcap]))
     yield from (Knob(None, a, n) for a, n in neutrals.items() if hasattr(model.config, a))
+
+
+def refuse_undescribed(model: nn.Module, names: Parts) -> None:
+    """Raise UnsupportedModelError for a parameter outside everything that the architecture describes.
+
+    What an adapter adds inside a described layer is that layer's.
+    """
+    described = {*(name for _, name in names.linears()), *names.norms()}
+    rows = [(name, table_of(model, name)) for _, name in names.tables()]
+    described |= {name for name, table in rows if not isinstance(table, RowParameter)}
+    bare = {name for name, table in rows if isinstance(table, RowParameter)} | {*names.architecture.unused}
+    described |= {f"{layer.attention.module}.position_bias" for layer in names.layers}
+    for name, _ in model.named_parameters():
+        steps = name.split(".")
+        inside = any(".".join(steps[:i]) in described for i in range(1, len(steps)))
+        if not inside and name not in bare:
+            owner = name.rpartition(".")[0]
+            raise UnsupportedModelError(
+                f"{owner or type(model).__name__} ({type(model.get_submodule(owner)).__name__}) has weights that the "
+                "architecture does not describe, so nothing could be proven about the model. Mixture-of-experts, "
+                "state-space and cross-attention layers have no rule here."
+            )
 
 
 def _get(model: nn.Module, name: str, architecture: Architecture) -> Any:

@@ -13,6 +13,7 @@ from lip_plugin.architecture import family_named
 from lip_plugin.blocks import Layout
 from lip_plugin.checks import check_overrides
 from lip_plugin.errors import ConfigError
+from lip_plugin.face import require_module
 from lip_plugin.modules import constrain_, constrained_modules
 from lip_plugin.optim.projection import keep_within_caps_, require_retrofit
 from lip_plugin.parts import parts
@@ -48,6 +49,7 @@ def recap_(
         ConfigError: numbers out of range, a layer that is not there, or an optimizer of another model.
         NotRetrofittedError: no constrained layer in `model`. Nothing was changed.
     """
+    require_module(model, "recap_")
     root, state = require_retrofit(model)
     changes: dict[str, Any] = {} if w_max is None else {"w_max": float(w_max)}
     if overrides is not None:

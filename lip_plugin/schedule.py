@@ -27,6 +27,7 @@ from lip_plugin.checks import check_overrides
 from lip_plugin.config import FLOOR_MIN, LipschitzConfig
 from lip_plugin.distributed import on_first
 from lip_plugin.errors import ConfigError
+from lip_plugin.face import require_module
 from lip_plugin.optim.projection import require_retrofit
 from lip_plugin.parts import parts
 from lip_plugin.plan import Plan, RetrofitReport
@@ -119,6 +120,12 @@ class RetrofitSchedule:
         Raises:
             ConfigError: norms="remove", no floors and no batches, or a model that was retrofitted already.
         """
+        require_module(model, "RetrofitSchedule.begin_")
+        if not isinstance(config, LipschitzConfig):  # presets are recipes that remove the norms
+            raise ConfigError(
+                "RetrofitSchedule goes from a pretrained model to LipschitzConfig(norms='calibrated', "
+                f"w_max=...), and was given {config!r:.60} instead."
+            )
         if find_retrofit(model) is not None:
             raise ConfigError(
                 "RetrofitSchedule: this model was retrofitted already, perhaps in an earlier part of the same run. Build it from "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from lip_plugin.blocks import RMS_TO_RMS, ROW, Layout, Segment, whole
 from lip_plugin.checks import check_model, norms_are_gone, refuse_shards
 from lip_plugin.config import LOGIT_SCALE, LipschitzConfig
 from lip_plugin.errors import ConfigError, UnsupportedModelError
+from lip_plugin.face import require_module
 from lip_plugin.frozen import UNUSED_SHARE, untrained, zero_and_freeze_
 from lip_plugin.initial import init_orthogonal_
 from lip_plugin.modules import (
@@ -26,6 +27,7 @@ from lip_plugin.modules import (
 )
 from lip_plugin.parts import Parts, parts
 from lip_plugin.plan import Plan, RetrofitReport
+from lip_plugin.presets import chosen_config
 from lip_plugin.recipe import plan_constants
 from lip_plugin.slots import floor_
 
@@ -47,16 +49,26 @@ def set_state(root: nn.Module, state: RetrofitState) -> None:
 
 
 def find_retrofit(model: nn.Module) -> tuple[nn.Module, RetrofitState] | None:
-    """(root, state) of the retrofitted model inside `model`, whatever wraps it; None if there is none."""
-    for module in model.modules():
-        state = module.__dict__.get(_MARK)
-        if isinstance(state, RetrofitState):
-            return module, state
-    return None
+    """(root, state) of the retrofitted model inside `model`, whatever wraps it; None if there is none.
+
+    Raises UnsupportedModelError if there are several: no call could be about all of them.
+    """
+    found = [module for module in model.modules() if is_retrofitted(module)]
+    if len(found) > 1:
+        kinds = ", ".join(type(module).__name__ for module in found[:3])
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(found)} retrofitted models ({kinds}). Pass the one that is meant."
+        )
+    return (found[0], found[0].__dict__[_MARK]) if found else None
+
+
+def is_retrofitted(module: nn.Module) -> bool:
+    """Whether this very module is the root of a retrofitted model."""
+    return isinstance(module.__dict__.get(_MARK), RetrofitState)
 
 
 def retrofit(
-    model: nn.Module, config: LipschitzConfig | None = None, *, _loading: bool = False
+    model: nn.Module, config: LipschitzConfig | str | None = None, *, _loading: bool = False
 ) -> RetrofitReport:
     """Constrain `model` in place: every block gets a cap in the RMS->RMS norm, norms go, constants come.
 
@@ -66,7 +78,8 @@ def retrofit(
 
     Args:
         model: a model of a known family, in one piece: before DDP, FSDP, peft or compile.
-        config: see LipschitzConfig; None takes its defaults.
+        config: see LipschitzConfig; None takes its defaults. The name of a preset (`"robust"`; see
+            LipschitzConfig.preset) takes it without what the model's family has no place for.
 
     Returns:
         A report that prints as a table, one line per change.
@@ -76,16 +89,13 @@ def retrofit(
             the meta device or quantized.
         TiedWeightsError, NonFiniteError, ConfigError: see their messages; nothing was changed.
     """
-    config = config or LipschitzConfig()
+    require_module(model, "retrofit")
     found = find_retrofit(model)
+    root = model if found is None else found[0]
+    config = chosen_config(config, root, "retrofit(model, ") or LipschitzConfig()
     if found is not None:
-        chosen = _resolved(config, found[1].architecture)
-        if replace(found[1].config, init=config.init) == chosen:
-            return RetrofitReport()
-        raise ConfigError(
-            "This model was retrofitted with another config. Call release(model) first, then retrofit again; "
-            "model.lip_retrofit.config shows the present one."
-        )
+        _refuse_another(config, found[1])
+        return RetrofitReport()
     family = find_family(model)
     names = parts(model, family.architecture)
     fresh = not family.is_pretrained(model) and not norms_are_gone(model, names)
@@ -111,6 +121,21 @@ def retrofit(
     return report
 
 
+def _refuse_another(config: LipschitzConfig, present: RetrofitState) -> None:
+    """Raise ConfigError, with the fields that differ, unless a retrofitted model's own config is this one."""
+    chosen, own = _resolved(config, present.architecture), present.config
+    changed = [
+        f"{f.name}={getattr(own, f.name)!r:.60}"
+        for f in fields(own)
+        if f.name != "init" and getattr(own, f.name) != getattr(chosen, f.name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"This model was retrofitted with another config: it has {', '.join(changed)}. Call "
+            "release(model) first, then retrofit again; model.lip_retrofit.config shows the present one."
+        )
+
+
 def _resolved(config: LipschitzConfig, architecture: Architecture) -> LipschitzConfig:
     """The config with what None stands for written out, so that a later version's defaults change no saved model."""
     norms, scale = config.norms or "remove", config.logit_scale
@@ -128,6 +153,7 @@ def release(model: nn.Module) -> RetrofitReport:
 
     Raises UnsupportedModelError for a sharded model.
     """
+    require_module(model, "release")
     found = find_retrofit(model)
     if found is None:
         return RetrofitReport()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from lip_plugin import LipschitzCallback, LipschitzMuon, attach_projection, certify, retrofit
 from lip_plugin.distributed import is_sharded
-from lip_plugin.integrations import hf_trainer
+from lip_plugin.integrations import hf_measure
 from lip_plugin.optim.projection import block_norms
 
 torch.set_num_threads(1)
@@ -153,14 +153,14 @@ def by_hand(kind: str) -> dict:
 
 
 def main(out: Path) -> None:
-    counter, written, write = Counter(), [], hf_trainer.write_certificate
+    counter, written, write = Counter(), [], hf_measure.write_certificate
 
     def write_and_tell(model: nn.Module, folder: Path) -> None:
         if dist.get_rank() == 0:
             written.append(str(folder))
         write(model, folder)
 
-    hf_trainer.write_certificate = write_and_tell
+    hf_measure.write_certificate = write_and_tell
     logger = logging.getLogger("lip_plugin")
     logger.setLevel(logging.INFO)
     logger.addHandler(counter)

@@ -31,6 +31,10 @@ _LLAMA_LIKE: dict[str, Any] = {
 }
 # windows shorter than the comparison's 16 tokens; one layer of each kind
 _WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_GPT2: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
+_MISTRAL: dict[str, Any] = {**_LLAMA_LIKE, "sliding_window": 7}
+_QWEN2: dict[str, Any] = {**_LLAMA_LIKE, "use_sliding_window": True, "max_window_layers": 1, **_WINDOWS}
+_QWEN3: dict[str, Any] = {**_LLAMA_LIKE, "head_dim": 16}  # heads * head_dim is not hidden_size, as there
 _GEMMA: dict[str, Any] = {**_LLAMA_LIKE, "head_dim": 16, "query_pre_attn_scalar": 16, **_WINDOWS}
 _NEOX: dict[str, Any] = {
     "eos_token_id": 0,
@@ -40,19 +44,24 @@ _NEOX: dict[str, Any] = {
 _NEOX["rope_parameters"]["partial_rotary_factor"] = 0.5
 _OPT: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": None, "eos_token_id": 0}
 _BERT: dict[str, Any] = {"intermediate_size": 48, "type_vocab_size": 3}
+# Another id than the library's own: positions begin behind it, and tests' texts of small ids are free of it.
+PADDING = 9
+_ROBERTA: dict[str, Any] = {**_BERT, "pad_token_id": PADDING}
+_DISTILBERT: dict[str, Any] = {"hidden_dim": 48}
+_LABELS: dict[str, Any] = {"num_labels": 5, "pad_token_id": PADDING}
 _VIT: dict[str, Any] = {"image_size": 12, "patch_size": 4, "num_channels": 2, "intermediate_size": 48}
 # family -> (model_type, auto class, fields)
 _ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("gpt2", "CausalLM", {"bos_token_id": 0, "eos_token_id": 0}),
+    "gpt2": ("gpt2", "CausalLM", _GPT2),
+    "gpt2_classifier": ("gpt2", "SequenceClassification", {**_GPT2, **_LABELS}),
     "llama": ("llama", "CausalLM", _LLAMA_LIKE),
-    "mistral": ("mistral", "CausalLM", {**_LLAMA_LIKE, "sliding_window": 7}),
-    "qwen2": (
-        "qwen2",
-        "CausalLM",
-        {**_LLAMA_LIKE, "use_sliding_window": True, "max_window_layers": 1, **_WINDOWS},
-    ),
-    # head_dim * heads is not hidden_size: as in Qwen3 itself
-    "qwen3": ("qwen3", "CausalLM", {**_LLAMA_LIKE, "head_dim": 16}),
+    "llama_classifier": ("llama", "SequenceClassification", {**_LLAMA_LIKE, **_LABELS}),
+    "mistral": ("mistral", "CausalLM", _MISTRAL),
+    "mistral_classifier": ("mistral", "SequenceClassification", {**_MISTRAL, **_LABELS}),
+    "qwen2": ("qwen2", "CausalLM", _QWEN2),
+    "qwen2_classifier": ("qwen2", "SequenceClassification", {**_QWEN2, **_LABELS}),
+    "qwen3": ("qwen3", "CausalLM", _QWEN3),
+    "qwen3_classifier": ("qwen3", "SequenceClassification", {**_QWEN3, **_LABELS}),
     "granite": (
         "granite",
         "CausalLM",
@@ -87,17 +96,30 @@ _ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt_projected": ("opt", "CausalLM", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 24}),
     "bert": ("bert", "MaskedLM", _BERT),
     "bert_classifier": ("bert", "SequenceClassification", {**_BERT, "num_labels": 5}),
+    "roberta": ("roberta", "MaskedLM", _ROBERTA),
+    "roberta_classifier": ("roberta", "SequenceClassification", {**_ROBERTA, "num_labels": 5}),
+    "distilbert": ("distilbert", "MaskedLM", _DISTILBERT),
+    "distilbert_classifier": ("distilbert", "SequenceClassification", {**_DISTILBERT, "num_labels": 5}),
     "vit": ("vit", "ImageClassification", {**_VIT, "num_labels": 5}),
 }
 HF_FAMILIES = tuple(_ROWS)
 FAMILIES = (*HF_FAMILIES, "nanogpt") if _STANDIN.exists() else HF_FAMILIES
 DECODERS = tuple(name for name, (_, auto, _) in _ROWS.items() if auto == "CausalLM")
+ENCODERS = tuple(name for name in HF_FAMILIES if "bert" in name)
+TEXT_CLASSIFIERS = tuple(name for name in HF_FAMILIES if name.endswith("_classifier"))
+CLASSIFIERS = (*TEXT_CLASSIFIERS, "vit")
+PADDED = tuple(name for name, (_, _, row) in _ROWS.items() if row.get("pad_token_id") == PADDING)
 HEADS = {
+    **dict.fromkeys(TEXT_CLASSIFIERS, "score"),
     "bert": "predictions.decoder",
     "bert_classifier": "classifier",
+    "roberta": "lm_head.decoder",
+    "roberta_classifier": "classifier.out_proj",
+    "distilbert": "vocab_projector",
+    "distilbert_classifier": "classifier",
     "vit": "classifier",
 }  # others: lm_head
-POST_NORM = ("opt_post", "opt_projected", "bert", "bert_classifier")
+POST_NORM = ("opt_post", "opt_projected", *ENCODERS)
 _NANOGPT_NAMES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -135,17 +157,20 @@ def auto_class(name: str) -> Any:
 
 
 def inputs_for(name: str, batch: int = 2, tokens: int = 12) -> torch.Tensor:
-    """Random inputs of a tiny model: token ids [batch, tokens], or pixels in [-1, 1]."""
+    """Random inputs of a tiny model: token ids [batch, tokens] without padding, or pixels in [-1, 1]."""
     if name == "vit":
         return 2 * torch.rand(batch, 2, 12, 12) - 1
+    if name in PADDED:
+        ids = torch.randint(66, (batch, tokens))
+        return ids + (ids >= PADDING)
     return torch.randint(67, (batch, tokens))
 
 
 def data_for(name: str, rows: int = 32, tokens: int = 16) -> list[dict[str, Any]]:
     """A data set that a few steps can learn, as Trainer takes it.
 
-    Periodic text, each row from another start; for classifiers the start's label; images of one
-    brightness for each label.
+    Periodic text, each row from another start; for classifiers the label of the token that they read, the
+    first or the last; images of one brightness for each label.
     """
     if name == "vit":
         shades = torch.linspace(-1, 1, 5)
@@ -153,8 +178,9 @@ def data_for(name: str, rows: int = 32, tokens: int = 16) -> list[dict[str, Any]
             {"pixel_values": shades[i % 5].expand(2, 12, 12).clone(), "labels": i % 5} for i in range(rows)
         ]
     texts = [[(start + t) % 7 for t in range(tokens)] for start in range(rows)]
-    if name == "bert_classifier":
-        return [{"input_ids": ids, "labels": ids[0] % 5} for ids in texts]
+    if name in TEXT_CLASSIFIERS:
+        read = 0 if name in ENCODERS else -1
+        return [{"input_ids": ids, "labels": ids[read] % 5} for ids in texts]
     return [{"input_ids": ids, "labels": ids} for ids in texts]
 
 

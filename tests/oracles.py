@@ -213,6 +213,25 @@ _BERT = Spec(
     tuple(f"bert.embeddings.{t}_embeddings" for t in ("word", "position", "token_type")),
     causal=False,
 )
+_ROBERTA = replace(
+    _BERT,
+    layer="roberta.encoder.layer.{}.",
+    head="lm_head.decoder",
+    rows=tuple(name.replace("bert.", "roberta.") for name in _BERT.rows),
+)
+_DISTILBERT = Spec(
+    "distilbert.transformer.layer.{}.",
+    "attention.",
+    "ffn.",
+    ("q_lin", "k_lin", "v_lin"),
+    "out_lin",
+    ("lin1",),
+    "lin2",
+    GELU,
+    "vocab_projector",
+    tuple(f"distilbert.embeddings.{t}_embeddings" for t in ("word", "position")),
+    causal=False,
+)
 _VIT = Spec(
     "vit.layers.{}.",
     "attention.",
@@ -236,8 +255,16 @@ SPECS = {
     "gpt_neox": replace(_NEOX, parallel=True),
     "gpt_neox_sequential": _NEOX,
     **dict.fromkeys(("opt", "opt_post", "opt_projected"), _OPT),
+    **{
+        f"{name}_classifier": replace(_LLAMA, head="score") for name in ("llama", "mistral", "qwen2", "qwen3")
+    },
+    "gpt2_classifier": replace(_GPT2, head="score"),
     "bert": _BERT,
     "bert_classifier": replace(_BERT, head="classifier"),
+    "roberta": _ROBERTA,
+    "roberta_classifier": replace(_ROBERTA, head="classifier.out_proj"),
+    "distilbert": _DISTILBERT,
+    "distilbert_classifier": replace(_DISTILBERT, head="classifier"),
     "vit": _VIT,
 }
 
@@ -264,7 +291,7 @@ class Recipe:
         self.family, self.spec = family, SPECS[family]
         self.model, self.w = model, dict(model.named_parameters(remove_duplicate=False))
         c = model.config
-        old = family in ("gpt2", "nanogpt")
+        old = family in ("gpt2", "gpt2_classifier", "nanogpt")
         self.heads = c.n_head if old else c.num_attention_heads
         self.kv_heads = (not old and getattr(c, "num_key_value_heads", None)) or self.heads
         self.layers = c.n_layer if old else c.num_hidden_layers
@@ -272,13 +299,13 @@ class Recipe:
         a = residual if residual is not None else default
         self.a = a if isinstance(a, tuple) else (a, a)
         self.logits, self.values, self.activation = logits, values, activation
-        # OPT's post-norm models and BERT have no norm slot behind the last block, where the scale would go
-        slot = not family.startswith(("opt_", "bert"))
+        # OPT's post-norm models and the BERTs have no norm slot behind the last block, where the scale would go
+        slot = not family.startswith("opt_") and "bert" not in family
         self.logit_scale = logit_scale if logit_scale is not None else 10.0 if slot else 1.0
 
     def linear(self, name: str, x: Tensor, bias: float = 1.0) -> Tensor:
         w = self.w[f"{name}.weight"]
-        y = x @ w if self.family == "gpt2" and "lm_head" not in name else x @ w.T
+        y = x @ w if self.family.startswith("gpt2") and name != self.spec.head else x @ w.T
         return y + bias * self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -304,18 +331,27 @@ class Recipe:
         x = tables[0][inputs]
         if self.family == "opt_projected":
             x = self.linear("model.decoder.project_in", x)
-        if len(tables) > 1:  # OPT's positions begin at row 2
+        if len(tables) > 1:  # OPT's positions begin at row 2, RoBERTa's behind the row of its padding id
             start = 2 if self.family.startswith("opt") else 0
+            start = self.model.config.pad_token_id + 1 if self.family.startswith("roberta") else start
             x = x + tables[1][start : start + inputs.shape[1]]
         return x + tables[2][0] if len(tables) > 2 else x
 
     def leave(self, x: Tensor) -> Tensor:
-        if self.family in ("vit", "bert_classifier"):
-            x = x[:, :1]
+        if self.family.endswith("_classifier") or self.family == "vit":
+            x = x[:, :1] if "bert" in self.family or self.family == "vit" else x[:, -1:]
         if self.family == "bert_classifier":
             x = self.linear("bert.pooler.dense", x).tanh()
+        if self.family == "roberta_classifier":
+            x = self.linear("classifier.dense", x).tanh()
+        if self.family == "distilbert_classifier":
+            x = self.linear("pre_classifier", x).relu()
         if self.family == "bert":
             x = F.gelu(self.linear("cls.predictions.transform.dense", x)) / 1.12890415
+        if self.family == "distilbert":
+            x = F.gelu(self.linear("vocab_transform", x)) / 1.12890415
+        if self.family == "roberta":  # its head calls gelu as a function: nothing divides it by its slope
+            x = F.gelu(self.linear("lm_head.dense", x))
         if self.family == "opt_projected":
             x = self.linear("model.decoder.project_out", x)
         return self.linear(self.spec.head, x)

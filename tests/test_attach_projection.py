@@ -49,7 +49,10 @@ def adamw(model):
 
 
 def torch_muon(model):
+    """It takes matrices only; what it does not step is frozen here."""
     matrices = [m.weight for _, m in constrained_modules(model) if m.layout.norm != "row"]
+    for _, m in constrained_modules(model):
+        m.weight.requires_grad_(m.layout.norm != "row")
     return torch.optim.Muon(matrices, lr=0.05, weight_decay=0.0)
 
 

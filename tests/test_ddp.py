@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lip_plugin import Certificate
 from lip_plugin.errors import TrainerError
-from lip_plugin.integrations import hf_trainer
+from lip_plugin.integrations import hf_arguments
 
 RUNS = ["gpt2", "llama", "muon", "adamw", *KINDS, "trainer caps", "trainer budget"]
 SCRIPT = Path(__file__).with_name("ddp_script.py")
@@ -109,12 +109,12 @@ def test_a_lone_callback_trains_a_model_that_transformers_sharded(ranks):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_fsdp1_is_refused_before_anything_is_changed(version):
-    """Its arguments cannot be built without a launcher, so what `_refuse` reads of them is given."""
+    """Its arguments cannot be built without a launcher, so what `refuse_stack` reads of them is given."""
     args = SimpleNamespace(
         deepspeed=None, fsdp=True, fsdp_plugin_args={"fsdp_version": version}, use_liger_kernel=False
     )
     if version == 2:
-        hf_trainer._refuse(args, None, None, None)
+        hf_arguments.refuse_stack(args, None, None, None)
         return
     with pytest.raises(TrainerError, match="FSDP2"):
-        hf_trainer._refuse(args, None, None, None)
+        hf_arguments.refuse_stack(args, None, None, None)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import DECODERS, FAMILIES, HF_FAMILIES, POST_NORM, inputs_for, tiny
+from families import CLASSIFIERS, DECODERS, FAMILIES, HF_FAMILIES, POST_NORM, inputs_for, tiny
 from oracles import (
     CAP_TOLERANCE,
     Recipe,
@@ -25,7 +25,6 @@ from lip_plugin.surgery import find_retrofit
 every_family = pytest.mark.parametrize("family", FAMILIES)
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 decoder = pytest.mark.parametrize("family", DECODERS)
-CLASSIFIERS = ("bert_classifier", "vit")
 # gemma2's attention has no other form than the library's own, with its softmax in float32: 2^-24 and a few
 EXACT = {"gemma2": 1e-6}
 
@@ -174,6 +173,7 @@ def test_bf16_autocast_gives_bf16_logits_near_the_float32_ones(family):
 
 # one of each structure; the others trace the same code
 COMPILED = ("gpt2", "llama", "gemma2", "olmo2", "gpt_neox", "opt", "bert", "vit", "nanogpt")
+COMPILED += ("llama_classifier", "roberta", "distilbert_classifier")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, HF_FAMILIES, auto_class, inputs_for, tiny
+from families import DECODERS, FAMILIES, HF_FAMILIES, auto_class, inputs_for, tiny
 from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, TOLERANCE, disturb, trainable, worst_merged
 from pretrained_models import calibrated, lively, logits
@@ -31,6 +31,7 @@ from lip_plugin.integrations.hf_checkpoint import certify_streamed
 from lip_plugin.integrations.nanogpt import run
 from lip_plugin.integrations.nanogpt_checkpoint import load_nanogpt
 from lip_plugin.modules import constrained_modules
+from lip_plugin.saved_names import CALIBRATED, CALIBRATED_NAMES
 from lip_plugin.slots import Floored
 
 
@@ -49,7 +50,7 @@ def test_saving_and_loading_gives_the_very_same_logits(family: str, quantile: fl
     assert certify(again).log10_lipschitz == pytest.approx(certify(model).log10_lipschitz)
 
 
-@pytest.mark.parametrize("family", [f for f in HF_FAMILIES if f != "vit" and not f.startswith("bert")])
+@pytest.mark.parametrize("family", DECODERS)
 def test_generating_with_and_without_a_cache_gives_the_same(family: str) -> None:
     model = calibrated(family)
     options: dict[str, Any] = {
@@ -88,10 +89,11 @@ def test_a_nanogpt_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
 
 def test_without_the_plugin_a_calibrated_model_is_not_loaded_as_another(tmp_path: Any) -> None:
     model = calibrated("gpt2")
-    assert model.config.activation_function == "lip_plugin.calibrated:gelu_new"
+    assert model.config.activation_function == CALIBRATED + "gelu_new"
     from transformers.activations import ACT2FN
 
-    assert type(ACT2FN["lip_plugin.calibrated:gelu_new"]) is type(ACT2FN["gelu_new"])
+    for prefix in CALIBRATED_NAMES:
+        assert type(ACT2FN[prefix + "gelu_new"]) is type(ACT2FN["gelu_new"])
     with pytest.raises(KeyError):
         ACT2FN["lip_plugin.unknown:gelu_new"]
 

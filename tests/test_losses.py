@@ -20,14 +20,15 @@ def model_of(family: str = "gpt2", **config):
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "bert_classifier"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "bert_classifier", "gpt2_classifier"])
 @pytest.mark.parametrize("margin", [0.0, 0.7])
 def test_it_is_the_cross_entropy_of_lowered_right_logits(family, margin):
-    model = model_of(family, logit_scale=3.0) if family == "gpt2" else model_of(family)
+    gpt2 = family.startswith("gpt2")
+    model = model_of(family, logit_scale=3.0) if gpt2 else model_of(family)
     loss = MarginLoss(model.train(), margin)
-    scale = 3.0 if family == "gpt2" else 1.0
-    shape = (4,) if family == "bert_classifier" else (2, 5)
-    classes = 5 if family == "bert_classifier" else 67
+    scale = 3.0 if gpt2 else 1.0
+    shape = (4,) if family.endswith("_classifier") else (2, 5)
+    classes = 5 if family.endswith("_classifier") else 67
     logits = torch.randn(*shape, classes, dtype=torch.float64)
     labels = torch.randint(classes, shape)
     labels.view(-1)[1] = -100

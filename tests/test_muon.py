@@ -22,8 +22,9 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "v
 
 
 def small(family: str, config: LipschitzConfig | None = None) -> nn.Module:
-    fields = {"num_key_value_heads": 1, "intermediate_size": 24} if family not in ("gpt2", "nanogpt") else {}
-    if family == "qwen3":
+    plain = family.startswith(("gpt2", "nanogpt", "distilbert"))
+    fields = {} if plain else {"num_key_value_heads": 1, "intermediate_size": 24}
+    if family.startswith("qwen3"):
         fields["head_dim"] = 8
     model = tiny(family, **SMALL, **fields)
     retrofit(model, config)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import DECODERS, inputs_for, tiny
-from oracles import CAP_TOLERANCE, logits_of, loss_of, randomize_, worst_over_cap
+from oracles import CAP_TOLERANCE, logits_of, loss_of, rand, randomize_, worst_over_cap
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
@@ -17,7 +17,7 @@ from lip_plugin.certificate.build import build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.graph import Chain, LinearNorms, Norm, Scale
 from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.nodes import First, Parallel, Softcap, attentions
+from lip_plugin.certificate.nodes import OneToken, Parallel, Softcap, attentions
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.errors import CertificateError, UnsupportedModelError
 from lip_plugin.modules import ConstrainedConv2d, input_scale, set_input_scale_
@@ -51,10 +51,19 @@ def test_parallel_branches_add_up_and_a_positive_multiple_attains_it() -> None:
     assert (float(b.lipschitz), float(b.radius)) == (1.75, 3.5)
 
 
-def test_the_first_token_is_at_most_the_largest() -> None:
-    x = torch.randn(2, 5, 7)
-    assert torch.equal(First("first").run(x), x[:, :1])
-    assert First("first").bound(Decimal(3), NONE).lipschitz == 1
+@pytest.mark.parametrize("index", [0, -1])
+def test_one_token_moves_as_far_as_the_furthest_at_most_and_attains_it(index: int) -> None:
+    node, x = OneToken("one token", index), rand(2, 5, 7, seed=3)
+    assert torch.equal(node.run(x), x[:, [index]])
+    b = node.bound(Decimal(token_norm(x)), NONE)
+    assert token_norm(node.run(x)) <= float(b.radius) == token_norm(x)
+    for at in range(5):
+        change = torch.zeros_like(x)
+        change[:, at] = 2.0
+        moved = token_norm(node.run(x + change) - node.run(x))
+        # 1e-14: float64 rounding of x + change
+        assert moved <= float(b.lipschitz) * token_norm(change) * (1 + 1e-14)
+        assert (moved > 1.9) == (at == index % 5)  # attained by the token that is kept
 
 
 def test_gemmas_gain_is_one_plus_its_weight_and_never_below_it() -> None:

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from families import DECODERS, FAMILIES, auto_class, inputs_for, tiny
+from families import DECODERS, ENCODERS, FAMILIES, auto_class, inputs_for, tiny
 from oracles import Recipe, logits_of, loss_of, randomize_, worst_over_cap
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, project_, release, retrofit
@@ -21,7 +21,7 @@ from lip_plugin.surgery import find_retrofit
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2")
 PARALLEL = ("gpt_neox",)
-NO_FINAL_NORM = ("opt_post", "opt_projected", "bert", "bert_classifier")
+NO_FINAL_NORM = ("opt_post", "opt_projected", *ENCODERS)
 # vit has patches, and transformers gives gemma2 no attention by scaled_dot_product_attention
 BIASED = [f for f in FAMILIES if f not in ("vit", "gemma2")]
 CACHED = [f for f in DECODERS if f in BIASED]
@@ -43,7 +43,7 @@ OPTIONS = {
 def options_of(family: str, name: str) -> dict:
     """The options that this family has a place for."""
     chosen = dict(OPTIONS[name])
-    if family in GATED:
+    if family.startswith(GATED):
         chosen.pop("activation", None)
     if family in PARALLEL:
         chosen.pop("residual", None)

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from lip_plugin import Certificate, LipschitzCallback, LipschitzConfig, certify, drift, retrofit
-from lip_plugin.certificate.compare import _without_patch
+from lip_plugin.certificate.build import build
+from lip_plugin.certificate.structure import structure_of
 from lip_plugin.errors import CertificateError
 from lip_plugin.integrations.peft_lora import merged_block_norms
 
@@ -107,12 +108,13 @@ def test_sft_without_adapters_takes_muon(tmp_path: Path) -> None:
     assert type(run.optimizer.optimizer).__name__ == "LipschitzMuon"
 
 
-def test_only_the_patch_that_was_read_is_taken_for_the_class_own_forward(tmp_path: Path) -> None:
-    """TRL wraps model.forward; any other wrapper still fails the comparison."""
+def test_only_the_patch_that_was_read_is_remembered(tmp_path: Path) -> None:
+    """TRL wraps model.forward, and what was compared is remembered; any other wrapper is compared each time, and fails."""
     run = trainer(tiny("llama", num_hidden_layers=1), tmp_path)
     root = run.model.get_base_model()
     assert "forward" in vars(root)
-    assert "forward" not in vars(_without_patch(copy.deepcopy(root)))
+    assert certify(root).lipschitz > 0
+    assert structure_of(build(root)) is not None
     real = root.forward
 
     def other(*args: Any, **kwargs: Any) -> Any:
@@ -121,5 +123,6 @@ def test_only_the_patch_that_was_read_is_taken_for_the_class_own_forward(tmp_pat
         return out
 
     root.forward = other
+    assert structure_of(build(root)) is None
     with pytest.raises(CertificateError):
         certify(root)

@@ -30,7 +30,7 @@ from lip_plugin.certificate.graph import (
     largest,
 )
 from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
-from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.nodes import OneToken, Parallel, Softcap
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, add, mul, root, to_float, up
 from lip_plugin.errors import CertificateError
@@ -125,12 +125,13 @@ def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
 
     Proven for every sequence of tokens (image with entries up to the config's pixel_max), in real arithmetic on
     the weights as stored; the data only fill the columns `seen`. Print it: it is a table. Raises CertificateError
-    for a node without a rule, and what `certify` raises.
+    for a node without a rule, ConfigError for ids that the model takes for padding, and what `certify` raises.
     """
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite(graph.root)
         check_graph(graph)
+        graph.entry.refuse_padding(inputs)
         notes = _Notes(weight_norms(graph))
         radius = up(to_float(radius_of(graph, "weights")))
         x = graph.embed(inputs, torch.float64)
@@ -242,5 +243,5 @@ def _(node: Softcap, at: _Reach, notes: _Notes) -> _Reach:
 
 
 @_reach.register
-def _(node: First, at: _Reach, notes: _Notes) -> _Reach:
+def _(node: OneToken, at: _Reach, notes: _Notes) -> _Reach:
     return _Reach(at.radius, at.entry, node.run(at.x))

@@ -3,48 +3,67 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.activation import activation_kind
+from lip_plugin.activation import FunctionActivation, activation_kind
 from lip_plugin.architecture import Architecture, Family, find_family
 from lip_plugin.certificate.attention import Attention, Projection
 from lip_plugin.certificate.entry import Entry, entry_of
 from lip_plugin.certificate.graph import Activation, Chain, Gate, Linear, Node, Norm, Residual, Scale
 from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.maps import linear_of, linears_of, maps_of, read_linear
-from lip_plugin.certificate.nodes import First, Parallel, Rotary, Softcap
+from lip_plugin.certificate.nodes import OneToken, Parallel, Rotary, Softcap
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import (
     ConstantScale,
+    RowParameter,
     branch_scale,
     entry_cap,
     input_scale,
+    is_embedding,
     table_of,
 )
-from lip_plugin.parts import BranchParts, LayerParts, Parts, parts
+from lip_plugin.parts import BranchParts, LayerParts, Parts, parts, refuse_undescribed
 from lip_plugin.position import position_bias
 from lip_plugin.recipe import head_dim, owner_of
 from lip_plugin.slots import Floored, norm_facts
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery import find_retrofit, is_retrofitted
+from lip_plugin.wrappers import unwrap
 
 
 @dataclass
 class Graph:
     """A model as nodes: `entry` from its inputs to the first block, `body` from there to the logits.
 
-    `only` restricts `linears` (so what is measured) to linear modules of these names: a layer at a time.
+    Attributes:
+        subject: what the user passed, as far as one process may run it (see lip_plugin/wrappers.py).
+        root: the model of a known family inside it.
+        blocks: the nodes of each layer.
+        readout: the nodes behind the last layer.
+        only: restricts `linears` (so what is measured) to linear modules of these names: a layer at a time.
     """
 
+    subject: nn.Module
     root: nn.Module
     family: Family
     parts: Parts
     entry: Entry
-    body: Chain
+    blocks: tuple[tuple[Node, ...], ...]
+    readout: tuple[Node, ...]
     only: frozenset[str] | None = None
+
+    @cached_property
+    def body(self) -> Chain:
+        """All nodes from the first block to the logits, one after another."""
+        return Chain("model", [*chain.from_iterable(self.blocks), *self.readout])
 
     @property
     def patches(self) -> Linear | None:
@@ -81,25 +100,31 @@ class Graph:
 
 
 def build(model: nn.Module) -> Graph:
-    """The graph of a model of a known family, retrofitted or not; wrappers are looked through.
+    """The graph of a model of a known family, retrofitted or not; known wrappers are looked through.
 
-    Raises UnsupportedModelError naming a module without a proven rule.
+    Raises UnsupportedModelError naming a module without a proven rule, or a wrapper that is not known.
     """
-    root = _root(model)
+    subject, root = unwrap(model, is_retrofitted)
     family = find_family(root)
     names = parts(root, family.architecture)
-    architecture = names.architecture
-    nodes: list[Node] = []
-    for layer in names.layers:
-        chains = [_attention_branch(root, names, layer), _mlp_branch(root, names, layer)]
-        if architecture.parallel:
-            nodes.append(Parallel(layer.name, chains))
-            continue
-        for branch, chain, kind in zip(layer.branches, chains, (Residual, MlpResidual), strict=True):
-            nodes.append(kind(branch.module, chain))
-            if branch.sum_norm:
-                nodes.append(_slot(root, branch.sum_norm))
-    return Graph(root, family, names, _entry(root, names), Chain("model", nodes + _readout(root, names)))
+    refuse_undescribed(root, names)
+    blocks = tuple(tuple(_block(root, names, layer)) for layer in names.layers)
+    return Graph(subject, root, family, names, _entry(root, names), blocks, tuple(_readout(root, names)))
+
+
+def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
+    """One layer: its two branches and the norms behind their sums, or both branches at once."""
+    chains = [_attention_branch(root, names, layer), _mlp_branch(root, names, layer)]
+    if names.architecture.parallel:
+        yield Parallel(layer.name, chains)
+        return
+    for branch, branch_chain, kind in zip(layer.branches, chains, (Residual, MlpResidual), strict=True):
+        yield kind(branch.module, branch_chain)
+        if branch.sum_norm:
+            yield _slot(root, branch.sum_norm)
+
+
+_ONE_TOKEN = {"first": 0, "last": -1}
 
 
 def _readout(root: nn.Module, names: Parts) -> list[Node]:
@@ -109,8 +134,12 @@ def _readout(root: nn.Module, names: Parts) -> list[Node]:
     if architecture.final_norm:
         nodes.append(_slot(root, architecture.final_norm))
     for kind, path in architecture.readout:
-        if kind == "first":
-            nodes.append(First("first token"))
+        if kind in _ONE_TOKEN:
+            padding = _padding(root, architecture) if kind == "last" else None
+            nodes.append(OneToken(f"{kind} token", _ONE_TOKEN[kind], padding))
+        elif kind == "function":
+            name = f"{path} in front of {architecture.head}"
+            nodes.append(Activation(name, FunctionActivation(path), path))
         elif kind == "dense":
             nodes.append(linear_of(root, "dense", path))
         elif kind == "act":
@@ -129,6 +158,11 @@ def _readout(root: nn.Module, names: Parts) -> list[Node]:
 
 def _config(root: nn.Module) -> Any:
     return root.config
+
+
+def _padding(root: nn.Module, architecture: Architecture) -> int | None:
+    """The token id that the forward treats as padding by its value; None if there is none."""
+    return attrgetter(architecture.padding)(root) if architecture.padding else None
 
 
 def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
@@ -153,11 +187,19 @@ def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
 def _entry(root: nn.Module, names: Parts) -> Entry:
     architecture, config = names.architecture, _config(root)
     scale = _embedding_scale(root, architecture)
-    tables = [(role, name, table_of(root, name)) for role, name in names.tables()]
+    tables = [(role, name, _known_table(root, name)) for role, name in names.tables()]
     norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
+    padding = _padding(root, architecture)
+    first_position = padding + 1 if architecture.positions_follow_padding and padding is not None else None
     entry = entry_of(
-        tables, scale, lambda name: linear_of(root, "token_map", name), architecture.token_map, norm
+        tables,
+        scale,
+        lambda name: linear_of(root, "token_map", name),
+        architecture.token_map,
+        norm,
+        first_position,
     )
+    entry.padding = padding
     if architecture.patches:
         conv: Any = root.get_submodule(architecture.patches)
         size = config.image_size
@@ -169,18 +211,15 @@ def _entry(root: nn.Module, names: Parts) -> Entry:
     return entry
 
 
-def _root(model: nn.Module) -> nn.Module:
-    """The model itself, inside whatever wraps it (DDP, peft, compile)."""
-    found = find_retrofit(model)
-    if found is not None:
-        return found[0]
-    for module in model.modules():
-        try:
-            find_family(module)
-        except UnsupportedModelError:
-            continue
-        return module
-    return model  # whose family is then refused by name
+def _known_table(root: nn.Module, name: str) -> Any:
+    """A table whose lookup we know; raises UnsupportedModelError for what an adapter or another wrapper made of it."""
+    table = table_of(root, name)
+    if isinstance(table, RowParameter) or is_embedding(table):
+        return table
+    raise UnsupportedModelError(
+        f"{name} is {type(table).__module__}.{type(table).__name__}: what it looks up has no proven rule here. Merge "
+        "adapters (merge_and_unload), or leave the embedding out of their target_modules."
+    )
 
 
 def _slot(root: nn.Module, name: str) -> Node:

@@ -16,7 +16,14 @@ from torch import nn
 from lip_plugin.certificate.attention import Attention, smallest_entropy_lower
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.fingerprint import capped, check_belongs, fingerprint, settings_of
+from lip_plugin.certificate.fingerprint import (
+    capped,
+    check_belongs,
+    check_within_caps,
+    fingerprint,
+    settings_of,
+)
+from lip_plugin.certificate.function import function_of
 from lip_plugin.certificate.graph import Linear, Norms, Scale, walk
 from lip_plugin.certificate.measure import CAP_SLACK, cap_norms, refuse_non_finite, weight_norms
 from lip_plugin.certificate.nodes import attentions
@@ -24,6 +31,7 @@ from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, div, log10, mul, root, to_float, up
 from lip_plugin.certificate.whole import has_shards, on_first_process, sharded_too
 from lip_plugin.errors import CertificateError, ConfigError
+from lip_plugin.optim.projection import BlockNorms
 
 FORMAT = "lip_plugin.certificate/2"
 _WITHOUT_FINGERPRINT = "lip_plugin.certificate/1"
@@ -165,18 +173,26 @@ class Certificate:
 
 
 @sharded_too
-def certify(model: nn.Module, source: str = "weights", *, check: bool = True) -> Certificate:
+def certify(
+    model: nn.Module,
+    source: str = "weights",
+    *,
+    check: bool = True,
+    norms: Iterable[BlockNorms] | None = None,
+) -> Certificate:
     """Prove an upper bound on Lip(embeddings -> logits), token norm to token norm.
 
     Args:
         model: a model of a known family, retrofitted or not, wrapped or not. Of a sharded one (FSDP2) every process
             calls this, together; the first gathers it in main memory, and all get its certificate.
         source: `"weights"` measures every norm (upwards, in float64); `"caps"` uses the caps alone.
-        check: compare the graph with the model's own forward first. The comparison is remembered, so
-            a second call costs nothing while the structure is unchanged.
+        check: compare the graph with what was passed first, by a small forward of it. The longer comparison on random
+            weights is remembered while nothing but weights changes.
+        norms: for `"caps"`: what `block_norms(model)` gave for the weights as they are, if it was asked already. A
+            certificate from caps is given only if every block is within its cap now.
 
     Raises:
-        CertificateError: the graph does not reproduce the model, or a layer has no cap.
+        CertificateError: the graph does not reproduce the model, a layer has no cap, or a block is above its own.
         ConfigError: an unknown source.
         UnsupportedModelError: a module without a proven rule.
         NonFiniteError: a weight holds nan or inf.
@@ -188,8 +204,10 @@ def certify(model: nn.Module, source: str = "weights", *, check: bool = True) ->
         refuse_non_finite(graph.root)
         if check:
             check_graph(graph)
-        norms = weight_norms(graph) if source == "weights" else cap_norms(graph)
-        return replace(bound_of(graph, norms, source), weights=fingerprint(graph.root, source))
+        proven = weight_norms(graph) if source == "weights" else cap_norms(graph)
+        if source == "caps":
+            check_within_caps(graph.root, norms)
+        return replace(bound_of(graph, proven, source), weights=fingerprint(graph.root, source))
 
 
 def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | None = None) -> Certificate:
@@ -228,7 +246,7 @@ def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | No
         attention_logit=to_float(logit),
         assumptions=_assumptions(graph, source),
         model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
-        settings=settings_of(graph.root),
+        settings={**settings_of(graph.root), "function": function_of(graph)},
     )
 
 

@@ -1,115 +1,212 @@
-"""Is the graph the model? Its forward, and each part that carries a rule, against the model's own."""
+"""Does the object that the user passed compute what the graph computes? Asked before every number.
+
+The object itself is run, outermost wrapper included, with its hooks, patches, adapters and attributes as they are now.
+Only its parameters are swapped for float64 values while it runs: once for random ones, which show a difference that
+small weights would hide (the output maps of a fresh model are zero), and each time for its own. Every layer is
+given an input of its own, of natural size, so that no layer's mistake can vanish in what surrounds it, and what one layer
+hands to the next is compared as well. A structure that was compared on random weights is remembered (see structure.py).
+
+It finds differences of structure and of state. A forward made to deceive, by less than `TOLERANCE` or on other inputs
+only, it cannot find.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
-from lip_plugin.certificate.graph import Activation, Node, Norm, walk
-from lip_plugin.certificate.maps import dequantized
+from lip_plugin.certificate.graph import Activation, Chain, Node, Norm, Scale, branches, walk
+from lip_plugin.certificate.float64_run import evaluating, float64_parameters, own_values, random_values
+from lip_plugin.certificate.structure import Structure, structure_of
 from lip_plugin.errors import CertificateError
-from lip_plugin.modules import branch_scale, input_scale
+from lip_plugin.modules import branch_scale
 
-# Libraries compute norms, softmax and rotations in float32 inside (1e-7 each, 1e-6 seen over a whole
-# model); a structure that differs from the graph's is off by far more.
+# Libraries compute norms, softmax and rotations in float32 inside (1e-7 each, 1e-6 seen over a layer);
+# a function that differs from the graph's is off by far more. Relative to what a layer adds to its input.
 TOLERANCE = 1e-4
-_PLAIN = (bool, int, float, str, type(None))
-_CHECKED: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
-
-
-def structure_of(graph: Graph) -> tuple:
-    """Everything besides weights that the model's function depends on, as a value to compare.
-
-    Classes, forward functions (of the class, or patched onto one module), hooks, plain settings, the
-    model's config, and hooks on all modules at once. Objects are told apart by their id.
-    """
-    modules = tuple(_structure(name, m) for name, m in graph.root.named_modules())
-    config = tuple(sorted((k, repr(v)) for k, v in vars(graph.root.config).items()))
-    everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    return modules, config, tuple(id(hook) for hooks in everywhere for hook in hooks.values())
-
-
-def _structure(name: str, module: nn.Module) -> tuple:
-    cls, own = type(module), vars(module)
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    # `training` is left out: the certificate is about eval mode, and the comparison made in it
-    plain = {k: repr(v) for k, v in own.items() if k != "training" and _is_plain(v)}
-    patched = tuple(sorted((k, id(v)) for k, v in own.items() if isinstance(v, Callable)))  # type: ignore[arg-type]
-    return (
-        name,
-        (cls.__qualname__, id(cls), id(cls.forward)),
-        module.extra_repr(),
-        tuple(sorted(plain.items())),
-        (tuple(map(id, hooks)), branch_scale(module), input_scale(module)),
-        patched,
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple, set)):
-        return all(isinstance(v, _PLAIN) for v in value)
-    return isinstance(value, _PLAIN)
+_ROUNDING = 1e-12  # of the input itself, which every layer adds to what it computes, in float64
+# Steep functions (attention whose logits are large) make more of that rounding. Where a difference is above the
+# tolerance, the graph is run once more with its input and weights moved by this share, and may differ by as much.
+_NUDGE = 1e-6
+_FEW = 8  # tokens of the comparison on the model's own weights
+_CHECKED: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def check_graph(graph: Graph, tokens: int = 16) -> float:
-    """Compare the graph with the model itself, on a copy with random weights, in float64.
+    """Raise CertificateError unless what was passed to `build` computes what its graph computes, now.
 
-    Random weights, because at a fresh start the branches are zero and would hide any mistake in
-    them. Norms, activations and rotations are compared on their own as well, where a mistake would
-    be small in the logits but large in the bound. Returns the largest difference of logits over
-    the largest logit (0.0 for a structure that was checked before). It finds mistakes of structure;
-    a forward made to deceive, by less than `TOLERANCE` or on other inputs only, it cannot find.
-
-    Raises CertificateError: the graph does not reproduce the model.
+    Returns the largest difference that was seen, relative to what the layer computes.
     """
     structure = structure_of(graph)
-    if _CHECKED.get(graph.root) == structure:
-        return 0.0
-    config = graph.root.config
-    limits = [getattr(config, k, None) for k in ("max_position_embeddings", "block_size")]
+    worst = 0.0
+    with evaluating(graph.subject):
+        if structure is None or _CHECKED.get(graph.root) != structure:
+            with float64_parameters(graph.subject, random_values()):
+                again = build(graph.subject)
+                worst = _compare(again, tokens)
+                for node in _nodes(again.body.nodes):
+                    _check_node(node)
+            if structure is not None:
+                _CHECKED[graph.root] = structure
+        with float64_parameters(graph.subject, own_values):
+            return max(worst, _compare(build(graph.subject), min(tokens, _FEW)))
+
+
+def _compare(graph: Graph, tokens: int) -> float:
+    """Largest relative difference of any part, on the parameters that are there now."""
+    config: Any = graph.root.config
+    limits = [graph.entry.longest, getattr(config, "block_size", None)]
     tokens = min([tokens, *(int(v) for v in limits if v)])
-    twin = _random_twin(graph.root)
-    copied = build(twin)
-    inputs = copied.entry.sample(tokens, torch.Generator().manual_seed(0), next(twin.parameters()).device)
-    name = type(graph.root).__name__
+    device = next(graph.root.parameters()).device
+    inputs = graph.entry.sample(tokens, torch.Generator().manual_seed(0), device)
+    return _run(graph, inputs).compare(graph, inputs)
+
+
+def _run(graph: Graph, inputs: Tensor) -> _Record:
+    """The object's own forward, every layer on an input of its own."""
+    record = _Record(graph)
     try:
-        expected = graph.family.logits(twin, inputs).double()
-    except (RuntimeError, TypeError, ValueError) as error:
+        with record.listening():
+            record.logits = graph.family.logits(graph.subject, inputs).double()
+    except CertificateError:
+        raise
+    except Exception as error:  # hooks and patches of a user may raise anything
         raise CertificateError(
-            f"{name} could not be compared with its graph: a float64 copy of it does not run ({error}). "
-            "A patched forward that still calls the original module's does this; take it off, then certify."
+            f"{type(graph.subject).__name__} could not be compared with its graph: it does not run with float64 weights "
+            f"({type(error).__name__}: {error}). Take off hooks, patches and wrappers that are not the library's own, "
+            "then certify."
         ) from error
-    got = copied.body.run(copied.embed(inputs, torch.float64))
-    difference = _difference(got, expected)
-    if not difference <= TOLERANCE:
+    return record
+
+
+class _Record:
+    """What went into every layer and came out of it, while the model ran."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._modules = [graph.root.get_submodule(layer.name) for layer in graph.parts.layers]
+        self._names = [layer.name for layer in graph.parts.layers]
+        self._sizes = [_natural(block) for block in graph.blocks]
+        self._generator = torch.Generator().manual_seed(3)
+        self.received: list[list[Tensor]] = [[] for _ in self._modules]
+        self.given: list[list[Tensor]] = [[] for _ in self._modules]
+        self.returned: list[list[Tensor]] = [[] for _ in self._modules]
+        self.logits: Tensor | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, every layer reads an input of ours in place of the one it is handed."""
+        with ExitStack() as stack:
+            for i, module in enumerate(self._modules):
+                before, after = self._before(i), self._after(i)
+                # in front of all other hooks, and behind them: what they do is part of the layer
+                first = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                stack.callback(first.remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            yield
+
+    def _before(self, i: int) -> Callable[..., Any]:
+        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            self.received[i].append(x)
+            noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float64)
+            own = (noise * self._sizes[i]).to(x)
+            self.given[i].append(own)
+            return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": own})
+
+        return replace
+
+    def _after(self, i: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self.returned[i].append(output[0] if isinstance(output, tuple) else output)
+
+        return note
+
+    def compare(self, graph: Graph, inputs: Tensor) -> float:
+        """Largest relative difference; raises CertificateError, naming the place, above the tolerance."""
+        name = type(graph.root).__name__
+        for part, found in zip(self._names, self.received, strict=True):
+            if not found:
+                raise CertificateError(
+                    f"{part} was not run when {name} was: something replaces the forward pass that the graph describes."
+                )
+        expected = [torch.cat(found) for found in self.received]
+        x = graph.embed(inputs, torch.float64)
+        worst = _same("the embeddings", x, expected[0], lambda: x * (1 + _NUDGE))
+        for i, block in enumerate(graph.blocks):
+            own, out = torch.cat(self.given[i]), torch.cat(self.returned[i])
+            node = Chain(self._names[i], block)
+            worst = max(worst, _same(self._names[i], node.run(own), out, _nudged(node, own), own))
+            if i + 1 < len(graph.blocks):
+                where = f"what {self._names[i]} hands to {self._names[i + 1]}"
+                worst = max(worst, _same(where, out, expected[i + 1], lambda out=out: out))  # type: ignore[misc]
+        node, last = Chain("readout", graph.readout), torch.cat(self.returned[-1])
+        assert self.logits is not None
+        where = "what comes behind the last layer"
+        return max(worst, _same(where, node.run(last), self.logits, _nudged(node, last)))
+
+
+def _natural(block: tuple[Node, ...]) -> float:
+    """Size of the entries at which what the layer reads is about 1: the model may carry x divided by a constant."""
+    first = next((chain.nodes[0] for node in block for chain in branches(node) if chain.nodes), None)
+    scale = abs(first.scale) if isinstance(first, Scale) else 1.0
+    return 1.0 / scale if 0 < scale < math.inf else 1.0
+
+
+def _nudged(node: Node, x: Tensor) -> Callable[[], Tensor]:
+    """The node on an input that differs by as much as rounding inside a library may make it."""
+
+    def run() -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        return node.run(x * (1 + _NUDGE * noise.to(x.device)))
+
+    return run
+
+
+def _same(
+    where: str, got: Tensor, expected: Tensor, nudged: Callable[[], Tensor], own: Tensor | None = None
+) -> float:
+    """The difference relative to what was computed (besides `own`, to which it was added); raises if it is not small."""
+    difference = _difference(got, expected, own)
+    if not difference <= TOLERANCE and got.shape == expected.shape:
+        allowed = TOLERANCE + 10 * _difference(nudged(), got, own)
+        difference = 0.0 if difference <= allowed < math.inf and allowed < 0.1 else difference
+    if difference <= TOLERANCE:
+        return difference
+    if not bool(torch.isfinite(expected).all()):
         raise CertificateError(
-            f"The graph of {name} does not reproduce the model: logits differ by {difference:.2e} of their "
-            "size. Something besides the described modules changes the forward pass (a hook, a patched "
-            "attention, a softcap); a certificate of the graph would not be about this model."
+            f"{where}: the model's own forward gives nan or inf even in float64, so nothing can be compared. Look at the "
+            "weights of this layer (activation_report), or start from an earlier checkpoint."
         )
-    for node in _nodes(copied.body.nodes):
-        _check_node(node)
-    _CHECKED[graph.root] = structure
-    return difference
+    raise CertificateError(
+        f"The graph does not reproduce the model: {where} differs by {difference:.2e} of its size. Something besides the "
+        "described modules changes the forward pass (a hook, a patched forward or attention, a softcap, a wrapper); a "
+        "certificate of the graph would not be about this model."
+    )
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest entry; inf where shapes differ."""
+def _difference(got: Tensor, expected: Tensor, own: Tensor | None = None) -> float:
+    """Largest difference over the largest entry of what was computed; inf where shapes differ, nan where one is nan."""
     if got.shape != expected.shape:
         return math.inf
-    return float((got - expected).abs().max() / expected.abs().max())
+    off = float((got - expected).abs().amax())
+    if own is None:
+        size = float(expected.abs().amax())
+    else:
+        off = max(0.0, off - _ROUNDING * float(own.abs().amax())) if off == off else off
+        size = float((expected - own).abs().amax())
+    return 0.0 if off == 0 else off / size if size > 0 else math.inf
+
+
+# ---- parts whose rule rests on more than weights ------------------------------------------------------
 
 
 def _nodes(nodes: Any) -> Iterator[Node]:
@@ -164,44 +261,3 @@ def _not_a_rotation(node: Attention) -> float:
     return float(torch.maximum(off, halves))
 
 
-# Patches of a model's own forward whose code we read: called as models are called, they are the class's forward, but the
-# copy's would still run the original's. (module of the function, its name in the code); functools.wraps hides both.
-_TRANSPARENT = {("trl.trainer.utils", "_fused_forward")}
-
-
-def _without_patch(twin: nn.Module) -> nn.Module:
-    """The copy without such a patch; any other stays, and fails the comparison if it changes what is computed."""
-    function = getattr(vars(twin).get("forward"), "__func__", None)
-    if (
-        function is not None
-        and (function.__globals__.get("__name__"), function.__code__.co_name) in _TRANSPARENT
-    ):
-        del vars(twin)["forward"]
-    return twin
-
-
-def _without_quantization(twin: nn.Module) -> nn.Module:
-    """Quantized layers become plain ones, as float64 has no kernels of theirs: what they multiply with is read, not compared."""
-    for name, module in list(twin.named_modules()):
-        weight = dequantized(module)
-        if weight is None:
-            continue
-        held: Any = module
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=held.bias is not None, device=weight.device)
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(owner), leaf, plain)
-    return twin
-
-
-def _random_twin(root: nn.Module) -> nn.Module:
-    """Deep copy in float64 and eval mode with random weights of moderate norms."""
-    twin = _without_quantization(_without_patch(copy.deepcopy(root))).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    for p in twin.parameters():
-        values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        if p.dim() >= 2:
-            values /= math.sqrt(min(p.shape[-2:])) / 2.0
-        else:
-            values = 1.0 + 0.1 * values
-        p.copy_(values.to(p.device))
-    return twin

@@ -32,7 +32,7 @@ from lip_plugin.certificate.graph import (
     largest,
     rms,
 )
-from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.nodes import OneToken, Parallel, Softcap
 from lip_plugin.certificate.upper import ONE, ZERO, add, below, div, exponential, mul, norm2, root, up
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
@@ -185,7 +185,15 @@ def _(b: Softcap, t: Any, r: Decimal, sides: Sides) -> Decimal:
 
 
 @eta.register
-def _(b: First, t: Any, r: Decimal, sides: Sides) -> Decimal:
+def _(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    if b.index != t.index:
+        raise _unlike(b, t)
+    if b.padding != t.padding:
+        raise ConfigError(
+            "drift: each model predicts from the last token that is not padding, and padding has another id in the tuned model "
+            f"(pad_token_id is {b.padding} in the base and {t.padding} in the tuned model), so their logits may be about "
+            "different tokens. Give both configs the same pad_token_id."
+        )
     return ZERO
 
 

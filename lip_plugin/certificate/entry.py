@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.graph import Linear, Node
+from lip_plugin.errors import ConfigError
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Entry:
         patch: (height, width) of a patch.
         image: (channels, height, width) of an image.
         norm: slot behind the sum.
+        padding: token id that the model treats as padding by its value (see Architecture); None if all ids
+            are treated alike. `run` is the model's embedding for sequences without it.
         pixel_max: bound on the absolute value of every pixel entry that the certificate assumes.
     """
 
@@ -53,6 +56,7 @@ class Entry:
     patch: tuple[int, int] = (1, 1)
     image: tuple[int, int, int] = (0, 0, 0)
     norm: Node | None = None
+    padding: int | None = None
     pixel_max: float = 1.0
 
     @property
@@ -96,12 +100,28 @@ class Entry:
         return blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
     def sample(self, tokens: int, generator: torch.Generator, device: Any) -> Tensor:
-        """Random inputs of two sequences, or two images, with entries that the assumptions allow."""
+        """Random inputs of two sequences, or two images, with entries that the assumptions allow.
+
+        Sequences are no longer than the positions reach, and hold no padding.
+        """
         if self.patches:
             values = torch.rand((2, *self.image), generator=generator, dtype=torch.float64)
             return ((2 * values - 1) * self.pixel_max).to(device)
-        rows = self.tables["token"].rows().shape[0]
-        return torch.randint(0, rows, (2, tokens), generator=generator).to(device)
+        rows, tokens = self.tables["token"].rows().shape[0], min(tokens, self.longest or tokens)
+        if self.padding is None or not 0 <= self.padding < rows:
+            return torch.randint(0, rows, (2, tokens), generator=generator).to(device)
+        ids = torch.randint(0, rows - 1, (2, tokens), generator=generator)
+        return (ids + (ids >= self.padding)).to(device)
+
+    def refuse_padding(self, ids: Tensor) -> None:
+        """Raise ConfigError for token ids with padding in them: the model would not do with them what the graph does."""
+        if self.padding is None or self.patches is not None or not bool((ids == self.padding).any()):
+            return
+        raise ConfigError(
+            f"the token ids hold {self.padding}, the model's padding id (pad_token_id): its forward looks for that id, whatever "
+            "the mask says, and would read another token for its prediction or count positions otherwise. Give batches of "
+            "sequences of equal length, without padding."
+        )
 
 
 def entry_of(
@@ -110,10 +130,16 @@ def entry_of(
     linear: Callable[[str], Linear],
     token_map: str | None,
     norm: Node | None,
+    first_position: int | None = None,
 ) -> Entry:
-    """Entry of token models from (role, name, module) of its tables."""
+    """Entry of token models from (role, name, module) of its tables.
+
+    Positions begin at row `first_position`; None takes the `offset` that the table itself has (OPT's is 2), or 0.
+    """
     found = {}
     for role, name, module in tables:
-        offset = int(getattr(module, "offset", 0))  # OPT's positions begin at row 2
+        offset = int(getattr(module, "offset", 0))
+        if role == "position" and first_position is not None:
+            offset = first_position
         found[role] = Table(role, name, module, offset, scale if role == "token" else 1.0)
     return Entry(found, token_map=linear(token_map) if token_map else None, norm=norm)

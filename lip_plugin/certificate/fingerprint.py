@@ -13,19 +13,22 @@ import ctypes
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lip_plugin.certificate.build import build
+from lip_plugin.certificate.compare import check_graph
+from lip_plugin.certificate.function import function_of
 from lip_plugin.certificate.measure import CAP_SLACK
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import CertificateError, NotRetrofittedError, UnsupportedModelError
 from lip_plugin.modules import RowParameter, constrained_modules
 from lip_plugin.optim.batches import refuse_sharded
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.optim.projection import BlockNorms, block_norms
+from lip_plugin.saved_names import recorded
 from lip_plugin.slots import Floored
 from lip_plugin.surgery import find_retrofit
 
@@ -130,7 +133,7 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
     config: Any = root.config
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     kept = {
-        k: v
+        k: recorded(v)
         for k, v in values.items()
         if not k.startswith("_") and k not in _NO_EFFECT and not k.endswith(_NO_EFFECT_ENDINGS)
     }
@@ -152,6 +155,7 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     must be at its default, which leaves a model as it was before there was the option.
     """
     now, before = {"floors": {}, **found}, {"floors": {}, **stated}
+    functions = [side.pop("function", None) for side in (now, before)]
     retrofitted, was = now.pop("lipschitz", None), before.pop("lipschitz", None)
     pairs = [(key, now.get(key), value) for key, value in sorted(before.items())]
     if retrofitted is not None and was is not None:
@@ -162,6 +166,9 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
         ]
     elif retrofitted != was:
         pairs.append(("lipschitz", retrofitted, was))
+    if functions[0] is not None and functions[1] is not None:  # certificates of before had none
+        places = sorted({*functions[0], *functions[1]})
+        pairs += [(place, functions[0].get(place), functions[1].get(place)) for place in places]
     return [f"{key} is {a!r} and was {b!r}" for key, a, b in pairs if a != b]
 
 
@@ -182,18 +189,29 @@ def check_belongs(certificate: Certificate, model: nn.Module) -> None:
     same structure, caps and uncapped tensors, and every block within its cap now.
     """
     with torch.no_grad():
-        root = build(model).root
-        check_settings(certificate, settings_of(root))
-        check_fingerprint(certificate, fingerprint(root, certificate.source))
-        if certificate.source != "caps":
-            return
-        try:
-            worst = max(block_norms(root), key=lambda b: b.worst_over_cap)
-        except NotRetrofittedError as error:
-            raise CertificateError("the certificate is from caps, and this model has none.") from error
-    if not worst.worst_over_cap <= float(CAP_SLACK):
+        graph = build(model)
+        check_settings(certificate, {**settings_of(graph.root), "function": function_of(graph)})
+        check_fingerprint(certificate, fingerprint(graph.root, certificate.source))
+        check_graph(graph)
+        if certificate.source == "caps":
+            check_within_caps(graph.root)
+
+
+def check_within_caps(root: nn.Module, norms: Iterable[BlockNorms] | None = None) -> None:
+    """Raise CertificateError unless every block is within its cap now: `norms` if they were measured already."""
+    try:
+        measured = block_norms(root) if norms is None else list(norms)
+    except NotRetrofittedError as error:
         raise CertificateError(
-            f"the certificate is from caps, and {worst.name} is {worst.worst_over_cap:.4g} times its cap: project_(model)."
+            "This model has no caps, so nothing can be said from caps alone. Use source='weights', or retrofit(model)."
+        ) from error
+    # of an adapter's change: its budget bounds a drift, and is no cap
+    capped_blocks = [b for b in measured if not b.name.endswith(" (change)")]
+    worst = max(capped_blocks, key=lambda b: b.worst_over_cap, default=None)
+    if worst is not None and not worst.worst_over_cap <= float(CAP_SLACK):
+        raise CertificateError(
+            f"{worst.name} is {worst.worst_over_cap:.4g} times its cap now, so a bound from caps is not about this model. "
+            "Call project_(model) first, or certify from the weights."
         )
 
 
@@ -211,16 +229,37 @@ def check_same(stated: Certificate, fresh: Certificate) -> None:
     """Raise CertificateError unless a stated certificate is of the same model as a fresh one, and not below it."""
     check_settings(stated, fresh.settings)
     check_fingerprint(stated, fresh.weights)
-    pairs = [
-        (stated.log10_lipschitz, fresh.log10_lipschitz),
-        (_log10(stated.lipschitz), _log10(fresh.lipschitz)),
-        (_log10(stated.attention_logit), _log10(fresh.attention_logit)),
-    ]
-    if any(_below(a, b) for a, b in pairs) or stated.radius < fresh.radius * (1 - 1e-9):
+    if _kept(stated) != _kept(fresh):
         raise CertificateError(
-            f"it states a bound of {stated.lipschitz:.6g} on radius {stated.radius:.4g}, and only {fresh.lipschitz:.6g} on "
-            f"{fresh.radius:.4g} can be proven: it was edited, or made by other rules."
+            f"it speaks of {_kept(stated)}, and the model's is of {_kept(fresh)}: it was edited, or made by other rules."
         )
+    pairs = [
+        ("lipschitz (log10)", stated.log10_lipschitz, fresh.log10_lipschitz),
+        ("lipschitz", _log10(stated.lipschitz), _log10(fresh.lipschitz)),
+        ("logit_difference", _log10(stated.logit_difference), _log10(fresh.logit_difference)),
+        ("attention_logit", _log10(stated.attention_logit), _log10(fresh.attention_logit)),
+    ]
+    for a, b in zip(stated.layers, fresh.layers, strict=True):
+        pairs.append((f"{a.name}, radius", _log10(a.radius), _log10(b.radius)))
+        pairs.append((f"{a.name}, lipschitz", _log10(a.lipschitz), _log10(b.lipschitz)))
+        pairs.append((f"{a.name}, total", a.log10_total, b.log10_total))
+    wrong = next(((name, a, b) for name, a, b in pairs if _below(a, b)), None)
+    if wrong is not None:
+        raise CertificateError(
+            f"it states 10^{wrong[1]:.4g} for {wrong[0]}, and only 10^{wrong[2]:.4g} can be proven: it was edited, or made "
+            "by other rules."
+        )
+    if stated.radius < fresh.radius * (1 - 1e-9):
+        raise CertificateError(
+            f"it states radius {stated.radius:.4g}, and inputs reach {fresh.radius:.4g}, for which {fresh.lipschitz:.6g} can be "
+            "proven: it was edited, or made by other rules."
+        )
+
+
+def _kept(certificate: Certificate) -> tuple[Any, ...]:
+    """What rounding cannot change."""
+    c = certificate
+    return c.norm, c.source, c.d_in, c.d_out, tuple(layer.name for layer in c.layers)
 
 
 def _log10(value: float) -> float:

@@ -29,7 +29,7 @@ from lip_plugin.certificate.graph import (
 )
 from lip_plugin.certificate.kinks import Kinks
 from lip_plugin.certificate.movement import Local, Movement, Remainder, Term, sum_of
-from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.nodes import OneToken, Parallel, Softcap
 from lip_plugin.certificate.upper import to_float
 from lip_plugin.errors import CertificateError
 
@@ -90,8 +90,9 @@ def _(node: Parallel, x: Tensor, movement: Movement, local: Local) -> tuple[Tens
 
 
 @move.register
-def _(node: First, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
-    return node.run(x), Movement(tuple(Term(t.key, t.matrix, t.size[..., :1]) for t in movement.terms))
+def _(node: OneToken, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    terms = tuple(Term(t.key, t.matrix, t.size[..., node.where]) for t in movement.terms)
+    return node.run(x), Movement(terms)
 
 
 @move.register

@@ -14,14 +14,23 @@ from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.modules import is_linear, is_patches, is_transposed, rows_of
 
 # Readers of what a wrapped linear layer really multiplies with (an adapter's merged weight, stored
-# like the base layer's); they return None for a layer that is not theirs.
-_WEIGHT_READERS: list[Callable[[nn.Module], Tensor | None]] = []
+# like the base layer's); they return None for a layer that is not theirs. With each, what it depends on besides weights.
+_WEIGHT_READERS: dict[Callable[[nn.Module], Tensor | None], Callable[[nn.Module], str]] = {}
 
 
-def register_weight_reader(reader: Callable[[nn.Module], Tensor | None]) -> None:
-    """Have the certificate read the weight of wrapped linear layers by `reader(module)`."""
-    if reader not in _WEIGHT_READERS:
-        _WEIGHT_READERS.append(reader)
+def register_weight_reader(
+    reader: Callable[[nn.Module], Tensor | None], facts: Callable[[nn.Module], str]
+) -> None:
+    """Have the certificate read the weight of wrapped linear layers by `reader(module)`.
+
+    `facts(module)` says in plain text what that weight depends on besides Parameters; empty for a layer that is not wrapped.
+    """
+    _WEIGHT_READERS[reader] = facts
+
+
+def adapter_facts(module: nn.Module) -> str:
+    """What a wrapped layer's weight depends on besides Parameters; empty for any other module."""
+    return next((text for facts in _WEIGHT_READERS.values() if (text := facts(module))), "")
 
 
 # Readers of a plain linear layer whose weight is not stored as a matrix: f(module) -> [d_out, d_in], or None if not theirs.
@@ -41,6 +50,7 @@ def dequantized(module: nn.Module) -> Tensor | None:
 
 def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
+    _refuse_computed(module, name)
     if is_linear(module):
         return module, lambda: module.weight
     if is_patches(module):
@@ -59,6 +69,22 @@ def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
         f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no proven "
         "rule here. Merge adapters (merge_and_unload) or take the wrapper off, then certify."
     )
+
+
+def _refuse_computed(module: Any, name: str) -> None:
+    """Raise UnsupportedModelError for a weight that is no Parameter but computed before each forward."""
+    base = getattr(module, "base_layer", module)
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and "weight" not in base._parameters and "weight_orig" in base._parameters:
+        raise UnsupportedModelError(
+            f"{name} is pruned: its weight is computed from weight_orig at every forward. Make it permanent first: "
+            f"torch.nn.utils.prune.remove(model.{name}, 'weight')."
+        )
+    if isinstance(weight, Tensor) and "weight" not in base._parameters:
+        raise UnsupportedModelError(
+            f"{name}'s weight is no Parameter: it is computed at every forward (weight_norm, parametrize). Remove the "
+            "parametrization first."
+        )
 
 
 Reader = Callable[[], Any]

@@ -53,13 +53,26 @@ class Softcap:
 
 
 @dataclass
-class First:
-    """The first token only [batch, 1, d]: the token norm is a maximum over tokens, so r and 1."""
+class OneToken:
+    """One token of all, [batch, 1, d]: the token norm is a maximum over tokens, so r and 1.
+
+    Attributes:
+        index: 0 for the first token, -1 for the last.
+        padding: token id that the model passes over when it looks for the last token. The node runs on
+            sequences without it; the bound holds for any one token, so with it as well.
+    """
 
     name: str
+    index: int
+    padding: int | None = None
+
+    @property
+    def where(self) -> slice:
+        """The token, as a slice of the axis of tokens."""
+        return slice(self.index, self.index + 1 or None)
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
-        return x[..., :1, :]
+        return x[..., self.where, :]
 
     def bound(self, r: Decimal, norms: Norms) -> Bound:
         return Bound(r, ONE)

@@ -21,6 +21,8 @@ from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.modules import Constrained
 from lip_plugin.parts import parts
+from lip_plugin.position import OffsetBias
+from lip_plugin.presets import chosen_config
 from lip_plugin.surgery import cap_of, find_retrofit, retrofit
 
 _SMALLEST, _LARGEST = 1e-3, 1e3  # where w_max is looked for
@@ -29,7 +31,9 @@ _TOLERANCE = 1e-4  # of log10 w_max
 
 
 @sharded_too
-def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = None) -> LipschitzConfig:
+def plan_caps(
+    model: nn.Module, target: float, config: LipschitzConfig | str | None = None
+) -> LipschitzConfig:
     """The config with the largest `w_max` whose certificate from caps is at most `target`, token norm to token norm.
 
     So the bound holds at every step of a run, before the first. `overrides` (a head with more room, say)
@@ -40,15 +44,18 @@ def plan_caps(model: nn.Module, target: float, config: LipschitzConfig | None = 
         model: retrofitted or not. Biases are taken as they are, or, of a model that a retrofit would
             start afresh, as zero.
         target: bound on Lip(embeddings -> logits), above 0.
-        config: everything but `w_max`; None takes the retrofitted model's own, or the defaults.
+        config: everything but `w_max`, or the name of a preset, fitted to the model's family as by
+            `retrofit`; None takes the retrofitted model's own, or the defaults.
 
     Raises:
         ConfigError: the target is below what w_max = 0.001 gives (the message says how much that is); or not positive.
         Whatever `retrofit` refuses.
     """
-    if not 0 < target < math.inf:
+    is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
+    if not is_number or not 0 < target < math.inf:
         raise ConfigError(f"plan_caps(target={target!r}): must be a finite number above 0.")
     found = find_retrofit(model)
+    config = chosen_config(config, found[0] if found else model, "plan_caps(model, target, ")
     config = config or (found[1].config if found else LipschitzConfig())
     _check(model, found[1].config if found else None, config)
     graph = build(_skeleton(model, config))
@@ -93,23 +100,36 @@ def _check(model: nn.Module, present: LipschitzConfig | None, config: LipschitzC
 
 
 def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
-    """A retrofitted copy whose matrices are on the meta device: it has shapes, biases and no weights."""
+    """A retrofitted copy with shapes, biases and tables of positions; its matrices are on the meta device."""
     found = find_retrofit(model)
     root: Any = found[0] if found else model
+    tables = {id(m.weight) for m in root.modules() if isinstance(m, OffsetBias)}
     memo: dict[int, Any] = {}
     for p in root.parameters():
-        if p.dim() > 1:
+        if p.dim() > 1 and id(p) not in tables:
             memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
     twin = copy.deepcopy(root, memo)
     if found is None:
         fresh = not find_family(root).is_pretrained(root) and config.recipe
         retrofit(twin, config, _loading=True)
+        _start_tables_(twin)
         if fresh and config.init != "keep":
             with torch.no_grad():
                 for name, p in twin.named_parameters():
                     if name.endswith("bias") and not p.is_meta:
                         p.zero_()
     return twin
+
+
+@torch.no_grad()
+def _start_tables_(twin: nn.Module) -> None:
+    """Give position tables that a retrofit made on the meta device the values that they start with."""
+    for module in twin.modules():
+        if isinstance(module, OffsetBias) and module.weight.is_meta:
+            heads, offsets = module.weight.shape
+            start = OffsetBias(heads, offsets, content=module.content, causal=module.causal).weight
+            learned = module.weight.requires_grad
+            module.weight = nn.Parameter(start.to(module.weight.dtype), requires_grad=learned)
 
 
 def _set_caps_(graph: Graph, config: LipschitzConfig) -> None:

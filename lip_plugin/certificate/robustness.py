@@ -22,7 +22,7 @@ from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.compare import check_graph
 from lip_plugin.certificate.margins import Certifier
 from lip_plugin.certificate.measure import refuse_non_finite
-from lip_plugin.certificate.nodes import First
+from lip_plugin.certificate.nodes import OneToken
 from lip_plugin.certificate.pgd import attack
 from lip_plugin.errors import ConfigError
 
@@ -178,6 +178,7 @@ def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor 
             raise ConfigError(f"pixels are [batch, {wanted}] for this model; got {tuple(inputs.shape)}.")
     elif inputs.dim() != 2:
         raise ConfigError(f"token ids are [batch, tokens]; got {tuple(inputs.shape)}.")
+    graph.entry.refuse_padding(inputs)
     if labels is None:
         return None
     if _classifies(graph):
@@ -191,7 +192,7 @@ def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor 
 
 def _classifies(graph: Graph) -> bool:
     """One prediction for a whole sequence or image, in place of one for every token."""
-    return any(isinstance(node, First) for node in graph.body.nodes)
+    return any(isinstance(node, OneToken) for node in graph.body.nodes)
 
 
 def _grid(eps: Sequence[float]) -> Tensor:

@@ -33,7 +33,7 @@ from lip_plugin.certificate.graph import (
     largest,
 )
 from lip_plugin.certificate.measure import refuse_non_finite, weight_norms
-from lip_plugin.certificate.nodes import First, Parallel, Softcap
+from lip_plugin.certificate.nodes import OneToken, Parallel, Softcap
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.certificate.upper import INF, ONE, ZERO, add, div, exponential, mul, root, to_float, up
 from lip_plugin.certificate.whole import sharded_too
@@ -174,7 +174,7 @@ def _(node: Softcap, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Dec
 
 
 @rounding.register
-def _(node: First, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+def _(node: OneToken, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
     return e
 
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from lip_plugin.certificate.build import Graph, build
 from lip_plugin.certificate.certify import SOURCES, Certificate, bound_of
 from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.fingerprint import Fingerprint, capped, stored_tensors
+from lip_plugin.certificate.fingerprint import Fingerprint, capped, check_within_caps, stored_tensors
 from lip_plugin.certificate.graph import Norms
 from lip_plugin.certificate.measure import cap_norms, weight_norms
 from lip_plugin.certificate.radius import radius_of
 from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError
+from lip_plugin.optim.projection import block_norms
 
 _ROWS = 4096  # rows of an embedding table converted to float64 at a time
 Progress = Callable[[list[list[str]]], Iterable[list[str]]]
@@ -66,9 +67,12 @@ def certify_layers(
     for group in progress(_groups(graph, shelf)):
         for name in group:
             shelf.take(name)
+        owners = frozenset(n.rpartition(".")[0] for name in group for n in shelf.homes[name])
         if source == "weights":
-            owners = frozenset(n.rpartition(".")[0] for name in group for n in shelf.homes[name])
             norms.take(weight_norms(replace(graph, only=owners)))
+        else:
+            tables = frozenset(n for name in group for n in shelf.homes[name])  # bare Parameters
+            check_within_caps(skeleton, block_norms(skeleton, only=owners | tables))
         if not entry.isdisjoint(group):
             radius = radius_of(graph, source)
         for name in group:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lip_plugin.distributed import is_sharded, on_first, settle_
 from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.face import require_module
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -55,6 +56,7 @@ def sharded_too(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def either(model: Any, *rest: Any, **kwargs: Any) -> T:
         call: Any = function
+        require_module(model, getattr(function, "__name__", "this").lstrip("_"))
         if not has_shards(model):
             return call(model, *rest, **kwargs)
         return on_first_process(model, lambda whole: call(whole, *rest, **kwargs))

@@ -8,7 +8,7 @@ from torch import nn
 
 from lip_plugin.blocks import ROW
 from lip_plugin.distributed import home_of
-from lip_plugin.errors import ConfigError, UnsupportedModelError
+from lip_plugin.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.factors import KIND as FACTORS
 from lip_plugin.optim.factors import factor_group
@@ -71,3 +71,23 @@ def param_groups(
     if not chosen:
         raise ConfigError("no parameter of the model requires a gradient: there is nothing to train.")
     return chosen
+
+
+def refuse_other_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Raise CheckpointError unless the groups have the same kinds and sizes, in order."""
+    sizes = [[(g.get("kind"), len(g["params"])) for g in groups] for groups in (saved, own)]
+    if sizes[0] == sizes[1]:
+        return
+    said = [", ".join(f"{kind or 'no kind'}: {count}" for kind, count in of) for of in sizes]
+    kinds = {kind for kind, _ in sizes[0]}
+    origin = (
+        "It was written by another optimizer. Resume with that one"
+        if kinds == {None}
+        else "The run was started with another LipschitzConfig or another model (dropped biases, position "
+        "tables and the like change what is trained). Resume with the config that the checkpoint's config.json "
+        "has under quantization_config"
+    )
+    raise CheckpointError(
+        f"The saved optimizer state has groups of parameters ({said[0]}), and this LipschitzMuon has "
+        f"({said[1]}). {origin}, or start a new run from the checkpoint's weights."
+    )

@@ -9,7 +9,7 @@ Source: arXiv 2507.13338, sections 3 and 4; Muon is Keller Jordan's, kellerjorda
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +20,20 @@ from torch.optim.adamw import adamw
 from lip_plugin.blocks import Layout, clamp_rows_
 from lip_plugin.distributed import local, on_owners, replicas_of
 from lip_plugin.errors import ConfigError
+from lip_plugin.face import require_module
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from lip_plugin.optim.batches import Batch, batches, cost_of, gathered_lerp
 from lip_plugin.optim.factors import KIND as FACTORS
 from lip_plugin.optim.factors import step_factors_
-from lip_plugin.optim.groups import KINDS, param_groups
-from lip_plugin.optim.projection import attach_projection, keep_within_caps_, normalize_above_
+from lip_plugin.optim.groups import KINDS, param_groups, refuse_other_groups
+from lip_plugin.optim.intact import Held
+from lip_plugin.optim.projection import (
+    attach_projection,
+    constraints_of,
+    keep_within_caps_,
+    normalize_above_,
+)
 from lip_plugin.optim.watch import Watch
 
 # Strings, because they live in param_groups and so in state_dicts.
@@ -104,7 +111,10 @@ class LipschitzMuon(torch.optim.Optimizer):
             raise ConfigError(
                 f"LipschitzMuon(precision={precision!r}): choose None or one of {list(_PRECISIONS)}."
             )
+        if not isinstance(params, (list, tuple, dict, Iterator)):  # those are told what groups are
+            require_module(params, "LipschitzMuon")
         model = params if isinstance(params, nn.Module) else None
+        held = None if model is None else Held(constraints_of(model)[0])
         groups = (
             params if model is None else param_groups(model, lr, embedding_lr or lr, adamw_lr, adapter_lr)
         )
@@ -135,6 +145,9 @@ class LipschitzMuon(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults)  # type: ignore[arg-type]
         self._reset()
+        if held is not None:
+            held.check(self.param_groups, type(self).__name__)
+        self._held = held
         self.process_group = process_group
         if model is not None:
             self.process_group = process_group if process_group is not None else replicas_of(model)
@@ -147,12 +160,16 @@ class LipschitzMuon(torch.optim.Optimizer):
         self._reset()
         # a pickle has none; loading a state keeps the run's own
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_held", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Momenta, rates and step counts of a saved state; caps, kinds and methods stay this optimizer's own.
 
         They say what the model of now was retrofitted with: the saved ones may be of other caps, or of other parameters.
+
+        Raises CheckpointError, before anything is changed, if the saved groups are of other kinds or sizes.
         """
+        refuse_other_groups(state_dict["param_groups"], self.param_groups)
         own = [{k: g[k] for k in _OWN if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
@@ -178,6 +195,8 @@ class LipschitzMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_rates()
+        if self._held is not None:
+            self._held.check(self.param_groups, type(self).__name__)
         self._steps_taken += 1
         written = self._watch.inspect(self.param_groups, self.process_group)
         for group in self.param_groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from lip_plugin.blocks import ROW, Layout, clamp_rows_
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.distributed import groups_of, largest_together, local, on_owners, replicas_of, settle_
 from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError
+from lip_plugin.face import require_module
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.linalg.projections import METHODS, project
 from lip_plugin.modules import constrained_modules
 from lip_plugin.optim.batches import batches, cost_of
+from lip_plugin.optim.intact import Held
 from lip_plugin.surgery import find_retrofit
 
 
@@ -182,7 +184,7 @@ def step_projection_(
 
 
 def attach_projection(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
     method: str | None = None,
     *,
@@ -192,10 +194,11 @@ def attach_projection(
 
     Works with any optimizer: it is a `register_step_post_hook`, so a step that a gradient scaler
     skips projects nothing, and one that runs is always followed by it. An accelerate wrapper
-    is looked through.
+    is looked through. Before each step the model is asked whether it is still the one that was retrofitted.
 
     Args:
-        optimizer: torch's, or an accelerate wrapper of one.
+        optimizer: torch's, or an accelerate wrapper of one; or several that share the model's parameters among them,
+            each of whose steps is followed by the projection.
         model: the retrofitted model, wrapped or not.
         method: one of the seven projections; None takes the config's.
         process_group: its members hold equal copies (DDP), so each matrix is projected by one of them; None takes that of
@@ -206,12 +209,24 @@ def attach_projection(
 
     Raises:
         NotRetrofittedError: no constrained layer in `model`, and no budget on its adapters.
-        ConfigError: an unknown method.
+        ConfigError: an unknown method, arguments in another order, or a trainable weight with a cap that is in no group.
+        UnsupportedModelError: a layer that lost its cap since the retrofit. All of these again at a later step.
     """
-    constraints_of(model)
+    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    inner: list[Any] = [getattr(o, "optimizer", o) for o in several]
+    if isinstance(optimizer, nn.Module) or not all(hasattr(o, "register_step_post_hook") for o in inner):
+        raise ConfigError(
+            f"attach_projection({type(optimizer).__name__}, {type(model).__name__}): the optimizer comes first, then the "
+            "model: attach_projection(optimizer, model)."
+        )
+    require_module(model, "attach_projection")
+    root, _ = constraints_of(model)
     if method is not None and method not in METHODS:
         raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
-    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    held = Held(root)
+
+    def before_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        held.check([g for o in inner for g in o.param_groups], type(stepped).__name__)
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
@@ -219,9 +234,24 @@ def attach_projection(
         step_projection_(model, method, lr=rate, process_group=process_group)
         stepped.seconds_projecting += time.perf_counter() - began  # type: ignore[attr-defined]
 
-    inner.seconds_projecting = 0.0
+    before_step(inner[0], (), {})
     keep_within_caps_(model, process_group)
-    return inner.register_step_post_hook(after_step)
+    handles = []
+    for one in inner:
+        one.seconds_projecting = 0.0
+        handles += [one.register_step_pre_hook(before_step), one.register_step_post_hook(after_step)]
+    return _Together(handles)
+
+
+class _Together(RemovableHandle):
+    """Several handles as one."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def require_retrofit(model: nn.Module) -> Any:
@@ -241,6 +271,7 @@ def constraints_of(model: nn.Module) -> tuple[nn.Module, LipschitzConfig]:
 
     A model that was never retrofitted is its own root, and its config the default. Raises NotRetrofittedError for any other.
     """
+    require_module(model, "this")
     if find_retrofit(model) is None and any(holds(model) for holds in _HOLDS):
         settle_(model)
         return model, LipschitzConfig()
@@ -275,10 +306,13 @@ def refuse_non_finite(names: list[str], largest: list[float]) -> None:
 
 
 @torch.no_grad()
-def block_norms(model: nn.Module) -> list[BlockNorms]:
-    """Proven upper norms over caps of every constrained layer's weight, in the model's order; on all processes the same."""
+def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list[BlockNorms]:
+    """Proven upper norms over caps of every constrained layer's weight, in the model's order; on all processes the same.
+
+    `only` restricts it to layers of these names, without looking at adapters.
+    """
     root, _ = constraints_of(model)
-    found = list(constrained_modules(root))
+    found = [(n, m) for n, m in constrained_modules(root) if only is None or n in only]
     weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
     matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
     worst = torch.zeros(len(found), dtype=torch.float64)
@@ -305,7 +339,7 @@ def block_norms(model: nn.Module) -> list[BlockNorms]:
     plain = {
         name: BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst.tolist(), counts, strict=True)
     }
-    for norms in _PROJECTORS.values():
+    for norms in _PROJECTORS.values() if only is None else ():
         for merged in norms(root):  # of a wrapped layer the merged weight counts, not the base alone
             plain.pop(f"{merged.name}.base_layer", None)
             plain[merged.name] = merged

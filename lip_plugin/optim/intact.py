@@ -1,0 +1,124 @@
+"""Is the model still the one that was retrofitted, and does the optimizer step its very parameters?
+
+Asked when an optimizer is built or attached, and before each of its steps. A layer that was replaced, pruned, tied
+again or given another Parameter since then would lose its cap, or would not train, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_plugin.distributed import settle_
+from lip_plugin.errors import ConfigError, UnsupportedModelError
+from lip_plugin.modules import Constrained, RowParameter, constrained_modules, table_of
+from lip_plugin.parts import parts
+from lip_plugin.surgery import find_retrofit
+
+_AGAIN = (
+    "Order: change the model first, then retrofit it, then build the optimizer. To go on from here: "
+    "config = model.lip_retrofit.config; release(model); retrofit(model, config); and a new optimizer."
+)
+
+
+class Held:
+    """The layers of a model that have to be within caps or budgets, by name.
+
+    Args:
+        root: the model that was retrofitted, or that carries adapters with budgets.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        found = find_retrofit(root)
+        self._linears: list[str] = []
+        self._tables: list[str] = []
+        if found is not None:
+            names = parts(root, found[1].architecture)
+            self._linears = [name for _, name in names.linears()]
+            self._tables = [name for _, name in names.tables()]
+
+    def check(self, groups: Iterable[Mapping[str, Any]], optimizer: str) -> None:
+        """Raise unless every layer still has its cap, and every trainable weight of it is in one of the groups.
+
+        Args:
+            groups: parameter groups of the optimizer, or of all optimizers together.
+            optimizer: what messages call it.
+
+        Raises:
+            UnsupportedModelError: a layer that is plain again, pruned, parametrized, or tied to another.
+            ConfigError: a trainable weight of a capped or adapted layer that no group holds.
+        """
+        settle_(self._root)  # of a sharded model: the parameters that an optimizer steps
+        if self._linears and find_retrofit(self._root) is None:
+            raise UnsupportedModelError(
+                f"The model of this {optimizer} was released: it has no caps any more. Call retrofit(model, config) and "
+                "build a new optimizer."
+            )
+        self._check_places()
+        held = list(constrained_modules(self._root)) if self._linears else []
+        _check_weights(held)
+        stepped = {id(p) for group in groups for p in group["params"]}
+        for name, p in self._trained(held):
+            if p.requires_grad and id(p) not in stepped:
+                raise ConfigError(
+                    f"{name} is trainable and not among the parameters of this {optimizer}, so it would never train. It was "
+                    "made or replaced after the optimizer was built (retrofit() unties the head; get_peft_model adds "
+                    "adapters). Order: retrofit(model), then get_peft_model if there are adapters, then the optimizer from "
+                    "model.parameters(), then attach_projection(optimizer, model), with a list of optimizers if several share "
+                    "the work; or freeze it."
+                )
+
+    def _check_places(self) -> None:
+        """Every described layer is constrained, or an adapter wraps one that is."""
+        for name in (*self._linears, *self._tables):
+            module = table_of(self._root, name) if name in self._tables else self._root.get_submodule(name)
+            if isinstance(module, RowParameter):
+                held = module.layout is not None
+            else:  # of a layer that an adapter wraps, the adapter's own checks speak
+                held = any(isinstance(m, Constrained) or hasattr(m, "base_layer") for m in module.modules())
+            if not held:
+                raise UnsupportedModelError(
+                    f"{name} is a plain {type(module).__name__} now and has no cap: something replaced the layer after "
+                    f"retrofit() (resize_token_embeddings does). {_AGAIN}"
+                )
+
+    def _trained(self, held: list[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, parameter) of the weights that have caps, and of everything that adapters add to such layers."""
+        for name, module in held:
+            yield name if isinstance(module, RowParameter) else f"{name}.weight", module.weight
+        for name, module in self._root.named_modules():
+            if isinstance(getattr(module, "base_layer", None), nn.Module):
+                for leaf, p in module.named_parameters():
+                    if not leaf.startswith("base_layer."):
+                        yield f"{name}.{leaf}", p
+
+
+def _check_weights(held: list[tuple[str, Any]]) -> None:
+    """Each weight is a Parameter of its layer, and of no other."""
+    owners: dict[int, str] = {}
+    for name, module in held:
+        if isinstance(module, RowParameter):
+            continue
+        if "weight" not in module._parameters:
+            pruned = "weight_orig" in module._parameters
+            what = "pruned" if pruned else "parametrized"
+            cure = (
+                f"torch.nn.utils.prune.remove(model.{name}, 'weight')"
+                if pruned
+                else "remove the parametrization"
+            )
+            raise UnsupportedModelError(
+                f"{name} is {what}: its weight is computed at every forward, so no projection can hold it. Make it "
+                f"permanent first ({cure}), then build the optimizer; zeros that have to stay need a mask in your own loop."
+            )
+        other = owners.setdefault(id(module.weight), name)
+        if other != name:
+            raise UnsupportedModelError(
+                f"{other} and {name} share one Parameter (tied again after retrofit()): their caps are different. Give "
+                f"{name} its own: model.{name}.weight = nn.Parameter(model.{name}.weight.detach().clone()), and build a "
+                "new optimizer."
+            )
