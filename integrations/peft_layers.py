@@ -208,9 +208,22 @@ def _turn(layer: Any, adapter: str, kind: str, dtype: torch.dtype) -> Tensor:
     ).clone()
 
 
+def saved_module(module: nn.Module) -> nn.Module | None:
+    """Of modules_to_save (a classifier's head, say): the copy that runs now, or the original; None for any other module."""
+    wrapper: Any = module
+    if f"{type(module).__module__}.{type(module).__qualname__}" != "peft.utils.other.ModulesToSaveWrapper":
+        return None
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    held = wrapper.modules_to_save  # of other adapters, perhaps
+    return next((held[name] for name in wrapper.active_adapters[:1] if name in held), wrapper.original_module)
+
+
 def adapter_facts(module: nn.Module) -> str:
     """What the merged weight of an adapted layer depends on besides Parameters; empty for any other module."""
     layer: Any = module
+    if saved_module(module) is not None:
+        return f"saved copy of {layer.active_adapters}" if not layer.disable_adapters else "the original"
     try:
         kind = kind_of(layer)
     except UnsupportedModelError:

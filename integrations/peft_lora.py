@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.blocks import Segment
-from lip_plugin.certificate.maps import register_weight_reader
+from lip_plugin.certificate.maps import register_stand_in, register_weight_reader
 from lip_plugin.errors import ConfigError
 from lip_plugin.integrations.peft_blocks import capped, project_blocks_
 from lip_plugin.integrations.peft_budget import clip_to_budget_, has_budget, limits, shorten_to_budget_
@@ -40,6 +40,7 @@ from lip_plugin.integrations.peft_layers import (
     parameters_of,
     read_weight,
     refuse_merged,
+    saved_module,
     wrapped_layers,
 )
 from lip_plugin.linalg.norms import rms_to_rms_upper, sigma_max_exact, sigma_max_upper
@@ -180,5 +181,6 @@ def _over(name: str, layout: Any, weight: Tensor) -> BlockNorms:
 
 register_projector(project_adapters, merged_block_norms, holds=has_budget, check=find_adapters)
 register_weight_reader(read_weight, adapter_facts)
+register_stand_in(saved_module)
 
 __all__ = ["lora_layers", "merged_block_norms", "merged_weight", "project_adapters", "read_weight"]

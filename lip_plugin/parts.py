@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -179,10 +180,13 @@ def _knobs(model: nn.Module, architecture: Architecture, layers: list[LayerParts
     yield from (Knob(None, a, n) for a, n in neutrals.items() if hasattr(model.config, a))
 
 
+_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.)")  # segments of peft's modules_to_save
+
+
 def refuse_undescribed(model: nn.Module, names: Parts) -> None:
     """Raise UnsupportedModelError for a parameter outside everything that the architecture describes.
 
-    What an adapter adds inside a described layer is that layer's.
+    What an adapter adds inside a described layer is that layer's, and so is a copy that peft trains beside it.
     """
     described = {*(name for _, name in names.linears()), *names.norms()}
     rows = [(name, table_of(model, name)) for _, name in names.tables()]
@@ -190,7 +194,7 @@ def refuse_undescribed(model: nn.Module, names: Parts) -> None:
     bare = {name for name, table in rows if isinstance(table, RowParameter)} | {*names.architecture.unused}
     described |= {f"{layer.attention.module}.position_bias" for layer in names.layers}
     for name, _ in model.named_parameters():
-        steps = name.split(".")
+        steps = _COPY.sub("", name).split(".")
         inside = any(".".join(steps[:i]) in described for i in range(1, len(steps)))
         if not inside and name not in bare:
             owner = name.rpartition(".")[0]

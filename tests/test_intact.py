@@ -42,7 +42,11 @@ def adamw(model: Any) -> Any:
 
 
 def _mlp_in(model: Any) -> Any:
-    return model.transformer.h[0].mlp.c_fc if hasattr(model, "transformer") else model.model.layers[0].mlp.up_proj
+    return (
+        model.transformer.h[0].mlp.c_fc
+        if hasattr(model, "transformer")
+        else model.model.layers[0].mlp.up_proj
+    )
 
 
 def _pruned(model: Any) -> None:

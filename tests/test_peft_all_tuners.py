@@ -7,11 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import tiny
+from families import CLASSIFIERS, tiny
 from oracles import random_model, randomize_
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from lip_plugin import certified_radius, certify, drift, falsify
+from lip_plugin import LipschitzConfig, LipschitzMuon, certified_radius, certify, drift, falsify, project_
 from lip_plugin.errors import CertificateError, LipschitzError, UnsupportedModelError
 
 IDS = torch.arange(24).reshape(2, 12) % 67
@@ -110,13 +110,35 @@ def test_hooks_on_a_peft_model_are_seen() -> None:
     assert certify(model).lipschitz > 0
 
 
-def test_lora_on_an_embedding_and_saved_modules_are_refused() -> None:
-    base = tiny("gpt2")
-    on_embedding = peft.get_peft_model(base, peft.LoraConfig(target_modules=["wte", "c_fc"]))
-    with pytest.raises(LipschitzError):
-        certify(on_embedding)
-    saved = peft.get_peft_model(
-        tiny("gpt2"), peft.LoraConfig(target_modules=["c_fc"], modules_to_save=["lm_head"])
-    )
-    with pytest.raises(LipschitzError):
-        certify(saved)
+def test_lora_on_an_embedding_is_refused() -> None:
+    model = peft.get_peft_model(tiny("gpt2"), peft.LoraConfig(target_modules=["wte", "c_fc"]))
+    with pytest.raises(LipschitzError, match="wte"):
+        certify(model)
+
+
+@pytest.mark.parametrize("family", [name for name in CLASSIFIERS if name != "vit"])
+def test_a_head_that_is_trained_beside_the_adapters_is_the_one_that_counts(family: str) -> None:
+    """task_type SEQ_CLS puts a copy of the head into modules_to_save, and runs that in its place."""
+    targets = "all-linear" if "distil" not in family else ["q_lin", "lin1"]
+    base = random_model(family, LipschitzConfig())
+    project_(base)
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets))
+    certificate = certify(model)
+    assert falsify(model, 1, 5).lower_bound <= certificate.lipschitz
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.add_(torch.randn_like(p))
+    louder = certify(model)
+    assert louder.lipschitz > certificate.lipschitz
+    ids = torch.randint(10, 60, (1, 8))
+    with torch.no_grad():
+        tuned = model(ids).logits
+        with model.disable_adapter():
+            untuned = model(ids).logits
+            assert certify(model).lipschitz == pytest.approx(certificate.lipschitz, rel=1e-3)
+    moved = float((tuned - untuned).abs().max())
+    assert 0 < moved <= drift(model, attack=False).logit_upper
+    LipschitzMuon(model)
+    project_(model)
+    assert certify(model, "caps").lipschitz > 0

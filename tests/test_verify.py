@@ -49,7 +49,11 @@ EDITS: dict[str, tuple[str, str | None, Callable[[Any], None]]] = {
     "a branch's scale": ("gpt2", None, _branch),
     "the scale of attention": ("gpt2", None, _set("transformer.h.0.attn", "scaling", lambda s: 10.0)),
     "an activation": ("gpt2", None, _activation),
-    "the scale of embeddings": ("gemma3", "keep", _set("model.embed_tokens", "embed_scale", lambda s: s * 10)),
+    "the scale of embeddings": (
+        "gemma3",
+        "keep",
+        _set("model.embed_tokens", "embed_scale", lambda s: s * 10),
+    ),
     "an eps": ("llama", "keep", _set("model.norm", "variance_epsilon", lambda e: 10 * e)),
     "a window": ("gemma2", "keep", _set("model.layers.0.self_attn", "sliding_window", lambda w: 3)),
     "a hook": ("gpt2", None, _hook),

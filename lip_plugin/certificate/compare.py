@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.attention import Attention
 from lip_plugin.certificate.build import Graph, build
-from lip_plugin.certificate.graph import Activation, Chain, Node, Norm, Scale, branches, walk
 from lip_plugin.certificate.float64_run import evaluating, float64_parameters, own_values, random_values
+from lip_plugin.certificate.graph import Activation, Chain, Node, Norm, Scale, branches, walk
 from lip_plugin.certificate.structure import Structure, structure_of
 from lip_plugin.errors import CertificateError
 from lip_plugin.modules import branch_scale
@@ -259,5 +259,3 @@ def _not_a_rotation(node: Attention) -> float:
     off = ((cos.square() + sin.square()) / scale - 1.0).abs().max()
     halves = max((t[..., :half] - t[..., half:]).abs().max() for t in (cos, sin))
     return float(torch.maximum(off, halves))
-
-

@@ -132,8 +132,9 @@ class _Pair:
     def of(cls, base: nn.Module, tuned: nn.Module | None) -> _Pair:
         if tuned is None:
             _refuse_without_adapters(base)
-            graph = build(base)
-            return cls(graph, graph, lambda: _disabled(base))
+            with _disabled(base):  # a copy that peft trains beside a layer is another module than the layer
+                without = build(base)
+            return cls(without, build(base), lambda: _disabled(base))
         return cls(build(base), build(tuned), nullcontext)
 
     def in_base(self) -> AbstractContextManager[None]:
@@ -164,7 +165,7 @@ def _refuse_without_adapters(model: nn.Module) -> None:
 @contextmanager
 def _disabled(model: nn.Module) -> Iterator[None]:
     """Inside, every adapter is off; gradients' flags and active adapters are not touched."""
-    found = [m for m in _adapted(model) if hasattr(m, "_disable_adapters")]
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     before = [m._disable_adapters for m in found]
     try:
         for m in found:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lip_plugin.certificate.maps import dequantized
 from lip_plugin.errors import CertificateError
 
-
 # Root mean square of a matrix's singular values (or of a vector's entries) up to which weights are taken as they are.
 _LARGE = 16.0
 

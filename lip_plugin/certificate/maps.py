@@ -48,8 +48,24 @@ def dequantized(module: nn.Module) -> Tensor | None:
     return next((w for read in _DEQUANTIZERS if (w := read(module)) is not None), None)
 
 
+# What a wrapper runs in place of a layer (a copy that peft trains beside it): f(module) -> that module, or None if not theirs.
+_STAND_INS: list[Callable[[nn.Module], nn.Module | None]] = []
+
+
+def register_stand_in(find: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Have the certificate read, in place of a wrapper, the plain layer inside that it runs, by `find(module)`."""
+    if find not in _STAND_INS:
+        _STAND_INS.append(find)
+
+
+def run_in_place_of(module: nn.Module) -> nn.Module:
+    """The layer inside that a wrapper runs now; any other module itself."""
+    return next((inner for find in _STAND_INS if (inner := find(module)) is not None), module)
+
+
 def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
+    module = run_in_place_of(module)
     _refuse_computed(module, name)
     if is_linear(module):
         return module, lambda: module.weight

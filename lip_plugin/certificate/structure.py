@@ -35,7 +35,10 @@ _FROM = {"transformers", "peft", "trl"}
 _AROUND = {
     ("accelerate.utils.operations", "forward"): "model_forward",
     ("torch.amp.autocast_mode", "decorate_autocast"): "func",
-    ("trl.trainer.utils", "_fused_forward"): "original_forward",  # for a loss; called as models are called, it only calls
+    (
+        "trl.trainer.utils",
+        "_fused_forward",
+    ): "original_forward",  # for a loss; called as models are called, it only calls
 }
 _AROUND_OBJECT = "accelerate.utils.operations.ConvertOutputsToFp32"
 
@@ -130,7 +133,9 @@ def _known_function(module: nn.Module, name: str, value: Any) -> tuple[Any, ...]
             owner, method = value.__self__, value.__func__
             if owner is not module and getattr(type(owner), method.__name__, None) is not method:
                 return None
-            if owner is not module:  # another object's own method, as peft keeps some: no forward, and a library's code
+            if (
+                owner is not module
+            ):  # another object's own method, as peft keeps some: no forward, and a library's code
                 known = name != "forward" and _top(_written(method)[0]) in _LIBRARIES
                 return (*parts, method) if known else None
             value = method
