@@ -23,7 +23,7 @@ from lip_plugin.blocks import whole
 from lip_plugin.certificate.build import Graph
 from lip_plugin.certificate.certify import bound_of
 from lip_plugin.certificate.entry import Entry
-from lip_plugin.certificate.graph import Activation, Chain, Linear, Norms
+from lip_plugin.certificate.graph import Activation, Linear, Norms
 from lip_plugin.certificate.margins import Certifier
 from lip_plugin.certificate.measure import cap_norms, weight_norms
 from lip_plugin.certificate.movement import Local, Movement
@@ -91,7 +91,8 @@ def graph_of(model: Images) -> Graph:
         nodes.append(Activation("act", model.act, "relu"))
     family = Family(architecture, matches=lambda m: m is model)
     found = Parts(architecture, layers=(), knobs=(), n_heads=1, n_kv_heads=1)
-    return Graph(model, family, found, Entry({}), Chain("model", nodes[:-1]))  # no tables, no patches
+    # no tables, no patches, no layers: all of it is what comes behind them
+    return Graph(model, model, family, found, Entry({}), (), tuple(nodes[:-1]))
 
 
 class InputBall:

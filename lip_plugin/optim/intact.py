@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lip_plugin.architecture import families
 from lip_plugin.distributed import settle_
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.modules import Constrained, RowParameter, constrained_modules, table_of
@@ -36,7 +37,7 @@ class Held:
         found = find_retrofit(root)
         self._linears: list[str] = []
         self._tables: list[str] = []
-        if found is not None:
+        if found is not None and found[1].architecture.name in families():  # others describe no model by its names
             names = parts(root, found[1].architecture)
             self._linears = [name for _, name in names.linears()]
             self._tables = [name for _, name in names.tables()]
@@ -59,7 +60,7 @@ class Held:
                 "build a new optimizer."
             )
         self._check_places()
-        held = list(constrained_modules(self._root)) if self._linears else []
+        held = list(constrained_modules(self._root))
         _check_weights(held)
         stepped = {id(p) for group in groups for p in group["params"]}
         for name, p in self._trained(held):
