@@ -37,7 +37,9 @@ class Held:
         found = find_retrofit(root)
         self._linears: list[str] = []
         self._tables: list[str] = []
-        if found is not None and found[1].architecture.name in families():  # others describe no model by its names
+        if (
+            found is not None and found[1].architecture.name in families()
+        ):  # others describe no model by its names
             names = parts(root, found[1].architecture)
             self._linears = [name for _, name in names.linears()]
             self._tables = [name for _, name in names.tables()]
