@@ -130,7 +130,7 @@ def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite(graph.root)
-        check_graph(graph)
+        check_graph(graph, 16 if graph.patches is not None else max(16, inputs.shape[-1]))
         graph.entry.refuse_padding(inputs)
         notes = _Notes(weight_norms(graph))
         radius = up(to_float(radius_of(graph, "weights")))

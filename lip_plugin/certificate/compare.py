@@ -44,6 +44,10 @@ _CHECKED: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 def check_graph(graph: Graph, tokens: int = 16) -> float:
     """Raise CertificateError unless what was passed to `build` computes what its graph computes, now.
 
+    Args:
+        tokens: length of the sequences that are compared. What depends on length (a window of attention) is seen up to it,
+            so whoever says something about given sequences asks with their length.
+
     Returns the largest difference that was seen, relative to what the layer computes.
     """
     structure = structure_of(graph)
@@ -58,7 +62,7 @@ def check_graph(graph: Graph, tokens: int = 16) -> float:
             if structure is not None:
                 _CHECKED[graph.root] = structure
         with float64_parameters(graph.subject, own_values):
-            return max(worst, _compare(build(graph.subject), min(tokens, _FEW)))
+            return max(worst, _compare(build(graph.subject), tokens if tokens > 16 else _FEW))
 
 
 def _compare(graph: Graph, tokens: int) -> float:

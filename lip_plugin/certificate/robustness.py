@@ -11,7 +11,7 @@ Token models predict at every token; classifiers have one prediction for each se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +85,7 @@ def certified_radius(
         CertificateError: a node without a local rule, or a graph that does not reproduce the model.
         ConfigError: inputs or labels of a wrong shape, or a norm that does not fit the model.
     """
-    graph = _checked(model)
+    graph = _checked(model, inputs)
     ball = ball_of(graph, norm)
     labels = _check_batch(graph, inputs, labels)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def certified_accuracy(
     """
     graph, grid = _checked(model), _grid(eps)
     certifier, right, clean = Certifier(graph, ball_of(graph, norm), grid, refine), [], []
-    for inputs, labels in (_labelled(graph, batch) for batch in batches):
+    for inputs, labels in _compared(graph, batches):
         found = certifier.run(inputs, labels)
         counted = labels >= 0
         order = torch.arange(1, len(grid) + 1, device=inputs.device)[:, None]
@@ -149,7 +149,7 @@ def attacked_accuracy(
     graph, grid = _checked(model), _grid(eps)
     ball: Ball = ball_of(graph, norm)
     right, clean = [], []
-    for inputs, labels in (_labelled(graph, batch) for batch in batches):
+    for inputs, labels in _compared(graph, batches):
         with torch.no_grad():
             point = ball.point(inputs)
             correct = graph.body.run(ball.enter(point)).argmax(-1) == labels
@@ -160,12 +160,30 @@ def attacked_accuracy(
     return _accuracies(grid, right, clean)
 
 
-def _checked(model: nn.Module) -> Graph:
+def _checked(model: nn.Module, inputs: Tensor | None = None) -> Graph:
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite(graph.root)
-        check_graph(graph)
+        check_graph(graph, 16 if inputs is None else _length(graph, inputs))
     return graph
+
+
+def _length(graph: Graph, inputs: Tensor) -> int:
+    """Tokens of a batch, so that the graph is compared with the model at the very length it is asked about."""
+    return inputs.shape[-1] if graph.patches is None and inputs.dim() else 1
+
+
+def _compared(
+    graph: Graph, batches: Iterable[Tensor | Mapping[str, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, labels) of each batch; before a longer one than all before, the graph is compared at its length."""
+    longest = 16
+    for batch in batches:
+        inputs, labels = _labelled(graph, batch)
+        if _length(graph, inputs) > longest:
+            longest = _length(graph, inputs)
+            check_graph(graph, longest)
+        yield inputs, labels
 
 
 def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor | None:
