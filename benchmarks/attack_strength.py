@@ -28,8 +28,8 @@ from oracles import randomize_
 from worst_cases import layered_gpt2, one_head_gpt2
 
 from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.exact import dense_search
+from lip_plugin.certificate.attack.exhaustive import dense_search
+from lip_plugin.certificate.graph.build import build
 
 # From the first run, before the rewrite, on these weights.
 FIRST: dict[str, float] = {

@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lip_plugin import LipschitzConfig, certify, retrofit
 from lip_plugin.certificate.fingerprint import fingerprint, stored_tensors
-from lip_plugin.integrations.hf_checkpoint import certify_streamed
+from lip_plugin.integrations.huggingface.loading import certify_streamed
 from lip_plugin.linalg.norms import sigma_max_exact, sigma_max_upper
 
 SIZES = {"124M": (12, 768, 12), "355M": (24, 1024, 16), "1.3B": (24, 2048, 32)}  # layers, width, heads

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, retrofit
-from lip_plugin import distributed as ours
+from lip_plugin.distributed.owners import owners as ours
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 

@@ -27,14 +27,15 @@ import torch
 from tqdm import tqdm
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
-from lip_plugin.certificate.build import Graph, build
+from lip_plugin.certificate.attack.falsify import falsify_node
+from lip_plugin.certificate.attack.starts import d_in_of
 from lip_plugin.certificate.certify import bound_of
-from lip_plugin.certificate.falsify import falsify_node
-from lip_plugin.certificate.graph import Norms, Residual
-from lip_plugin.certificate.measure import weight_norms
-from lip_plugin.certificate.radius import radius_of
-from lip_plugin.certificate.starts import d_in_of
-from lip_plugin.certificate.upper import add, to_float, up
+from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.containers import Residual
+from lip_plugin.certificate.graph.decimals import add, to_float, up
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.weight_norms import weight_norms
 from lip_plugin.linalg.norms import row_rms_max_upper
 from lip_plugin.optim.groups import param_groups
 
@@ -90,7 +91,7 @@ def width_out(node: Any, width: int) -> int:
 
 
 def device_of(node: Any) -> torch.device:
-    from lip_plugin.certificate.falsify import _device
+    from lip_plugin.certificate.attack.falsify import _device
 
     return _device(node)
 

@@ -38,8 +38,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, constrain_adapters, recap_, retrofit
-from lip_plugin.integrations.peft_layers import lora_layers, merged_weight
-from lip_plugin.integrations.peft_lora import merged_block_norms, project_adapters
+from lip_plugin.integrations.peft.enforce import merged_block_norms, project_adapters
+from lip_plugin.integrations.peft.layers import lora_layers, merged_weight
 
 LENGTH = 64
 

@@ -31,11 +31,12 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lip_plugin import LipschitzConfig, constrain_adapters, retrofit
-from lip_plugin.blocks import ROW
-from lip_plugin.integrations import peft_blocks, peft_lora
+from lip_plugin.integrations.peft import enforce as peft_lora
+from lip_plugin.integrations.peft import nearest as peft_blocks
 from lip_plugin.linalg.norms import rms_to_rms_upper
-from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.projection import step_projection_
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.layout import ROW
+from lip_plugin.optim.enforce import step_projection_
 
 TARGETS = {"attention": ["c_attn"], "all": ["c_attn", "c_proj", "c_fc"]}
 
@@ -105,7 +106,7 @@ def measure(case: str, targets: str, r: int, args: argparse.Namespace) -> dict[s
 
 def project_before(model: Any) -> None:
     """As attach_projection does when it is called."""
-    from lip_plugin.optim.projection import keep_within_caps_
+    from lip_plugin.optim.enforce import keep_within_caps_
 
     keep_within_caps_(model)
 

@@ -19,11 +19,11 @@ _HOOKED = "transformers.quantizers.auto"
 
 def register_all() -> None:
     """Register families and saved-model loading; cheap, and safe to call again."""
-    import lip_plugin.integrations.bitsandbytes_weights
-    import lip_plugin.integrations.hf_families
-    import lip_plugin.integrations.nanogpt_family
-    import lip_plugin.integrations.peft_lora
-    import lip_plugin.integrations.peft_wrappers  # noqa: F401
+    import lip_plugin.integrations.bitsandbytes
+    import lip_plugin.integrations.huggingface.families
+    import lip_plugin.integrations.nanogpt.family
+    import lip_plugin.integrations.peft.enforce
+    import lip_plugin.integrations.peft.wrappers  # noqa: F401
 
     if _HOOKED in sys.modules:
         _register_persistence()
@@ -33,7 +33,7 @@ def register_all() -> None:
 
 def _register_persistence() -> None:
     """By importing it; where that import itself has brought transformers in, it registers at its end."""
-    import_module("lip_plugin.integrations.hf_persistence")
+    import_module("lip_plugin.integrations.huggingface.saving")
 
 
 class _AfterImport(MetaPathFinder):

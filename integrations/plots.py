@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.certificate.robustness import Accuracies
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.certificate.robustness.accuracy import Accuracies
+from lip_plugin.surgery.block_norms import block_norms
 
 
 def plot_run(

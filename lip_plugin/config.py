@@ -32,8 +32,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "position_bias": (None, "learned", "alibi"),
     "activation": (None, "abs"),
 }
-
-
 # What a bound is best spent on, as measured in docs/LOG.md (2026-11-24); `LipschitzConfig.preset` gives them.
 _POSITION: dict[str, Any] = {
     "position_bias": "learned",
@@ -48,7 +46,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "robust": {**_POSITION, "logit_scale": 5.0},
     "accurate": {**_POSITION, "logit_scale": 40.0},
 }
-
 FLOOR_MIN = 1e-12  # of a norm: gain / floor has to be a float32
 
 

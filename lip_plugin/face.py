@@ -12,7 +12,7 @@ from torch import nn
 
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
-from lip_plugin.plan import RetrofitReport
+from lip_plugin.surgery.plan import RetrofitReport
 
 
 def require_module(model: Any, what: str) -> None:
@@ -38,7 +38,7 @@ def _instead_of_a_model(given: Any, what: str) -> str:
         path = fspath(given)
         return (
             f"{path!r} is a path. Load it first (AutoModelForCausalLM.from_pretrained(...), or "
-            "lip_plugin.integrations.hf_checkpoint.load_checkpoint(...), which checks it as well), or ask on "
+            "lip_plugin.integrations.huggingface.loading.load_checkpoint(...), which checks it as well), or ask on "
             f"the command line: lip-plugin certify {path}"
         )
     if isinstance(given, LipschitzConfig):

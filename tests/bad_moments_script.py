@@ -33,10 +33,10 @@ from lip_plugin import (
     retrofit,
     save_checkpoint,
 )
-from lip_plugin.certificate.whole import gathered
-from lip_plugin.distributed import local, on_first
+from lip_plugin.distributed.gather import gathered
+from lip_plugin.distributed.owners import local, on_first
 from lip_plugin.optim import muon
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery.block_norms import block_norms
 
 CASE = CASES["llama"]
 

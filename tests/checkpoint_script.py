@@ -17,7 +17,7 @@ import torch.distributed as dist
 from distributed_cases import CASES, backward, leave, model_of, optimizer_of, shard, whole_weights
 from torch import nn
 
-from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
+from lip_plugin.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def main(run: Path, steps: int, name: str, how: str) -> None:

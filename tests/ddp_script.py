@@ -22,9 +22,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lip_plugin import LipschitzCallback, LipschitzMuon, attach_projection, certify, retrofit
-from lip_plugin.distributed import is_sharded
-from lip_plugin.integrations import hf_measure
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.distributed.owners import is_sharded
+from lip_plugin.integrations.huggingface import metrics as hf_measure
+from lip_plugin.surgery.block_norms import block_norms
 
 torch.set_num_threads(1)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}

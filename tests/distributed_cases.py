@@ -23,8 +23,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, retrofit
-from lip_plugin.certificate.whole import gathered
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.distributed.gather import gathered
+from lip_plugin.surgery.block_norms import block_norms
 
 STEPS, BATCH, TOKENS = 20, 4, 12
 # 24 wide, 4 heads of 6 rows: pieces of 24 / 4 or 12 / 4 rows cut through heads, a vocabulary of 5 leaves the fourth

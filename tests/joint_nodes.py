@@ -10,22 +10,14 @@ import torch
 from oracles import rand, rms
 from torch import Tensor, nn
 
-from lip_plugin.activation import ACTIVATIONS, ScaledActivation
-from lip_plugin.certificate.attention import Attention, Projection
-from lip_plugin.certificate.graph import (
-    Activation,
-    Bound,
-    Chain,
-    Gate,
-    Linear,
-    LinearNorms,
-    Norms,
-    Residual,
-    Scale,
-)
-from lip_plugin.certificate.joint import AttentionOut, GatedMlp, MlpResidual
-from lip_plugin.certificate.upper import INF, to_float, up
+from lip_plugin.certificate.graph.attention import Attention, Projection
+from lip_plugin.certificate.graph.base import Bound, LinearNorms, Norms
+from lip_plugin.certificate.graph.containers import Chain, Residual
+from lip_plugin.certificate.graph.decimals import INF, to_float, up
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Scale
 from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
+from lip_plugin.model.activations import ACTIVATIONS, ScaledActivation
 
 EXACT = 1 + 1e-9  # secants over 2e-5 of the radius in float64, sizes near 1: good to 1e-10
 TIGHT = 1 + 1e-5  # sigma_max_upper of small matrices is 5e-7 high, and a rule has three such factors

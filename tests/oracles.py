@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lip_plugin import LipschitzConfig, retrofit
-from lip_plugin.architecture import find_family
-from lip_plugin.modules import constrained_modules
-from lip_plugin.parts import Parts, parts
+from lip_plugin.model.architecture import find_family
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.parts import Parts, parts
 
 # Every promise about caps: float32 and bf16 autocast alike.
 CAP_TOLERANCE = 1e-3

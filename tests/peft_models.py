@@ -12,7 +12,7 @@ from families import tiny
 from torch import Tensor, nn
 
 from lip_plugin import LipschitzConfig, project_, recap_, retrofit
-from lip_plugin.integrations.peft_layers import wrapped_layers
+from lip_plugin.integrations.peft.layers import wrapped_layers
 
 IDS = torch.arange(48).reshape(4, 12) % 67
 TOLERANCE = 1e-3  # what the plugin promises; the maps themselves stay within 1e-4

@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from families import inputs_for, tiny
 
-from lip_plugin import (
-    LipschitzConfig,
-    calibrate,
-    own_caps,
-    retrofit,
-)
-from lip_plugin.architecture import find_family
+from lip_plugin import LipschitzConfig, calibrate, own_caps, retrofit
+from lip_plugin.model.architecture import find_family
 
 
 def logits(model: Any, inputs: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from families import data_for, tiny
 from transformers import Trainer, TrainingArguments
 
 from lip_plugin import LipschitzCallback, LipschitzConfig, RetrofitSchedule
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery.block_norms import block_norms
 
 torch.set_num_threads(1)
 

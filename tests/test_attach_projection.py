@@ -13,8 +13,10 @@ from torch import nn
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, project_, retrofit
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, LipschitzError, NonFiniteError, NotRetrofittedError
-from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.projection import BlockNorms, block_norms, register_projector
+from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.optim.enforce import register_projector
+from lip_plugin.surgery.block_norms import block_norms
 
 
 def small(family: str = "gpt2", config: LipschitzConfig | None = None) -> nn.Module:
@@ -226,7 +228,7 @@ def test_a_model_in_a_wrapper_is_projected_all_the_same():
 
 
 def test_a_registered_projector_is_called_by_every_projection(monkeypatch):
-    from lip_plugin.optim import projection
+    from lip_plugin.optim import enforce as projection
 
     monkeypatch.setattr(projection, "_PROJECTORS", {})
     calls = []

@@ -13,12 +13,12 @@ from oracles import randomize_
 from safetensors.torch import load_file, save_file
 
 from lip_plugin import Certificate, LipschitzConfig, certify, project_, retrofit
-from lip_plugin.certificate.certify import _digest
 from lip_plugin.certificate.fingerprint import Fingerprint, fingerprint
-from lip_plugin.cli import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
+from lip_plugin.certificate.result import _digest
+from lip_plugin.cli.commands import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.errors import CertificateError, CheckpointError, NonFiniteError, UnsupportedModelError
-from lip_plugin.integrations.hf_checkpoint import certify_streamed, load_checkpoint
-from lip_plugin.integrations.hf_measure import write_certificate
+from lip_plugin.integrations.huggingface.loading import certify_streamed, load_checkpoint
+from lip_plugin.integrations.huggingface.metrics import write_certificate
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 

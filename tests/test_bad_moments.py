@@ -16,7 +16,7 @@ from torch import nn
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, project_, recap_, retrofit
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
-from lip_plugin.modules import constrained_modules
+from lip_plugin.model.layers import constrained_modules
 
 SCRIPT = Path(__file__).with_name("bad_moments_script.py")
 OPTIMIZERS = ("muon", "adamw", "sgd")

@@ -13,18 +13,12 @@ from families import FAMILIES, inputs_for, tiny
 from pretrained_models import lively, logits
 from torch import nn
 
-from lip_plugin import (
-    LipschitzConfig,
-    calibrate,
-    calibration,
-    certify,
-    own_caps,
-    release,
-    retrofit,
-)
+from lip_plugin import LipschitzConfig, calibrate, certify, own_caps, release, retrofit
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
-from lip_plugin.optim.projection import block_norms, keep_within_caps_
-from lip_plugin.slots import root_mean_square
+from lip_plugin.model.normalization import root_mean_square
+from lip_plugin.optim.enforce import keep_within_caps_
+from lip_plugin.surgery.block_norms import block_norms
+from lip_plugin.training import calibration
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,9 +17,9 @@ from torch import nn
 from worst_cases import one_head_gpt2, published_claim
 
 from lip_plugin import Certificate, LipschitzConfig, certify, falsify, project_, release
-from lip_plugin.certificate.attention import smallest_entropy_lower
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.measure import cap_norms, weight_norms
+from lip_plugin.certificate.graph.attention import smallest_entropy_lower
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError, UnsupportedModelError
 
 # ---- whole models ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from oracles import randomize_
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, certify, retrofit
-from lip_plugin.certificate.build import build
+from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.rows import row_distance_max_upper
 

@@ -31,8 +31,8 @@ from lip_plugin import (
     save_checkpoint,
 )
 from lip_plugin.errors import CertificateError, CheckpointError, ConfigError
-from lip_plugin.integrations.hf_resume import last_checkpoint
-from lip_plugin.modules import constrained_modules
+from lip_plugin.integrations.huggingface.resume import last_checkpoint
+from lip_plugin.model.layers import constrained_modules
 
 SCRIPT = Path(__file__).with_name("checkpoint_script.py")
 STEPS = 30

@@ -26,13 +26,12 @@ from lip_plugin import (
     project_,
     retrofit,
 )
-from lip_plugin import architecture as core
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.graph import Activation
-from lip_plugin.certificate.nodes import OneToken
-from lip_plugin.certificate.radius import radius_of
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.graph.nodes import Activation, OneToken
+from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.errors import CertificateError, ConfigError
-from lip_plugin.integrations.hf_checkpoint import certify_streamed
+from lip_plugin.integrations.huggingface.loading import certify_streamed
+from lip_plugin.model import architecture as core
 
 LAST = tuple(name for name in PADDED if name in TEXT_CLASSIFIERS and not name.startswith("roberta"))
 

@@ -17,13 +17,13 @@ from oracles import randomize_
 from transformers import Trainer, TrainingArguments
 
 from lip_plugin import Certificate, LipschitzCallback, LipschitzConfig, certify, falsify, project_, retrofit
-from lip_plugin.certificate.certify import LayerBound
-from lip_plugin.cli import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
-from lip_plugin.integrations.hf_checkpoint import load_checkpoint
-from lip_plugin.integrations.nanogpt import run as run_nanogpt
-from lip_plugin.integrations.nanogpt_checkpoint import load_nanogpt
-from lip_plugin.report import Report, render
-from lip_plugin.report_svg import bars, lines, number, ticks
+from lip_plugin.certificate.result import LayerBound
+from lip_plugin.cli.charts import bars, lines, number, ticks
+from lip_plugin.cli.commands import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
+from lip_plugin.cli.report import Report, render
+from lip_plugin.integrations.huggingface.loading import load_checkpoint
+from lip_plugin.integrations.nanogpt.checkpoint import load_nanogpt
+from lip_plugin.integrations.nanogpt.run import run as run_nanogpt
 
 STANDIN = Path(__file__).parent / "nanogpt_standin"
 QUICK = ["--rounds", "1", "--steps", "5"]
@@ -129,7 +129,7 @@ def test_a_plain_model_is_attacked_below_what_is_proven_now(tmp_path, capsys):
 
 def test_the_installed_command_is_this_one():
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert '[project.scripts]\nlip-plugin = "lip_plugin.cli:main"\n' in text
+    assert '[project.scripts]\nlip-plugin = "lip_plugin.cli.commands:main"\n' in text
 
 
 def test_every_exit_code_is_in_the_help(capsys):

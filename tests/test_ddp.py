@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lip_plugin import Certificate
 from lip_plugin.errors import TrainerError
-from lip_plugin.integrations import hf_arguments
+from lip_plugin.integrations.huggingface import arguments as hf_arguments
 
 RUNS = ["gpt2", "llama", "muon", "adamw", *KINDS, "trainer caps", "trainer budget"]
 SCRIPT = Path(__file__).with_name("ddp_script.py")

@@ -17,7 +17,7 @@ from distributed_cases import CASES, STEPS, SWAPPED, train
 from oracles import CAP_TOLERANCE
 
 from lip_plugin import Certificate
-from lip_plugin.distributed import Home, on_owners, owners, pieces_of
+from lip_plugin.distributed.owners import Home, on_owners, owners, pieces_of
 
 SCRIPT = Path(__file__).with_name("distributed_cases.py")
 EXACT = [name for name, case in CASES.items() if not case.bf16]

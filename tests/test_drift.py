@@ -12,8 +12,8 @@ from families import FAMILIES, inputs_for, tiny
 from torch import nn
 
 from lip_plugin import Drift, LipschitzConfig, drift, project_, retrofit
-from lip_plugin.certificate import drift_rules
-from lip_plugin.certificate.drift import _Pair
+from lip_plugin.certificate.drift.drift import _Pair
+from lip_plugin.certificate.drift.drift import rules as drift_rules
 from lip_plugin.errors import ConfigError, NonFiniteError, TrainerError
 
 

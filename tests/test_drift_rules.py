@@ -14,13 +14,14 @@ from test_drift import moved
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, drift, project_
-from lip_plugin.certificate import drift_rules
-from lip_plugin.certificate.ascent import grow, in_ball
-from lip_plugin.certificate.drift import _Pair, _sides
-from lip_plugin.certificate.drift_rules import Streams, pull, step
-from lip_plugin.certificate.graph import Activation, Chain, Residual, Scale
-from lip_plugin.certificate.starts import d_in_of
-from lip_plugin.certificate.upper import up
+from lip_plugin.certificate.attack.ascent import grow, in_ball
+from lip_plugin.certificate.attack.starts import d_in_of
+from lip_plugin.certificate.drift.drift import _Pair, _sides
+from lip_plugin.certificate.drift.drift import rules as drift_rules
+from lip_plugin.certificate.drift.rules import Streams, pull, step
+from lip_plugin.certificate.graph.containers import Chain, Residual
+from lip_plugin.certificate.graph.decimals import up
+from lip_plugin.certificate.graph.nodes import Activation, Scale
 from lip_plugin.errors import ConfigError
 
 CASES = [

@@ -30,7 +30,7 @@ from lip_plugin import (
 )
 from lip_plugin.errors import CheckpointError, ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.face import require_module
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery.state import find_retrofit
 
 
 @pytest.mark.parametrize(

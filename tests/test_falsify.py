@@ -13,16 +13,17 @@ from torch import Tensor
 from worst_cases import layered_gpt2, one_head_gpt2, published_claim
 
 from lip_plugin import LipschitzConfig, certify, falsify, retrofit
-from lip_plugin.architecture import find_family
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.exact import affine_slope, dense_search
-from lip_plugin.certificate.falsify import attained, falsify_node
-from lip_plugin.certificate.graph import Chain, Gate, Linear, branches, walk
-from lip_plugin.certificate.measure import weight_norms
-from lip_plugin.certificate.radius import radius_of
-from lip_plugin.certificate.starts import d_in_of, structured
-from lip_plugin.certificate.upper import to_float, up
+from lip_plugin.certificate.attack.exhaustive import affine_slope, dense_search
+from lip_plugin.certificate.attack.falsify import attained, falsify_node
+from lip_plugin.certificate.attack.starts import d_in_of, structured
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.graph.containers import Chain, branches, walk
+from lip_plugin.certificate.graph.decimals import to_float, up
+from lip_plugin.certificate.graph.nodes import Gate, Linear
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.weight_norms import weight_norms
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError
+from lip_plugin.model.architecture import find_family
 
 
 def rms(x: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from oracles import (
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, release, retrofit
-from lip_plugin.architecture import families
 from lip_plugin.errors import ConfigError
-from lip_plugin.integrations.hf_families import HF_ARCHITECTURES
-from lip_plugin.modules import ConstantScale, Constrained, constrained_modules
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.integrations.huggingface.families import HF_ARCHITECTURES
+from lip_plugin.model.architecture import families
+from lip_plugin.model.layers import Constrained, constrained_modules
+from lip_plugin.model.scales import ConstantScale
+from lip_plugin.surgery.state import find_retrofit
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_tables = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in CLASSIFIERS])

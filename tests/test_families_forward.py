@@ -20,7 +20,7 @@ from oracles import (
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, release, retrofit
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery.state import find_retrofit
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)

@@ -27,12 +27,12 @@ from lip_plugin import (
     set_norm_floors_,
 )
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
-from lip_plugin.integrations.hf_checkpoint import certify_streamed
-from lip_plugin.integrations.nanogpt import run
-from lip_plugin.integrations.nanogpt_checkpoint import load_nanogpt
-from lip_plugin.modules import constrained_modules
-from lip_plugin.saved_names import CALIBRATED, CALIBRATED_NAMES
-from lip_plugin.slots import Floored
+from lip_plugin.integrations.huggingface.loading import certify_streamed
+from lip_plugin.integrations.nanogpt.checkpoint import load_nanogpt
+from lip_plugin.integrations.nanogpt.run import run
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.normalization import Floored
+from lip_plugin.model.saved_names import CALIBRATED, CALIBRATED_NAMES
 
 
 @pytest.mark.parametrize("quantile", [0.1, 0.8])

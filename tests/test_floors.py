@@ -24,12 +24,13 @@ from lip_plugin import (
     own_caps,
     retrofit,
 )
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.graph import Norm, Norms
-from lip_plugin.certificate.local import norm_rule
-from lip_plugin.certificate.rounding import Arithmetic, rounding
-from lip_plugin.slots import Floored, floor_
+from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.diagnostics.rounding import Arithmetic, rounding
+from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.graph.nodes import Norm
+from lip_plugin.certificate.robustness.rules import norm_rule
+from lip_plugin.model.normalization import Floored, floor_
 
 # a floor that half of the tokens are below; that none is below, or all are far below, on all families is slow
 QUICK = ("gpt2", "llama", "gemma3", "bert")

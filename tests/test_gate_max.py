@@ -19,10 +19,11 @@ from lip_plugin import (
     project_,
     retrofit,
 )
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.graph import Gate, walk
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.graph.containers import walk
+from lip_plugin.certificate.graph.nodes import Gate
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
-from lip_plugin.modules import EntryCap, entry_cap
+from lip_plugin.model.scales import EntryCap, entry_cap
 
 GATED = [name for name in FAMILIES if any(isinstance(n, Gate) for n in walk(build(tiny(name)).body.nodes))]
 

@@ -13,8 +13,8 @@ from oracles import random_model
 from torch import nn
 
 from lip_plugin import LipschitzConfig, certify
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.compare import check_graph
+from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import CertificateError
 
 # ---- is the graph the model? -----------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_a_model_that_is_not_its_graph_is_refused_until_mended(what: str, after_
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_ten_percent_of_any_part_is_seen(name: str, part: str, factor: float, monkeypatch: Any) -> None:
     """The comparison is sensitive: break the graph itself by 10 % in one place of the last block."""
-    import lip_plugin.certificate.compare as compare
+    import lip_plugin.certificate.comparison.compare as compare
 
     def broken(model: nn.Module) -> Any:
         graph = build(model)
@@ -164,7 +164,7 @@ def test_settings_changed_after_a_check_are_seen() -> None:
 
 def test_a_check_is_remembered_without_marking_the_model(monkeypatch: Any) -> None:
     """The comparison on random weights is made once; the short one, on the model's own weights, each time."""
-    import lip_plugin.certificate.compare as compare
+    import lip_plugin.certificate.comparison.compare as compare
 
     made, real = [], compare.random_values
     monkeypatch.setattr(compare, "random_values", lambda: made.append(1) or real())

@@ -30,16 +30,14 @@ from oracles import randomize_
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, project_, retrofit
-from lip_plugin.certificate import joint
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.graph import (
-    Norms,
-    Scale,
-    walk,
-)
-from lip_plugin.certificate.joint import AttentionOut, GatedMlp, HeadNorms, MlpResidual
-from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.upper import up
+from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.graph.containers import walk
+from lip_plugin.certificate.graph.decimals import up
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, HeadNorms, MlpResidual
+from lip_plugin.certificate.graph.nodes import Scale
+from lip_plugin.certificate.graph.nodes import joint_bounds as joint
+from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 
 # ---- attention through its output map: attained ----------------------------------------------------
 

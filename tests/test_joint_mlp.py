@@ -28,15 +28,12 @@ from joint_nodes import (
     unit,
 )
 
-from lip_plugin.activation import ACTIVATIONS, REPLACEMENTS, SLOPE_UPPER
-from lip_plugin.certificate import joint
-from lip_plugin.certificate.graph import (
-    Activation,
-    Chain,
-    Norms,
-    Scale,
-)
-from lip_plugin.certificate.joint import MlpResidual
+from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.containers import Chain
+from lip_plugin.certificate.graph.joint_bounds import MlpResidual
+from lip_plugin.certificate.graph.nodes import Activation, Scale
+from lip_plugin.certificate.graph.nodes import joint_bounds as joint
+from lip_plugin.model.activations import ACTIVATIONS, REPLACEMENTS, SLOPE_UPPER
 
 # the absolute value has no linear half: MlpResidual leaves it to the plain rule
 HALVED = sorted(SLOPE_UPPER.keys() - REPLACEMENTS.keys())

@@ -11,7 +11,7 @@ from oracles import rand, randomize_
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, project_, retrofit
-from lip_plugin.certificate.kinks import Kinks
+from lip_plugin.certificate.robustness.kinks import Kinks
 
 
 def kinks(away: Tensor, reach: Tensor, total: float, factor: float = 2.0) -> Kinks:

@@ -15,16 +15,16 @@ from oracles import randomize_
 from torch import Tensor
 from torch.autograd.functional import jvp
 
-import lip_plugin.certificate.local_attention as local_attention
+import lip_plugin.certificate.robustness.attention_rule as local_attention
 from lip_plugin import LipschitzConfig, certify, retrofit
-from lip_plugin.activation import ACTIVATIONS
-from lip_plugin.certificate.attention import Attention
-from lip_plugin.certificate.build import Graph, build
-from lip_plugin.certificate.graph import Activation, Chain, Gate, Norm, branches, walk
-from lip_plugin.certificate.local import CURVATURE_UPPER, move, norm_rule
-from lip_plugin.certificate.movement import Local, Matrix, Movement
-from lip_plugin.certificate.nodes import Softcap
+from lip_plugin.certificate.graph.attention import Attention
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.containers import Chain, branches, walk
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Norm, Softcap
+from lip_plugin.certificate.robustness.movement import Local, Matrix, Movement
+from lip_plugin.certificate.robustness.rules import CURVATURE_UPPER, move, norm_rule
 from lip_plugin.errors import CertificateError
+from lip_plugin.model.activations import ACTIVATIONS
 
 # What float64 rounding may add to an attained movement: 1e-13 of the outputs' size, generously.
 ROUNDING = 1e-12

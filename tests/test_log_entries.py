@@ -15,8 +15,8 @@ from test_trainer import SMALL, losses, trainer_of
 
 from lip_plugin import certify, retrofit
 from lip_plugin.errors import CertificateError, DistributedError, NonFiniteError
-from lip_plugin.integrations import hf_measure
-from lip_plugin.integrations.hf_measure import METRICS, certificate_or_reason, measure, measured
+from lip_plugin.integrations.huggingface import metrics as hf_measure
+from lip_plugin.integrations.huggingface.metrics import METRICS, certificate_or_reason, measure, measured
 
 FROM_WEIGHTS = ("lip/log10_certificate", "lip/radius", "lip/attention_entropy_proven")
 FROM_CAPS = ("lip/log10_certificate_caps",)

@@ -13,23 +13,20 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from lip_plugin.activation import SLOPE_UPPER, ScaledActivation, activation_kind
-from lip_plugin.blocks import RMS_TO_RMS, ROW, Layout, Segment, clamp_rows_, whole
 from lip_plugin.errors import UnsupportedModelError
-from lip_plugin.modules import (
-    BranchScale,
-    ConstantScale,
+from lip_plugin.model.activations import SLOPE_UPPER, ScaledActivation, activation_kind
+from lip_plugin.model.layers import (
     Constrained,
     ConstrainedEmbedding,
     ConstrainedLinear,
-    branch_scale,
     constrain_,
     constrained_modules,
     is_linear,
     is_transposed,
-    set_branch_scale_,
     unconstrain_,
 )
+from lip_plugin.model.layout import RMS_TO_RMS, ROW, Layout, Segment, clamp_rows_, whole
+from lip_plugin.model.scales import BranchScale, ConstantScale, branch_scale, set_branch_scale_
 
 ACTIVATIONS = {
     "relu": nn.ReLU(),
@@ -239,7 +236,7 @@ def test_a_subclass_of_a_plain_layer_may_compute_anything_and_is_refused():
 
 def test_the_constrained_classes_are_their_parents_and_have_no_norm_in_their_names():
     """transformers' _init_weights and accelerate match on "Norm" in class names."""
-    from lip_plugin import modules
+    from lip_plugin.model import layers as modules
 
     assert issubclass(ConstrainedLinear, nn.Linear)
     assert issubclass(ConstrainedEmbedding, nn.Embedding)

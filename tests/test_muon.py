@@ -14,8 +14,8 @@ from torch import nn
 from lip_plugin import LipschitzConfig, LipschitzMuon, project_, retrofit
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, NonFiniteError, NotRetrofittedError, UnsupportedModelError
-from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.batches import batches
+from lip_plugin.model.batches import batches
+from lip_plugin.model.layers import constrained_modules
 from lip_plugin.optim.groups import param_groups
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 19}

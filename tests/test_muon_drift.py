@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lip_plugin import LipschitzMuon, retrofit
 from lip_plugin.optim import muon
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery.block_norms import block_norms
 
 
 def worst_after(steps: int) -> float:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lip_plugin import LipschitzMuon
-from lip_plugin.blocks import Layout, Segment, whole
 from lip_plugin.linalg.norms import rms_to_rms_exact
+from lip_plugin.model.layout import Layout, Segment, whole
 from lip_plugin.optim import muon
 
 SHAPES = {"wide": (390, 600), "tall": (300, 130), "square": (140, 140), "heads": (3 * 64, 256)}

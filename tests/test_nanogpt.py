@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from lip_plugin import Certificate, LipschitzConfig, LipschitzMuon
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
-from lip_plugin.integrations.nanogpt import main, patch, run
-from lip_plugin.integrations.nanogpt_patch import Options
-from lip_plugin.modules import constrained_modules
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.integrations.nanogpt.patch import Options
+from lip_plugin.integrations.nanogpt.run import main, patch, run
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.surgery.state import find_retrofit
 
 STANDIN = Path(__file__).parent / "nanogpt_standin"
 TEXT = "the quick brown fox jumps over the lazy dog; " * 60
@@ -134,7 +134,7 @@ def test_options_are_the_configs_fields_and_the_rates():
 
 
 def test_certifying_does_not_change_what_is_trained(trained, copy, monkeypatch):
-    monkeypatch.setattr("lip_plugin.integrations.nanogpt._Run._certify", lambda *a: None)
+    monkeypatch.setattr("lip_plugin.integrations.nanogpt.run._Run._certify", lambda *a: None)
     again = run(copy, ["--max_iters=40", "--out_dir=other"], {"w_max": 1.5, "lr": 0.1})
     assert again["losses"] == trained[1]["losses"]
 
@@ -329,7 +329,7 @@ def test_no_certificate_is_left_beside_a_checkpoint_it_does_not_belong_to(copy, 
     def refuse(model, source):
         raise CertificateError("no proof")
 
-    monkeypatch.setattr("lip_plugin.integrations.nanogpt.certify", refuse)
+    monkeypatch.setattr("lip_plugin.integrations.nanogpt.run.certify", refuse)
     run(copy, ["--init_from=resume", "--max_iters=40"])
     assert "no proof" in caplog.text
     assert (copy / "out" / "ckpt.pt").exists()

@@ -13,14 +13,17 @@ from oracles import CAP_TOLERANCE, logits_of, loss_of, rand, randomize_, worst_o
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.graph import Chain, LinearNorms, Norm, Scale
-from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.nodes import OneToken, Parallel, Softcap, attentions
-from lip_plugin.certificate.radius import radius_of
+from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.graph.attention import attentions
+from lip_plugin.certificate.graph.base import LinearNorms
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.graph.containers import Chain, Parallel
+from lip_plugin.certificate.graph.nodes import Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from lip_plugin.errors import CertificateError, UnsupportedModelError
-from lip_plugin.modules import ConstrainedConv2d, input_scale, set_input_scale_
+from lip_plugin.model.layers import ConstrainedConv2d
+from lip_plugin.model.scales import input_scale, set_input_scale_
 
 NONE: dict[str, LinearNorms] = {}
 
@@ -236,7 +239,7 @@ def test_a_capped_attention_without_rotation_is_refused() -> None:
     """Its rule leaves out a key's bias only where softmax cannot see it; behind a softcap it does."""
     from dataclasses import replace
 
-    from lip_plugin import architecture as core
+    from lip_plugin.model import architecture as core
 
     family = core._FAMILIES["gemma2"]
     flat = replace(family.architecture, rotary=None)

@@ -12,7 +12,7 @@ from oracles import CAP_TOLERANCE, randomize_, worst_over_cap
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, retrofit
-from lip_plugin.modules import constrained_modules
+from lip_plugin.model.layers import constrained_modules
 from lip_plugin.optim import muon
 
 

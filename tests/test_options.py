@@ -12,12 +12,12 @@ from families import DECODERS, ENCODERS, FAMILIES, auto_class, inputs_for, tiny
 from oracles import Recipe, logits_of, loss_of, randomize_, worst_over_cap
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, project_, release, retrofit
-from lip_plugin.architecture import find_family
 from lip_plugin.errors import ConfigError, UnsupportedModelError
-from lip_plugin.frozen import untrained
-from lip_plugin.parts import parts
-from lip_plugin.position import OffsetBias, biased_attention, position_bias
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.model.architecture import find_family
+from lip_plugin.model.parts import parts
+from lip_plugin.model.position import OffsetBias, biased_attention, position_bias
+from lip_plugin.surgery.state import find_retrofit
+from lip_plugin.surgery.untrained import untrained
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2")
 PARALLEL = ("gpt_neox",)

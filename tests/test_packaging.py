@@ -193,7 +193,7 @@ def test_saved_models_load_in_any_order_of_imports(first, tmp_path):
     """The loader registers whether it, transformers, or lip_plugin is imported first, and once."""
     code = f"""
 import {first}
-import lip_plugin.integrations.hf_persistence as ours
+import lip_plugin.integrations.huggingface.saving as ours
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert AUTO_QUANTIZER_MAPPING[ours.METHOD] is ours.LipschitzLoader
 """

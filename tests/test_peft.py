@@ -13,25 +13,17 @@ import torch
 from families import tiny
 from torch import Tensor, nn
 
-from lip_plugin import (
-    LipschitzConfig,
-    LipschitzMuon,
-    attach_projection,
-    certify,
-    falsify,
-    project_,
-    retrofit,
-)
-from lip_plugin.blocks import ROW, Layout, Segment
+from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, falsify, project_, retrofit
 from lip_plugin.errors import ConfigError, NonFiniteError, TrainerError, UnsupportedModelError
-from lip_plugin.integrations.peft_lora import (
+from lip_plugin.integrations.peft.enforce import (
     lora_layers,
     merged_block_norms,
     merged_weight,
     project_adapters,
 )
-from lip_plugin.modules import branch_scale
-from lip_plugin.optim.projection import step_projection_
+from lip_plugin.model.layout import ROW, Layout, Segment
+from lip_plugin.model.scales import branch_scale
+from lip_plugin.optim.enforce import step_projection_
 
 peft = pytest.importorskip("peft")
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": "all-linear", "qwen3": "all-linear"}
@@ -201,7 +193,7 @@ def test_dependent_rows_of_a_and_zero_base_weights_have_a_projection() -> None:
 
 def capped_layer(w: Tensor, a: Tensor, b: Tensor, cap: float = 1.0) -> nn.Module:
     """One LoRA layer on one block, in float64, without peft."""
-    from lip_plugin.modules import constrain_
+    from lip_plugin.model.layers import constrain_
 
     base = nn.Linear(w.shape[1], w.shape[0], bias=False).to(w.dtype)
     base.weight.data = w.clone()
@@ -432,7 +424,7 @@ def test_the_order_retrofit_after_peft_is_refused() -> None:
 def test_frozen_weights_are_decomposed_only_where_needed_and_again_after_they_were_written_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lip_plugin.integrations import peft_blocks
+    from lip_plugin.integrations.peft import nearest as peft_blocks
 
     seen: list[str] = []
     real = peft_blocks._spectrum
@@ -453,9 +445,7 @@ def test_frozen_weights_are_decomposed_only_where_needed_and_again_after_they_we
 
 
 def test_importing_the_integration_imports_neither_peft_nor_transformers() -> None:
-    code = (
-        "import sys, lip_plugin.integrations.peft_lora; assert not {'peft', 'transformers'} & {*sys.modules}"
-    )
+    code = "import sys, lip_plugin.integrations.peft.enforce; assert not {'peft', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -44,7 +44,7 @@ from lip_plugin.errors import (  # noqa: E402
     TrainerError,
     UnsupportedModelError,
 )
-from lip_plugin.integrations.peft_lora import project_adapters  # noqa: E402
+from lip_plugin.integrations.peft.enforce import project_adapters  # noqa: E402
 
 
 def attach(model: Any) -> None:
@@ -68,7 +68,7 @@ def test_adapters_on_an_untouched_base_without_a_budget() -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_on_modules_without_a_cap(kind: str) -> None:
     """A layer whose cap was taken off again, in a model that has others."""
-    from lip_plugin.modules import unconstrain_
+    from lip_plugin.model.layers import unconstrain_
 
     model = adapted(kind, "llama")
     unconstrain_(model.base_model.model.model.layers[0].mlp.up_proj.base_layer)

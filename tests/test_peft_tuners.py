@@ -28,17 +28,10 @@ from peft_models import (  # noqa: E402
     worst_merged,
 )
 
-from lip_plugin import (  # noqa: E402
-    LipschitzMuon,
-    attach_projection,
-    certify,
-    constrain_adapters,
-    falsify,
-    project_,
-)
+from lip_plugin import LipschitzMuon, attach_projection, certify, constrain_adapters, falsify, project_  # noqa: E402
 from lip_plugin.errors import UnsupportedModelError  # noqa: E402
-from lip_plugin.integrations.peft_layers import merged_weight, wrapped_layers  # noqa: E402
-from lip_plugin.integrations.peft_lora import merged_block_norms, project_adapters  # noqa: E402
+from lip_plugin.integrations.peft.enforce import merged_block_norms, project_adapters  # noqa: E402
+from lip_plugin.integrations.peft.layers import merged_weight, wrapped_layers  # noqa: E402
 
 FAMILIES = ["gpt2", "gpt_neox", "phi3", "llama"]  # Conv1D fused, interleaved, fused rows twice, grouped heads
 LOW_RANK = ["lora", "rslora", "dora"]

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from lip_plugin import LipschitzCallback, LipschitzConfig, LipschitzMuon, certify, project_, release, retrofit
 from lip_plugin.errors import ConfigError
-from lip_plugin.modules import ConstantScale, constrained_modules
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.scales import ConstantScale
+from lip_plugin.surgery.state import find_retrofit
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 CONFIG = LipschitzConfig(w_max=1.7, method="hard_cap", residual=0.3)

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 from lip_plugin.errors import ConfigError, NonFiniteError
 from lip_plugin.linalg import polar
-from lip_plugin.linalg.polar import (
-    _POLAR_EXPRESS_RAW,
-    TABLES,
-    orthogonalize,
-    output_range,
-    quintic_range,
-)
+from lip_plugin.linalg.polar import _POLAR_EXPRESS_RAW, TABLES, orthogonalize, output_range, quintic_range
 
 # After division by the range and by 1 + 1e-5 float32 has 1e-5 to spare; what is asserted is the promise.
 ABOVE_ONE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}

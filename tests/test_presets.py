@@ -13,7 +13,7 @@ from test_trainer import SMALL, trainer_of
 from lip_plugin import LipschitzCallback, LipschitzConfig, certify, plan_caps, retrofit
 from lip_plugin.config import PRESETS
 from lip_plugin.errors import ConfigError
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery.state import find_retrofit
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lip_plugin.linalg import products, spectrum
-from lip_plugin.linalg.products import Rounded
+from lip_plugin.linalg import rounded as products
+from lip_plugin.linalg import spectrum
+from lip_plugin.linalg.rounded import Rounded
 from lip_plugin.linalg.spectrum import lambda_max_upper
 
 # sigma_max_upper of small matrices is at most 5e-7 high (margin 1e-6 of lambda_max), a float64 SVD 1e-14 off

@@ -30,7 +30,7 @@ from torch import Tensor
 from worst_cases import layered_gpt2, one_head_gpt2, published_claim
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, project_, retrofit
-from lip_plugin.certificate.build import build
+from lip_plugin.certificate.graph.build import build
 from lip_plugin.optim.groups import param_groups
 
 HEADS = (4, 8, 12)

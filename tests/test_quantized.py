@@ -26,8 +26,8 @@ from lip_plugin import (  # noqa: E402
     retrofit,
 )
 from lip_plugin.errors import UnsupportedModelError  # noqa: E402
-from lip_plugin.integrations.bitsandbytes_weights import dequantize  # noqa: E402
-from lip_plugin.integrations.peft_lora import merged_block_norms  # noqa: E402
+from lip_plugin.integrations.bitsandbytes import dequantize  # noqa: E402
+from lip_plugin.integrations.peft.enforce import merged_block_norms  # noqa: E402
 
 
 def quantized(family: str, kind: str = "nf4") -> Any:

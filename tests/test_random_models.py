@@ -138,7 +138,7 @@ def test_every_family_is_among_the_random_models(name: str) -> None:
 
 def test_a_certificate_that_forgets_a_factor_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break it, see it fail: with linear maps counted at an eighth of their norm some attack exceeds it."""
-    import lip_plugin.certificate.graph as graph
+    import lip_plugin.certificate.graph.nodes as graph
 
     real = graph.Linear.norm
     monkeypatch.setattr(graph.Linear, "norm", lambda self, norms: real(self, norms) / 8)

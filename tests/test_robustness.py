@@ -21,14 +21,14 @@ from lip_plugin import (
     certified_radius,
     retrofit,
 )
-from lip_plugin.certificate.activations import FORMATS
-from lip_plugin.certificate.attention import Attention
-from lip_plugin.certificate.balls import PixelBall, TokenBall
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.local import move
-from lip_plugin.certificate.movement import Local, Movement
-from lip_plugin.certificate.pgd import attack, into_ball, margins_of
-from lip_plugin.certificate.robustness import Radii
+from lip_plugin.certificate.diagnostics.activation_report import FORMATS
+from lip_plugin.certificate.graph.attention import Attention
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.robustness.accuracy import Radii
+from lip_plugin.certificate.robustness.attack import attack, into_ball, margins_of
+from lip_plugin.certificate.robustness.balls import PixelBall, TokenBall
+from lip_plugin.certificate.robustness.movement import Local, Movement
+from lip_plugin.certificate.robustness.rules import move
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.norms import rms_norm
 

@@ -11,9 +11,9 @@ from families import FAMILIES, inputs_for, tiny
 from oracles import logits_of, randomize_
 
 from lip_plugin import LipschitzConfig, project_, retrofit
-from lip_plugin.activation import ACTIVATIONS
-from lip_plugin.certificate.rounding import _FUNCTION, forward_rounding_upper
+from lip_plugin.certificate.diagnostics.rounding import _FUNCTION, forward_rounding_upper
 from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.model.activations import ACTIVATIONS
 
 
 def small(family: str) -> torch.nn.Module:

@@ -16,10 +16,12 @@ from oracles import rand, rms
 from torch import Tensor, nn
 from worst_cases import one_head_rows, worst_tokens
 
-from lip_plugin.activation import ACTIVATIONS, SLOPE_UPPER, ScaledActivation
-from lip_plugin.certificate.attention import Attention, Projection, smallest_entropy_lower
-from lip_plugin.certificate.graph import Activation, Gate, Linear, LinearNorms, Norm, Norms, Residual
-from lip_plugin.certificate.upper import INF, add, below, div, log10, mul, norm2, root, to_float, up
+from lip_plugin.certificate.graph.attention import Attention, Projection, smallest_entropy_lower
+from lip_plugin.certificate.graph.base import LinearNorms, Norms
+from lip_plugin.certificate.graph.containers import Residual
+from lip_plugin.certificate.graph.decimals import INF, add, below, div, log10, mul, norm2, root, to_float, up
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm
+from lip_plugin.model.activations import ACTIVATIONS, SLOPE_UPPER, ScaledActivation
 
 EXACT = 1 + 1e-11  # oracles are float64 SVDs and secants: good to 1e-12 or so on matrices this small
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -251,7 +253,7 @@ def test_attention_rule_holds_under_attack(
 
 
 def _smallest_entropy(node: Attention, x: Tensor) -> float:
-    from lip_plugin.certificate.graph import Watch
+    from lip_plugin.certificate.graph.base import Watch
 
     watch = Watch()
     node.run(x, watch)
@@ -324,7 +326,7 @@ def test_residual_rule_is_attained_by_aligned_branches() -> None:
     node, norms = linear("w", 3, 3, seed=1)
     weight = node.weight()
     weight.copy_(torch.diag(torch.tensor([2.0, 1.0, 0.0])))
-    from lip_plugin.certificate.graph import Chain
+    from lip_plugin.certificate.graph.containers import Chain
 
     bound = Residual("r", Chain("r", [node])).bound(up(1.0), {"w": norms_of(weight, "w", 0)})
     assert to_float(bound.lipschitz) == pytest.approx(3.0)

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lip_plugin import Certificate, LipschitzConfig, calibrate, certify, project_, retrofit
 from lip_plugin.errors import CheckpointError
-from lip_plugin.integrations.hf_checkpoint import certify_streamed, load_checkpoint
-from lip_plugin.integrations.hf_measure import write_certificate
-from lip_plugin.saved_names import CALIBRATED, METHOD, SCALED, plain_name, recorded
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.integrations.huggingface.loading import certify_streamed, load_checkpoint
+from lip_plugin.integrations.huggingface.metrics import write_certificate
+from lip_plugin.model.saved_names import CALIBRATED, METHOD, SCALED, plain_name, recorded
+from lip_plugin.surgery.state import find_retrofit
 
 LOAD = """
 import transformers

@@ -25,11 +25,11 @@ from lip_plugin import (
     retrofit,
 )
 from lip_plugin.errors import ConfigError, TrainerError
-from lip_plugin.integrations.hf_measure import _steepest_norm
-from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.projection import block_norms
-from lip_plugin.schedule import with_floors
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.integrations.huggingface.metrics import _steepest_norm
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.surgery.block_norms import block_norms
+from lip_plugin.surgery.state import find_retrofit
+from lip_plugin.training.calibration import with_floors
 
 TARGET = LipschitzConfig(norms="calibrated", w_max=0.4, embedding_max=0.4, method="hard_cap")
 

@@ -17,7 +17,7 @@ from lip_plugin.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
-from lip_plugin.integrations.hf_checkpoint import certify_streamed, load_checkpoint
+from lip_plugin.integrations.huggingface.loading import certify_streamed, load_checkpoint
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 
@@ -112,7 +112,7 @@ def test_a_structure_that_the_graph_does_not_reproduce_is_refused_here_too(tmp_p
 
 
 def test_a_layer_of_a_kind_that_the_twin_lacks_is_refused(tmp_path, monkeypatch):
-    import lip_plugin.integrations.hf_checkpoint as checkpoint
+    import lip_plugin.integrations.huggingface.loading as checkpoint
 
     saved("llama", tmp_path, num_hidden_layers=3)
     build = checkpoint._skeleton
@@ -167,7 +167,7 @@ def test_tensors_under_old_names_are_told_apart(family, tmp_path):
 def test_tensors_that_are_converted_while_loading_are_refused_with_the_cure(tmp_path, monkeypatch):
     from transformers.core_model_loading import Transpose, WeightConverter
 
-    import lip_plugin.integrations.hf_shards as files
+    import lip_plugin.integrations.huggingface.shards as files
 
     saved("llama", tmp_path)
     turned = WeightConverter("q_proj.weight", "q_proj.weight", operations=[Transpose(0, 1)])

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 from lip_plugin import LipschitzConfig, certify, release, retrofit
-from lip_plugin.architecture import find_family
 from lip_plugin.config import LOGIT_SCALE
 from lip_plugin.errors import (
     ConfigError,
@@ -21,9 +20,11 @@ from lip_plugin.errors import (
     TiedWeightsError,
     UnsupportedModelError,
 )
-from lip_plugin.modules import ConstantScale, branch_scale, constrained_modules
-from lip_plugin.parts import parts
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.model.architecture import find_family
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.parts import parts
+from lip_plugin.model.scales import ConstantScale, branch_scale
+from lip_plugin.surgery.state import find_retrofit
 
 
 def other_family(name: str, **fields) -> nn.Module:

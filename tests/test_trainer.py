@@ -22,9 +22,9 @@ from transformers import (
 
 from lip_plugin import Certificate, LipschitzCallback, LipschitzConfig, LipschitzMuon, certify, retrofit
 from lip_plugin.errors import ConfigError, LipschitzError, TrainerError
-from lip_plugin.integrations.hf_measure import METRICS
-from lip_plugin.integrations.hf_trainer import DEFAULT_LR
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.integrations.huggingface.metrics import METRICS
+from lip_plugin.integrations.huggingface.trainer import DEFAULT_LR
+from lip_plugin.surgery.state import find_retrofit
 
 # transformers 5.23 renamed it
 CHECKPOINTING = "activation_checkpointing"

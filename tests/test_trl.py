@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from lip_plugin import Certificate, LipschitzCallback, LipschitzConfig, certify, drift, retrofit
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.structure import structure_of
+from lip_plugin.certificate.comparison.structure import structure_of
+from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import CertificateError
-from lip_plugin.integrations.peft_lora import merged_block_norms
+from lip_plugin.integrations.peft.enforce import merged_block_norms
 
 # TRL 1.16 still asks transformers for a name that goes in v6
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")

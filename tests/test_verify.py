@@ -16,10 +16,9 @@ from peft_models import base_of, tuner
 from torch import nn
 
 from lip_plugin import Certificate, LipschitzConfig, LipschitzMuon, certify, project_
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.certify import _digest, _encode
-from lip_plugin.certificate.fingerprint import check_same
-from lip_plugin.certificate.function import function_of
+from lip_plugin.certificate.function_facts import function_of
+from lip_plugin.certificate.graph.build import build
+from lip_plugin.certificate.result import _digest, _encode, check_same
 from lip_plugin.errors import CertificateError, LipschitzError
 
 
@@ -105,7 +104,7 @@ def test_every_plain_number_of_every_node_is_in_the_function(name: str) -> None:
     """Change each scale, eps, tau, cap, window and kind of a graph by itself: the text of its function differs."""
     graph = build(random_model(name, LipschitzConfig(norms="keep")))
     before, changed = function_of(graph), 0
-    from lip_plugin.certificate.graph import walk
+    from lip_plugin.certificate.graph.containers import walk
 
     for node in walk(graph.body.nodes):
         for key, value in list(vars(node).items()):

@@ -14,10 +14,10 @@ from oracles import random_model
 from torch import nn
 
 from lip_plugin import LipschitzConfig, attacked_accuracy, certified_radius, certify, drift, falsify
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.structure import structure_of
+from lip_plugin.certificate.comparison.structure import structure_of
+from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import CertificateError, UnsupportedModelError
-from lip_plugin.wrappers import Wrapper, exactly, register_wrapper
+from lip_plugin.model.wrappers import Wrapper, exactly, register_wrapper
 
 # torch.compile imports what is deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -99,7 +99,7 @@ def test_known_wrappers_are_looked_through(model: Any) -> None:
 
 
 def test_a_registered_wrapper_is_looked_through_and_still_compared(model: Any) -> None:
-    from lip_plugin import wrappers
+    from lip_plugin.model import wrappers
 
     path = f"{__name__}."
     try:

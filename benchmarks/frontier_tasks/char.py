@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, certify, retrofit
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery.state import find_retrofit
 
 EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 _SCORED = 220  # sequences in each half of the validation text that are scored at most

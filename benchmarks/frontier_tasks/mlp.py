@@ -18,20 +18,23 @@ from torch import Tensor, nn
 
 from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig
-from lip_plugin.architecture import Architecture, Attention, Family, Mlp
-from lip_plugin.blocks import whole
-from lip_plugin.certificate.build import Graph
 from lip_plugin.certificate.certify import bound_of
-from lip_plugin.certificate.entry import Entry
-from lip_plugin.certificate.graph import Activation, Chain, Linear, Norms
-from lip_plugin.certificate.margins import Certifier
-from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.movement import Local, Movement
-from lip_plugin.certificate.pgd import attack
-from lip_plugin.initial import init_orthogonal_
-from lip_plugin.modules import constrain_, constrained_modules
-from lip_plugin.parts import Parts
-from lip_plugin.surgery import RetrofitState, cap_of
+from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.build import Graph
+from lip_plugin.certificate.graph.containers import Chain
+from lip_plugin.certificate.graph.entry import Entry
+from lip_plugin.certificate.graph.nodes import Activation, Linear
+from lip_plugin.certificate.robustness.attack import attack
+from lip_plugin.certificate.robustness.margins import Certifier
+from lip_plugin.certificate.robustness.movement import Local, Movement
+from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
+from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp
+from lip_plugin.model.layers import constrain_, constrained_modules
+from lip_plugin.model.layout import whole
+from lip_plugin.model.parts import Parts
+from lip_plugin.surgery.caps import cap_of
+from lip_plugin.surgery.orthogonal_init import init_orthogonal_
+from lip_plugin.surgery.state import RetrofitState
 
 EPS = (0.1, 0.2, 0.5, 1.0, 1.5)
 _NOTHING = {"module": "", "act": "", "down": ""}

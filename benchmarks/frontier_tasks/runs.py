@@ -14,8 +14,8 @@ from torch import nn
 
 from lip_plugin import LipschitzMuon, attach_projection
 from lip_plugin.config import METHOD_NAMES
+from lip_plugin.model.position import OffsetBias
 from lip_plugin.optim.groups import POSITION_RATE
-from lip_plugin.position import OffsetBias
 
 CAPS = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
 # The learning rates that are tried: LipschitzMuon's in RMS->RMS norm per step, torch.optim.Muon's in spectral norm.

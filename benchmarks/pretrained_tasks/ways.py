@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, RetrofitSchedule, calibrate, certify, own_caps, retrofit
-from lip_plugin.slots import norm_facts, root_mean_square
+from lip_plugin.model.normalization import norm_facts, root_mean_square
 from pretrained_tasks.tasks import Task
 
 WAYS = (

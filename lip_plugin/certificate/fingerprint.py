@@ -12,28 +12,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.function import function_of
-from lip_plugin.certificate.measure import CAP_SLACK
 from lip_plugin.config import LipschitzConfig
-from lip_plugin.errors import CertificateError, NotRetrofittedError, UnsupportedModelError
-from lip_plugin.modules import RowParameter, constrained_modules
-from lip_plugin.optim.batches import refuse_sharded
-from lip_plugin.optim.projection import BlockNorms, block_norms
-from lip_plugin.saved_names import recorded
-from lip_plugin.slots import Floored
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.model.batches import refuse_sharded
+from lip_plugin.model.layers import RowParameter, constrained_modules
+from lip_plugin.model.normalization import Floored
+from lip_plugin.model.saved_names import recorded
+from lip_plugin.surgery.state import find_retrofit
 
 if TYPE_CHECKING:
-    from lip_plugin.certificate.certify import Certificate
+    pass
+
 
 # Fields of a model's config that do not change the function that is certified (eval mode, real
 # arithmetic, ids to logits). vocab_size is in the shapes of the weights already.
@@ -53,10 +47,6 @@ _NO_EFFECT = frozenset(
     }
 )
 _NO_EFFECT_ENDINGS = ("_token_id", "_dropout", "_pdrop", "_dropout_prob")
-# By how much the log10 of a recomputed bound may exceed the stated one: this, and this share of it. Norms are
-# 0.1 % loose, and otherwise so on another machine, and a bound is a product of many of them. What is stated
-# below that was not computed from these weights by these rules.
-_REPRODUCED = 0.01
 
 
 class Fingerprint:
@@ -170,102 +160,3 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
         places = sorted({*functions[0], *functions[1]})
         pairs += [(place, functions[0].get(place), functions[1].get(place)) for place in places]
     return [f"{key} is {a!r} and was {b!r}" for key, a, b in pairs if a != b]
-
-
-def check_settings(certificate: Certificate, settings: Mapping[str, Any]) -> None:
-    """Raise CertificateError, naming the fields, if a certificate was computed under other settings."""
-    wrong = differences(certificate.settings, settings)
-    if wrong:
-        raise CertificateError(
-            f"the certificate belongs to a model with other settings: {'; '.join(wrong[:5])}. The config was changed "
-            "after it was written: restore the config, or certify again if the change was meant."
-        )
-
-
-def check_belongs(certificate: Certificate, model: nn.Module) -> None:
-    """Raise CertificateError unless the certificate was computed from this very model.
-
-    From weights: the same bytes in every parameter and persistent buffer, the same settings. From caps: the
-    same structure, caps and uncapped tensors, and every block within its cap now.
-    """
-    with torch.no_grad():
-        graph = build(model)
-        check_settings(certificate, {**settings_of(graph.root), "function": function_of(graph)})
-        check_fingerprint(certificate, fingerprint(graph.root, certificate.source))
-        check_graph(graph)
-        if certificate.source == "caps":
-            check_within_caps(graph.root)
-
-
-def check_within_caps(root: nn.Module, norms: Iterable[BlockNorms] | None = None) -> None:
-    """Raise CertificateError unless every block is within its cap now: `norms` if they were measured already."""
-    try:
-        measured = block_norms(root) if norms is None else list(norms)
-    except NotRetrofittedError as error:
-        raise CertificateError(
-            "This model has no caps, so nothing can be said from caps alone. Use source='weights', or retrofit(model)."
-        ) from error
-    # of an adapter's change: its budget bounds a drift, and is no cap
-    capped_blocks = [b for b in measured if not b.name.endswith(" (change)")]
-    worst = max(capped_blocks, key=lambda b: b.worst_over_cap, default=None)
-    if worst is not None and not worst.worst_over_cap <= float(CAP_SLACK):
-        raise CertificateError(
-            f"{worst.name} is {worst.worst_over_cap:.4g} times its cap now, so a bound from caps is not about this model. "
-            "Call project_(model) first, or certify from the weights."
-        )
-
-
-def check_fingerprint(certificate: Certificate, found: str) -> None:
-    """Raise CertificateError if the certificate carries another fingerprint than `found`."""
-    if certificate.weights != found:
-        what = "weights" if certificate.source == "weights" else "caps, biases or structure"
-        raise CertificateError(
-            f"the certificate belongs to other {what}: it carries {certificate.weights[:23] or 'no fingerprint'}..., "
-            f"the model has {found[:23]}... . Restore what it was computed from, or certify again."
-        )
-
-
-def check_same(stated: Certificate, fresh: Certificate) -> None:
-    """Raise CertificateError unless a stated certificate is of the same model as a fresh one, and not below it."""
-    check_settings(stated, fresh.settings)
-    check_fingerprint(stated, fresh.weights)
-    if _kept(stated) != _kept(fresh):
-        raise CertificateError(
-            f"it speaks of {_kept(stated)}, and the model's is of {_kept(fresh)}: it was edited, or made by other rules."
-        )
-    pairs = [
-        ("lipschitz (log10)", stated.log10_lipschitz, fresh.log10_lipschitz),
-        ("lipschitz", _log10(stated.lipschitz), _log10(fresh.lipschitz)),
-        ("logit_difference", _log10(stated.logit_difference), _log10(fresh.logit_difference)),
-        ("attention_logit", _log10(stated.attention_logit), _log10(fresh.attention_logit)),
-    ]
-    for a, b in zip(stated.layers, fresh.layers, strict=True):
-        pairs.append((f"{a.name}, radius", _log10(a.radius), _log10(b.radius)))
-        pairs.append((f"{a.name}, lipschitz", _log10(a.lipschitz), _log10(b.lipschitz)))
-        pairs.append((f"{a.name}, total", a.log10_total, b.log10_total))
-    wrong = next(((name, a, b) for name, a, b in pairs if _below(a, b)), None)
-    if wrong is not None:
-        raise CertificateError(
-            f"it states 10^{wrong[1]:.4g} for {wrong[0]}, and only 10^{wrong[2]:.4g} can be proven: it was edited, or made "
-            "by other rules."
-        )
-    if stated.radius < fresh.radius * (1 - 1e-9):
-        raise CertificateError(
-            f"it states radius {stated.radius:.4g}, and inputs reach {fresh.radius:.4g}, for which {fresh.lipschitz:.6g} can be "
-            "proven: it was edited, or made by other rules."
-        )
-
-
-def _kept(certificate: Certificate) -> tuple[Any, ...]:
-    """What rounding cannot change."""
-    c = certificate
-    return c.norm, c.source, c.d_in, c.d_out, tuple(layer.name for layer in c.layers)
-
-
-def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else -math.inf
-
-
-def _below(stated: float, fresh: float) -> bool:
-    """Whether a stated logarithm lies below the recomputed one by more than rounding may cause."""
-    return fresh - stated > (_REPRODUCED * (1 + abs(stated)) if math.isfinite(stated) else 0.0)

@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.build import Graph, build
-from lip_plugin.certificate.certify import SOURCES, Certificate, bound_of
-from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.fingerprint import Fingerprint, capped, check_within_caps, stored_tensors
-from lip_plugin.certificate.graph import Norms
-from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.radius import radius_of
+from lip_plugin.certificate.certify import SOURCES, bound_of
+from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.fingerprint import Fingerprint, capped, stored_tensors
+from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.result import Certificate, check_within_caps
+from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.surgery.block_norms import block_norms
 
 _ROWS = 4096  # rows of an embedding table converted to float64 at a time
 Progress = Callable[[list[list[str]]], Iterable[list[str]]]

@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.errors import ConfigError, NonFiniteError
-from lip_plugin.linalg.spectrum import (
-    SLACK,
-    U,
-    gamma,
-    gram_iteration,
-    lambda_max_upper,
-    proven_lambda_max,
-)
+from lip_plugin.linalg.spectrum import SLACK, U, gamma, gram_iteration, lambda_max_upper, proven_lambda_max
 
 _ROWS, _ROWS_ADDED = (
     1024,

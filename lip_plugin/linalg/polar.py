@@ -20,7 +20,6 @@ from lip_plugin.linalg.precision import without_autocast
 from lip_plugin.linalg.symmetric import product, symmetric_product
 
 Quintic = tuple[float, float, float]
-
 _STEP_SLACK = 1e-2  # how far rounding may lift a singular value before each step; see `output_range`
 _MIN_INPUT = 1e-3  # the lower ends of the ranges below hold for singular values from here to 1
 _GRAM_ASPECT = 1.5  # from here on three steps on the Gram matrix cost less than on X itself
@@ -84,7 +83,6 @@ TABLES: dict[str, CoefficientTable] = {
         "Higham, Functions of Matrices (2008), section 8.3: Pade family, quintic polynomial",
     ),
 }
-
 # What is taken off the result for the rounding of the last product and of storing it: 8 u for the
 # half precisions (a stored orthogonal 1024 x 1024 is 0.24 % above 1 in bf16), generous above. These
 # are measured margins, not proofs: the sum of 10^6 roundings has no useful worst case.

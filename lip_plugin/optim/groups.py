@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.blocks import ROW
-from lip_plugin.distributed import home_of
+from lip_plugin.distributed.owners import home_of
 from lip_plugin.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.factors import KIND as FACTORS
-from lip_plugin.optim.factors import factor_group
-from lip_plugin.optim.projection import constraints_of
-from lip_plugin.position import OffsetBias
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.layout import ROW
+from lip_plugin.model.position import OffsetBias
+from lip_plugin.optim.lora import KIND as FACTORS
+from lip_plugin.optim.lora import factor_group
+from lip_plugin.surgery.state import constraints_of
 
 KINDS = ("matrix", "row", "adamw", FACTORS)
 # Rate of tables of position biases over that of the matrices: logits of attention per AdamW step. They need more

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_plugin.distributed import settle_
+from lip_plugin.distributed.owners import settle_
 from lip_plugin.errors import ConfigError, UnsupportedModelError
-from lip_plugin.modules import Constrained, RowParameter, constrained_modules, table_of
-from lip_plugin.parts import parts
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.model.layers import Constrained, RowParameter, constrained_modules, table_of
+from lip_plugin.model.parts import parts
+from lip_plugin.surgery.state import find_retrofit
 
 _AGAIN = (
     "Order: change the model first, then retrofit it, then build the optimizer. To go on from here: "

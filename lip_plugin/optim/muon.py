@@ -17,24 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from lip_plugin.blocks import Layout, clamp_rows_
-from lip_plugin.distributed import local, on_owners, replicas_of
+from lip_plugin.distributed.owners import local, on_owners, replicas_of
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import require_module
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
-from lip_plugin.optim.batches import Batch, batches, cost_of, gathered_lerp
-from lip_plugin.optim.factors import KIND as FACTORS
-from lip_plugin.optim.factors import step_factors_
+from lip_plugin.model.batches import Batch, batches, cost_of, gathered_lerp
+from lip_plugin.model.layout import Layout, clamp_rows_
+from lip_plugin.optim.enforce import attach_projection, keep_within_caps_, normalize_above_
 from lip_plugin.optim.groups import KINDS, param_groups, refuse_other_groups
+from lip_plugin.optim.guard import Watch
 from lip_plugin.optim.intact import Held
-from lip_plugin.optim.projection import (
-    attach_projection,
-    constraints_of,
-    keep_within_caps_,
-    normalize_above_,
-)
-from lip_plugin.optim.watch import Watch
+from lip_plugin.optim.lora import KIND as FACTORS
+from lip_plugin.optim.lora import step_factors_
+from lip_plugin.surgery.state import constraints_of
 
 # Strings, because they live in param_groups and so in state_dicts.
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,0 +1,42 @@
+"""LipschitzMuon as an optimizer that Trainer builds by name: `args.optim = "lipschitz_muon"`, or optimizer_cls_and_kwargs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import trainer_optimizer as hf_optimizer
+
+from lip_plugin.errors import TrainerError
+from lip_plugin.integrations.peft.budget import has_budget
+from lip_plugin.optim.muon import LipschitzMuon
+from lip_plugin.surgery.state import find_retrofit
+
+OPTIM_NAME = "lipschitz_muon"
+
+
+def register_optimizer() -> None:
+    """Make `args.optim = "lipschitz_muon"` known to Trainer, through the table of its own optimizers."""
+    handlers = getattr(hf_optimizer, "_OPTIMIZER_HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise TrainerError(
+            "This transformers version keeps its optimizers elsewhere. Pass optimizer_cls_and_kwargs="
+            "(MuonFactory, {'lr': 0.05}) to Trainer, with MuonFactory from lip_plugin.integrations.huggingface.trainer."
+        )
+    handlers[OPTIM_NAME] = _muon_of
+
+
+def _muon_of(context: Any) -> tuple[type, dict[str, Any]]:
+    return MuonFactory, {"lr": context.args.learning_rate, **getattr(context.args, "_lip_muon", {})}
+
+
+class MuonFactory:
+    """What Trainer calls as `MuonFactory()(model, lr=..., ...)`; gives a LipschitzMuon."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> LipschitzMuon:
+        if find_retrofit(model) is None and not has_budget(model):
+            raise TrainerError(
+                "The model in training was not retrofitted. Trainer(model_init=...) builds a new model at train(); "
+                "build it first and pass it as Trainer(model=...)."
+            )
+        return LipschitzMuon(model, **options)

@@ -1,0 +1,35 @@
+"""nanoGPT's GPT as an Architecture: plain data, told by its attributes (it has no model_type)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp, register_family
+
+NANOGPT = Architecture(
+    name="nanogpt",
+    layers="transformer.h",
+    tokens="transformer.wte",
+    positions="transformer.wpe",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    heads="n_head",
+    kv_heads=None,
+    # scaled_dot_product_attention with its default scale: there is no attribute to set
+    attention=Attention(module="attn", norm="ln_1", qkv="c_attn", out="c_proj", scaling=None),
+    mlp=Mlp(module="mlp", norm="ln_2", up="c_fc", down="c_proj", act="gelu"),
+)
+
+
+def _matches(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return type(model).__name__ == "GPT" and all(
+        hasattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")
+    )
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids, ids)[0]  # without targets its forward gives the last position only
+
+
+register_family(Family(NANOGPT, _matches, logits=_logits))

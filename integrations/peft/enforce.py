@@ -1,0 +1,185 @@
+"""peft's adapters within caps: every block of the weight that a LoRA or DoRA layer multiplies with, in the RMS->RMS norm.
+
+    retrofit(base); model = get_peft_model(base, LoraConfig(...)); attach_projection(optimizer, model)
+
+After each step, block by block (blocks differ in rows of B, so each is a problem of its own):
+1. the size e of the block's change comes from k x k matrices; where norm(W0_b) + e is within the cap, nothing is done;
+2. elsewhere B is replaced by a point of {B : norm(W0_b + s B_b A) <= cap}, with A fixed (linalg/low_rank.py, with
+   s A = R Q^T and E = B R). What is feasible keeps every bit;
+3. budgets (peft_budget.py) are kept first, and once more behind 2, by shortening; DoRA's magnitudes last (peft_dora.py).
+
+A base AT its caps leaves little room: scaling B would give nothing at all, since almost every
+direction leaves the ball. Z(l) keeps what turns or shrinks the singular directions that A reads and
+filters out what would lengthen them: training goes on, slower. The cure is room: retrofit with a
+`w_max` above the norms of the base. `project_adapters` says what is refused. OFT and HRA need none of this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.graph.weights import register_stand_in, register_weight_reader
+from lip_plugin.errors import ConfigError
+from lip_plugin.integrations.peft.budget import clip_to_budget_, has_budget, limits, shorten_to_budget_
+from lip_plugin.integrations.peft.dora import hold_magnitudes_, rows_of
+from lip_plugin.integrations.peft.factors import Factors, change_sizes
+from lip_plugin.integrations.peft.layers import (
+    BUDGET,
+    TURNING,
+    active,
+    adapter_facts,
+    base_weight,
+    merged_weight,
+    parameters_of,
+    read_weight,
+    refuse_merged,
+    saved_module,
+    wrapped_layers,
+)
+from lip_plugin.integrations.peft.nearest import capped, project_blocks_
+from lip_plugin.linalg.norms import rms_to_rms_upper, sigma_max_exact, sigma_max_upper
+from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model.layout import Segment
+from lip_plugin.optim.enforce import register_projector
+from lip_plugin.optim.finite import check_finite
+
+WITHIN = 1.0 + 5e-5  # as peft_blocks.ACCEPT, of the norm
+BASE_TOLERANCE = 1e-3  # a base may exceed its cap by what storage in bf16 does to it
+# Of frozen bases, by layer: what they were found from, and the norms of their blocks.
+_NORMS: WeakKeyDictionary[nn.Module, tuple[tuple, list[Tensor]]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.0) -> int:
+    """Bring every block of W0 + s B A within its cap * (1 + 1e-4), RMS->RMS, by changing B only (and DoRA's m).
+
+    Adapters that are active and trainable move together (all active ones, if none is trainable);
+    frozen active ones count as part of W0; inactive ones are not looked at. `method` and `lr` are
+    not used: on the adapters there is one map. Called by every projection of a model with caps or budgets.
+
+    Returns:
+        The number of blocks looked at.
+
+    Raises:
+        UnsupportedModelError: an adapter without a rule (see peft_layers.py), on an embedding, or on a layer without a
+            cap or budget.
+        ConfigError: W0 is above its cap. TrainerError: adapters are merged into W0.
+        NonFiniteError: a factor holds nan or inf. No adapter was changed.
+    """
+    found = find_adapters(model)
+    bases = [_base_norms(f) for f in found]  # refuses a base above its caps
+    for f in found:
+        f.coordinates()
+    clip_to_budget_([f for f in found if f.budget is not None])
+    near = _near(found, bases)
+    project_blocks_(near)
+    shorten_to_budget_([f for f in near if f.budget is not None])
+    for f, norms in zip(found, bases, strict=True):
+        if f.magnitude is not None:
+            f.coordinates()
+            hold_magnitudes_(f, norms, near=f in near)
+    return sum(s.count for f in found for s in (f.layout or f.budget).segments if s.cap is not None)
+
+
+@torch.no_grad()
+def find_adapters(model: nn.Module) -> list[Factors]:
+    """The LoRA and DoRA layers that a projection would look at; raises what `project_adapters` does, but for W0 above its cap."""
+    found, named = [], []
+    for name, layer, kind in wrapped_layers(model):
+        if kind in TURNING:
+            refuse_merged(name, layer)
+            named += [(f"{name}.{n}", t) for a in active(layer) for n, t in parameters_of(layer, a, kind)]
+            continue
+        factors = Factors(name, layer)
+        named += factors.named
+        if factors.factors:
+            found.append(factors)
+    check_finite(named)
+    for f in found:
+        if f.magnitude is not None:
+            rows_of(f)  # refuses a zero row
+    return found
+
+
+def _near(found: list[Factors], bases: list[list[Tensor]]) -> list[Factors]:
+    """Layers with a block for which norm(W0_b) + norm(change) says too little; one synchronization."""
+    asked, flags = [], []
+    for f, norms in zip(found, bases, strict=True):
+        caps = limits(f.layout, f.factors[0][0].shape[1]) if f.layout is not None else []
+        asked += [(f, segment, norm, cap) for (segment, cap), norm in zip(caps, norms, strict=False)]
+    if not asked:
+        return []
+    sizes = change_sizes([(f, segment) for f, segment, _, _ in asked])
+    for size, (_, _, norm, cap) in zip(sizes, asked, strict=True):
+        flags.append(((size > 0) & (norm + size > cap * WITHIN)).any())
+    over = {id(f) for (f, *_), flag in zip(asked, torch.stack(flags).tolist(), strict=True) if flag}
+    return [f for f in found if id(f) in over]
+
+
+def _base_norms(f: Factors) -> list[Tensor]:
+    """[count] proven sigma_max of the blocks of W0 (with its frozen adapters), of each held segment; from the cache.
+
+    Raises ConfigError for a base above its caps.
+    """
+    if f.layout is None and f.kind != "dora":
+        return []  # a plain budget asks nothing of W0
+    key = f.sources()
+    known = _NORMS.get(f.layer)
+    if known is None or known[0] != key:
+        weight = f.weight()
+        layout = f.layout or f.budget
+        assert layout is not None
+        views = list(capped(layout, weight.float() if weight.dtype != torch.float64 else weight))
+        norms = [sigma_max_upper(w) for _, w in views]
+        for (segment, w), norm in zip(views, norms, strict=True) if f.layout is not None else ():
+            _refuse_above(f.name, segment, w, norm)
+        known = (key, norms)
+        _NORMS[f.layer] = known
+    return known[1]
+
+
+def _refuse_above(name: str, segment: Segment, w: Tensor, norm: Tensor) -> None:
+    assert segment.cap is not None
+    limit = segment.cap * (segment.d_out / w.shape[-1]) ** 0.5
+    if float(norm.max()) <= limit * (1.0 + BASE_TOLERANCE):
+        return
+    worst = float(sigma_max_exact(w[int(norm.argmax())])) / limit
+    if worst > 1.0 + BASE_TOLERANCE:
+        raise ConfigError(
+            f"{name}: the base weight's {segment.role} block is {worst:.4g} times its cap {segment.cap:g}, "
+            "so no adapter could be within it. Call project_(model) once, before training the adapters, or "
+            "retrofit with a larger w_max."
+        )
+
+
+@torch.no_grad()
+def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
+    """Proven upper RMS->RMS norms of the merged blocks over their caps, one entry for each adapted layer with caps.
+
+    And for each layer with a budget one of its change over the budget, under the name "<layer> (change)".
+    """
+    norms = []
+    for name, layer, _ in wrapped_layers(model):
+        merged = merged_weight(layer)
+        layout = getattr(layer.base_layer, "layout", None)
+        if layout is not None:
+            norms.append(_over(name, layout, merged))
+        if BUDGET in layer.__dict__:
+            change = merged - base_weight(layer).double()
+            norms.append(_over(f"{name} (change)", layer.__dict__[BUDGET], change))
+    return norms
+
+
+def _over(name: str, layout: Any, weight: Tensor) -> BlockNorms:
+    blocks = list(capped(layout, weight))
+    worst = max((float(rms_to_rms_upper(w).max()) / s.cap for s, w in blocks if s.cap), default=0.0)
+    return BlockNorms(name, worst, sum(s.count for s, _ in blocks))
+
+
+register_projector(project_adapters, merged_block_norms, holds=has_budget, check=find_adapters)
+register_weight_reader(read_weight, adapter_facts)
+register_stand_in(saved_module)

@@ -1,0 +1,265 @@
+"""Does the object that the user passed compute what the graph computes? Asked before every number.
+
+The object itself is run, outermost wrapper included, with its hooks, patches, adapters and attributes as they are now.
+Only its parameters are swapped for float64 values while it runs: once for random ones, which show a difference that
+small weights would hide (the output maps of a fresh model are zero), and each time for its own. Every layer is
+given an input of its own, of natural size, so that no layer's mistake can vanish in what surrounds it, and what one layer
+hands to the next is compared as well. A structure that was compared on random weights is remembered (see structure.py).
+
+It finds differences of structure and of state. A forward made to deceive, by less than `TOLERANCE` or on other inputs
+only, it cannot find.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.comparison.float64_run import (
+    evaluating,
+    float64_parameters,
+    own_values,
+    random_values,
+)
+from lip_plugin.certificate.comparison.structure import Structure, structure_of
+from lip_plugin.certificate.graph.attention import Attention
+from lip_plugin.certificate.graph.base import Node
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.containers import Chain, branches, walk
+from lip_plugin.certificate.graph.nodes import Activation, Norm, Scale
+from lip_plugin.errors import CertificateError
+from lip_plugin.model.scales import branch_scale
+
+# Libraries compute norms, softmax and rotations in float32 inside (1e-7 each, 1e-6 seen over a layer);
+# a function that differs from the graph's is off by far more. Relative to what a layer adds to its input.
+TOLERANCE = 1e-4
+_ROUNDING = 1e-12  # of the input itself, which every layer adds to what it computes, in float64
+# Steep functions (attention whose logits are large) make more of that rounding. Where a difference is above the
+# tolerance, the graph is run once more with its input and weights moved by this share, and may differ by as much.
+_NUDGE = 1e-6
+_FEW = 8  # tokens of the comparison on the model's own weights
+_CHECKED: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def check_graph(graph: Graph, tokens: int = 16) -> float:
+    """Raise CertificateError unless what was passed to `build` computes what its graph computes, now.
+
+    Returns the largest difference that was seen, relative to what the layer computes.
+    """
+    structure = structure_of(graph)
+    worst = 0.0
+    with evaluating(graph.subject):
+        if structure is None or _CHECKED.get(graph.root) != structure:
+            with float64_parameters(graph.subject, random_values()):
+                again = build(graph.subject)
+                worst = _compare(again, tokens)
+                for node in _nodes(again.body.nodes):
+                    _check_node(node)
+            if structure is not None:
+                _CHECKED[graph.root] = structure
+        with float64_parameters(graph.subject, own_values):
+            return max(worst, _compare(build(graph.subject), min(tokens, _FEW)))
+
+
+def _compare(graph: Graph, tokens: int) -> float:
+    """Largest relative difference of any part, on the parameters that are there now."""
+    config: Any = graph.root.config
+    limits = [graph.entry.longest, getattr(config, "block_size", None)]
+    tokens = min([tokens, *(int(v) for v in limits if v)])
+    device = next(graph.root.parameters()).device
+    inputs = graph.entry.sample(tokens, torch.Generator().manual_seed(0), device)
+    return _run(graph, inputs).compare(graph, inputs)
+
+
+def _run(graph: Graph, inputs: Tensor) -> _Record:
+    """The object's own forward, every layer on an input of its own."""
+    record = _Record(graph)
+    try:
+        with record.listening():
+            record.logits = graph.family.logits(graph.subject, inputs).double()
+    except CertificateError:
+        raise
+    except Exception as error:  # hooks and patches of a user may raise anything
+        raise CertificateError(
+            f"{type(graph.subject).__name__} could not be compared with its graph: it does not run with float64 weights "
+            f"({type(error).__name__}: {error}). Take off hooks, patches and wrappers that are not the library's own, "
+            "then certify."
+        ) from error
+    return record
+
+
+class _Record:
+    """What went into every layer and came out of it, while the model ran."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._modules = [graph.root.get_submodule(layer.name) for layer in graph.parts.layers]
+        self._names = [layer.name for layer in graph.parts.layers]
+        self._sizes = [_natural(block) for block in graph.blocks]
+        self._generator = torch.Generator().manual_seed(3)
+        self.received: list[list[Tensor]] = [[] for _ in self._modules]
+        self.given: list[list[Tensor]] = [[] for _ in self._modules]
+        self.returned: list[list[Tensor]] = [[] for _ in self._modules]
+        self.logits: Tensor | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, every layer reads an input of ours in place of the one it is handed."""
+        with ExitStack() as stack:
+            for i, module in enumerate(self._modules):
+                before, after = self._before(i), self._after(i)
+                # in front of all other hooks, and behind them: what they do is part of the layer
+                first = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                stack.callback(first.remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            yield
+
+    def _before(self, i: int) -> Callable[..., Any]:
+        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            self.received[i].append(x)
+            noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float64)
+            own = (noise * self._sizes[i]).to(x)
+            self.given[i].append(own)
+            return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": own})
+
+        return replace
+
+    def _after(self, i: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self.returned[i].append(output[0] if isinstance(output, tuple) else output)
+
+        return note
+
+    def compare(self, graph: Graph, inputs: Tensor) -> float:
+        """Largest relative difference; raises CertificateError, naming the place, above the tolerance."""
+        name = type(graph.root).__name__
+        for part, found in zip(self._names, self.received, strict=True):
+            if not found:
+                raise CertificateError(
+                    f"{part} was not run when {name} was: something replaces the forward pass that the graph describes."
+                )
+        expected = [torch.cat(found) for found in self.received]
+        x = graph.embed(inputs, torch.float64)
+        worst = _same("the embeddings", x, expected[0], lambda: x * (1 + _NUDGE))
+        for i, block in enumerate(graph.blocks):
+            own, out = torch.cat(self.given[i]), torch.cat(self.returned[i])
+            node = Chain(self._names[i], block)
+            worst = max(worst, _same(self._names[i], node.run(own), out, _nudged(node, own), own))
+            if i + 1 < len(graph.blocks):
+                where = f"what {self._names[i]} hands to {self._names[i + 1]}"
+                worst = max(worst, _same(where, out, expected[i + 1], lambda out=out: out))  # type: ignore[misc]
+        node, last = Chain("readout", graph.readout), torch.cat(self.returned[-1])
+        assert self.logits is not None
+        where = "what comes behind the last layer"
+        return max(worst, _same(where, node.run(last), self.logits, _nudged(node, last)))
+
+
+def _natural(block: tuple[Node, ...]) -> float:
+    """Size of the entries at which what the layer reads is about 1: the model may carry x divided by a constant."""
+    first = next((chain.nodes[0] for node in block for chain in branches(node) if chain.nodes), None)
+    scale = abs(first.scale) if isinstance(first, Scale) else 1.0
+    return 1.0 / scale if 0 < scale < math.inf else 1.0
+
+
+def _nudged(node: Node, x: Tensor) -> Callable[[], Tensor]:
+    """The node on an input that differs by as much as rounding inside a library may make it."""
+
+    def run() -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        return node.run(x * (1 + _NUDGE * noise.to(x.device)))
+
+    return run
+
+
+def _same(
+    where: str, got: Tensor, expected: Tensor, nudged: Callable[[], Tensor], own: Tensor | None = None
+) -> float:
+    """The difference relative to what was computed (besides `own`, to which it was added); raises if it is not small."""
+    difference = _difference(got, expected, own)
+    if not difference <= TOLERANCE and got.shape == expected.shape:
+        allowed = TOLERANCE + 10 * _difference(nudged(), got, own)
+        difference = 0.0 if difference <= allowed < math.inf and allowed < 0.1 else difference
+    if difference <= TOLERANCE:
+        return difference
+    if not bool(torch.isfinite(expected).all()):
+        raise CertificateError(
+            f"{where}: the model's own forward gives nan or inf even in float64, so nothing can be compared. Look at the "
+            "weights of this layer (activation_report), or start from an earlier checkpoint."
+        )
+    raise CertificateError(
+        f"The graph does not reproduce the model: {where} differs by {difference:.2e} of its size. Something besides the "
+        "described modules changes the forward pass (a hook, a patched forward or attention, a softcap, a wrapper); a "
+        "certificate of the graph would not be about this model."
+    )
+
+
+def _difference(got: Tensor, expected: Tensor, own: Tensor | None = None) -> float:
+    """Largest difference over the largest entry of what was computed; inf where shapes differ, nan where one is nan."""
+    if got.shape != expected.shape:
+        return math.inf
+    off = float((got - expected).abs().amax())
+    if own is None:
+        size = float(expected.abs().amax())
+    else:
+        off = max(0.0, off - _ROUNDING * float(own.abs().amax())) if off == off else off
+        size = float((expected - own).abs().amax())
+    return 0.0 if off == 0 else off / size if size > 0 else math.inf
+
+
+def _nodes(nodes: Any) -> Iterator[Node]:
+    """All nodes whose rule rests on more than weights, whatever contains them."""
+    for node in walk(nodes):
+        if isinstance(node, Attention):
+            yield from (n for n in (node.q_norm, node.k_norm, node) if n is not None)
+        else:
+            yield node
+
+
+def _check_node(node: Node) -> None:
+    """Norms on both sides of their floor (or sqrt(eps)); activations over all of their range; rotations turn only."""
+    generator = torch.Generator().manual_seed(2)
+    if isinstance(node, Norm):
+        weight = next(node.module.parameters(), None)
+        x = torch.randn(8, node.width, generator=generator, dtype=torch.float64)
+        x = x if weight is None else x.to(weight.device)
+        x = (
+            x
+            * max(node.eps**0.5, node.floor, 1e-6)
+            * torch.linspace(0.3, 3.0, 8, dtype=x.dtype, device=x.device)[:, None]
+        )
+        difference = _difference(node.run(x), node.module(x).double())
+    elif isinstance(node, Activation):
+        x = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)
+        # a branch's scale may sit on its output (OPT); any other hook is a difference
+        expected = node.act(x) / branch_scale(node.act)
+        difference = _difference(node.run(x), expected) * 1e5  # no float32 inside: to 1e-9
+    elif isinstance(node, Attention) and node.rotary is not None:
+        difference = _not_a_rotation(node)
+    else:
+        return
+    if not difference <= TOLERANCE:
+        raise CertificateError(
+            f"{node.name} does not compute what its rule is proven for (off by {difference:.2e}): a hook, "
+            "a patched forward or another eps. Take it off, then certify."
+        )
+
+
+def _not_a_rotation(node: Attention) -> float:
+    """How far cos and sin are from turning pairs and scaling by `attention_scaling`."""
+    positions = torch.tensor([[0, 1, 2, 7, 100, 1000, 4095]], device=node.q.linear.weight().device)
+    x = torch.zeros(1, 7, node.d_in, dtype=torch.float64, device=positions.device)
+    cos, sin = node.rotary(x, positions)
+    half = cos.shape[-1] // 2
+    if cos.shape[:2] != (1, 7) or not 0 < 2 * half == cos.shape[-1] <= node.d_head or sin.shape != cos.shape:
+        return math.inf
+    scale = node.rotary.scale**2
+    off = ((cos.square() + sin.square()) / scale - 1.0).abs().max()
+    halves = max((t[..., :half] - t[..., half:]).abs().max() for t in (cos, sin))
+    return float(torch.maximum(off, halves))

@@ -1,0 +1,98 @@
+"""Run an object as it is, every hook and wrapper included, with other values in its parameters: float64, its own or random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.graph.weights import dequantized
+from lip_plugin.errors import CertificateError
+
+# Root mean square of a matrix's singular values (or of a vector's entries) up to which weights are taken as they are.
+_LARGE = 16.0
+
+
+@contextmanager
+def evaluating(subject: nn.Module) -> Iterator[None]:
+    """Inside, eval mode, and nothing is compiled; the flags are put back as they were."""
+    flags = [(module, module.training) for module in subject.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def float64_parameters(subject: nn.Module, values: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, every floating parameter is float64, with `values` of it; quantized layers are plain ones of float64."""
+    made: dict[int, nn.Parameter] = {}
+    with ExitStack() as stack:
+        for module in list(subject.modules()):
+            for name, child in list(module._modules.items()):
+                weight = None if child is None else dequantized(child)
+                if child is not None and weight is not None:
+                    stack.callback(module._modules.__setitem__, name, child)
+                    module._modules[name] = _plain(child, weight)
+        for module in subject.modules():
+            for name, p in module._parameters.items():
+                if p is None or not p.is_floating_point():
+                    continue
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(values(p), requires_grad=False)
+                stack.callback(module._parameters.__setitem__, name, p)
+                module._parameters[name] = made[id(p)]
+        yield
+
+
+def _plain(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A Linear in place of a quantized layer, as float64 has no kernels of its kind; with the very hooks of the layer."""
+    if "forward" in vars(layer):
+        raise CertificateError(
+            f"a quantized {type(layer).__name__} has a patched forward. Take it off, then certify."
+        )
+    held: Any = layer
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=held.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if held.bias is not None:
+        plain.bias = held.bias
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
+        setattr(plain, hooks, getattr(layer, hooks))
+    return plain
+
+
+def own_values(p: Tensor) -> Tensor:
+    """The parameter's own values; shorter, if they are so large that products overflow and every softmax saturates.
+
+    What is compared is how values are combined, so a factor on a whole parameter takes nothing from the comparison.
+    """
+    own = p.detach().double()
+    largest = _LARGE * math.sqrt(min(p.shape[-2:]) if p.dim() >= 2 else max(1, p.numel()))
+    size = float(own.abs().amax()) if own.numel() else 0.0
+    if size == 0 or not math.isfinite(size):
+        return own
+    norm = size * float(torch.linalg.vector_norm(own / size))
+    return own if norm <= largest else own * (largest / norm)
+
+
+def random_values() -> Callable[[Tensor], Tensor]:
+    """Values of moderate norms, another for every parameter that is asked for, the same in every process."""
+    generator = torch.Generator().manual_seed(1)
+
+    def values(p: Tensor) -> Tensor:
+        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if p.dim() >= 2:
+            drawn /= math.sqrt(min(p.shape[-2:])) / 2.0
+        else:
+            drawn = 1.0 + 0.1 * drawn
+        return drawn.to(p.device)
+
+    return values

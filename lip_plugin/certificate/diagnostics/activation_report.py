@@ -1,0 +1,237 @@
+"""A proven bound on every activation, beside the largest one seen, and the number formats that hold it.
+
+The proofs are those of the certificate's radii (docs/maths.md, sections 4 and 11), entry by entry: an entry of a
+vector is at most sqrt(d) times its RMS norm, and one of W x at most (row norm2) sqrt(d) times the RMS norm of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.graph.attention import Attention, smallest_entropy_lower
+from lip_plugin.certificate.graph.base import Norms, Watch, largest
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
+from lip_plugin.certificate.graph.decimals import INF, add, mul, root, to_float, up
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.weight_norms import refuse_non_finite, weight_norms
+from lip_plugin.errors import CertificateError
+from lip_plugin.linalg.norms import row_rms_max_upper
+
+# Largest finite numbers: OCP 8-bit floating point specification 1.0 (2023); bfloat16: (2 - 2^-7) 2^127.
+FORMATS = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "bfloat16": (2 - 2**-7) * 2.0**127}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """One line of a report: entries that one node puts out.
+
+    Attributes:
+        name, kind: the module, and what of it.
+        proven: no entry is larger in absolute value, for any sequence of tokens.
+        seen: the largest on the batch.
+    """
+
+    name: str
+    kind: str
+    proven: float
+    seen: float
+
+    def fits(self) -> tuple[str, ...]:
+        """Formats that hold every entry without a scale: proven, so for every input of tokens."""
+        return tuple(name for name, top in FORMATS.items() if self.proven <= top)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """The last row's attention entropy in nats: proven for every head and sequence, and the smallest seen."""
+
+    name: str
+    proven: float
+    seen: float
+
+
+@dataclass(frozen=True)
+class ActivationReport:
+    """What every activation and every attention row of a model can be at most (entries) or least (entropy)."""
+
+    rows: tuple[Activations, ...]
+    entropies: tuple[Entropy, ...]
+    tokens: int
+
+    def fits(self, dtype: str) -> bool:
+        """Whether all activations are proven to lie in the range of a format of `FORMATS`."""
+        return all(row.proven <= FORMATS[dtype] for row in self.rows)
+
+    def __str__(self) -> str:
+        width = min(max(len(r.name) for r in self.rows), 40)
+        head = (
+            f"{'activation':<{width}}  {'what':<10}  {'proven <=':>10}  {'seen':>9}  range proven to suffice"
+        )
+        lines = [
+            f"{r.name[-width:]:<{width}}  {r.kind:<10}  {r.proven:>10.4g}  {r.seen:>9.4g}  "
+            + ((r.fits() or ("none",))[0])
+            for r in self.rows
+        ]
+        lines += ["-" * len(head), f"attention entropy of the last of {self.tokens} tokens, nats"]
+        lines += [
+            f"{e.name[-width:]:<{width}}  proven >= {e.proven:.4f}  seen {e.seen:.4f}" for e in self.entropies
+        ]
+        return "\n".join([head, "-" * len(head), *lines])
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """Bounds on a node's output for all token sequences (RMS norm, largest entry), and its value on the batch."""
+
+    radius: Any
+    entry: Any
+    x: Tensor
+
+
+class _Notes:
+    def __init__(self, norms: Norms) -> None:
+        self.norms = norms
+        self.rows: list[Activations] = []
+        self.entropies: list[Entropy] = []
+
+    def add(self, name: str, kind: str, reach: _Reach) -> _Reach:
+        """Note an output; sqrt(d) times the RMS norm bounds an entry as well."""
+        entry = min(reach.entry, mul(reach.radius, root(up(reach.x.shape[-1]))))
+        self.rows.append(Activations(name, kind, to_float(entry), float(reach.x.abs().amax())))
+        return _Reach(reach.radius, entry, reach.x)
+
+
+def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
+    """Bounds on every activation and attention entropy, beside what a batch of token ids or pixels attains.
+
+    Proven for every sequence of tokens (image with entries up to the config's pixel_max), in real arithmetic on
+    the weights as stored; the data only fill the columns `seen`. Print it: it is a table. Raises CertificateError
+    for a node without a rule, ConfigError for ids that the model takes for padding, and what `certify` raises.
+    """
+    with torch.no_grad():
+        graph = build(model)
+        refuse_non_finite(graph.root)
+        check_graph(graph)
+        graph.entry.refuse_padding(inputs)
+        notes = _Notes(weight_norms(graph))
+        radius = up(to_float(radius_of(graph, "weights")))
+        x = graph.embed(inputs, torch.float64)
+        _reach(graph.body, notes.add("embeddings", "sum", _Reach(radius, _entry(graph), x)), notes)
+    return ActivationReport(tuple(notes.rows), tuple(notes.entropies), x.shape[1])
+
+
+def _entry(graph: Graph) -> Decimal:
+    """Largest entry of a sum of one row of each table; no bound of its own where more than that happens."""
+    entry = graph.entry
+    if entry.patches is not None or entry.token_map is not None or entry.norm is not None:
+        return INF
+    return add(*(largest(table.read()) for table in entry.tables.values()))
+
+
+@singledispatch
+def _reach(node: Any, at: _Reach, notes: _Notes) -> _Reach:
+    raise CertificateError(
+        f"{getattr(node, 'name', node)} is {type(node).__name__}: no bound on its entries is proven here."
+    )
+
+
+@_reach.register
+def _(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
+    return notes.add(node.name, "linear", _linear(node, at, notes))
+
+
+def _linear(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
+    w = node.weight().detach()
+    row = mul(up(float(row_rms_max_upper(w))), up(node.d_in))  # times an RMS norm: the entry of W x
+    taxi = float(w.double().abs().sum(1).amax()) * (1 + 1e-12)  # times an entry; n roundings of 1e-16
+    entry = add(min(mul(row, at.radius), mul(up(taxi), at.entry)), largest(node.bias()))
+    return _Reach(node.bound(at.radius, notes.norms).radius, entry, node.run(at.x))
+
+
+@_reach.register
+def _(node: Scale, at: _Reach, notes: _Notes) -> _Reach:
+    s = up(abs(node.scale))
+    return _Reach(mul(s, at.radius), mul(s, at.entry), node.run(at.x))
+
+
+@_reach.register
+def _(node: Norm, at: _Reach, notes: _Notes) -> _Reach:
+    radius = node.bound(at.radius, notes.norms).radius
+    return notes.add(node.name, "norm", _Reach(radius, mul(radius, root(up(at.x.shape[-1]))), node.run(at.x)))
+
+
+@_reach.register
+def _(node: Activation, at: _Reach, notes: _Notes) -> _Reach:
+    f = node.factor
+    return notes.add(node.name, "activation", _Reach(mul(f, at.radius), mul(f, at.entry), node.run(at.x)))
+
+
+@_reach.register
+def _(node: Gate, at: _Reach, notes: _Notes) -> _Reach:
+    g = notes.add(node.gate.name, "linear", _linear(node.gate, at, notes))
+    u = notes.add(node.up.name, "linear", _linear(node.up, at, notes))
+    radius = node.bound(at.radius, notes.norms).radius
+    entry = mul(node.act.factor, g.entry, u.entry)
+    return notes.add(node.name, "gated", _Reach(radius, entry, node.run(at.x)))
+
+
+@_reach.register
+def _(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
+    inner: dict[int, _Reach] = {}
+    for p in (node.q, node.k, node.v):
+        if id(p.linear) not in inner:
+            inner[id(p.linear)] = notes.add(p.linear.name, "linear", _linear(p.linear, at, notes))
+    watch = Watch()
+    y = node.run(at.x, watch)
+    tokens = at.x.shape[-2]
+    bound = to_float(node.logit_bound(at.radius, notes.norms))
+    if node.softcap is not None:
+        bound = min(bound, abs(node.softcap))
+    visible = tokens if node.window is None else min(tokens, node.window)
+    notes.entropies.append(Entropy(node.name, smallest_entropy_lower(bound, visible), watch.smallest_entropy))
+    # every entry of a mixture of values is at most the largest of theirs
+    entry = inner[id(node.v.linear)].entry
+    return notes.add(node.name, "mixture", _Reach(node.bound(at.radius, notes.norms).radius, entry, y))
+
+
+@_reach.register
+def _(node: Chain, at: _Reach, notes: _Notes) -> _Reach:
+    for part in node.nodes:
+        at = _reach(part, at, notes)
+    return at
+
+
+@_reach.register
+def _(node: Residual, at: _Reach, notes: _Notes) -> _Reach:
+    branch = _reach(node.branch, at, notes)
+    radius = min(add(at.radius, branch.radius), node.bound(at.radius, notes.norms).radius)
+    return notes.add(node.name, "residual", _Reach(radius, add(at.entry, branch.entry), at.x + branch.x))
+
+
+@_reach.register
+def _(node: Parallel, at: _Reach, notes: _Notes) -> _Reach:
+    parts = [_reach(branch, at, notes) for branch in node.branches]
+    radius = min(add(at.radius, *(b.radius for b in parts)), node.bound(at.radius, notes.norms).radius)
+    return notes.add(
+        node.name, "residual", _Reach(radius, add(at.entry, *(b.entry for b in parts)), node.run(at.x))
+    )
+
+
+@_reach.register
+def _(node: Softcap, at: _Reach, notes: _Notes) -> _Reach:
+    cap = up(abs(node.cap))
+    return notes.add(node.name, "softcap", _Reach(min(at.radius, cap), min(at.entry, cap), node.run(at.x)))
+
+
+@_reach.register
+def _(node: OneToken, at: _Reach, notes: _Notes) -> _Reach:
+    return _Reach(at.radius, at.entry, node.run(at.x))

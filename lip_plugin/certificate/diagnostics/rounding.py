@@ -1,0 +1,226 @@
+"""How far rounding can take a forward pass from real arithmetic: a bound in the token norm.
+
+A certificate is about real arithmetic. Running in float32 or bfloat16 adds an error to every
+operation, and later layers amplify it at most by their constants. Standard model of floating-point
+arithmetic (Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3): every stored
+result is rounded once, to within u of itself; sums of n products are off by gamma_n of their
+absolute values, accumulated in float32 where the dtype is shorter. Library functions (exp, tanh,
+erf, sqrt, cos, sin) are taken to be right to `_FUNCTION` units; nothing over- or underflows; no
+TF32 or other shortened products (torch.backends.cuda.matmul.allow_tf32 off, its default).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_plugin.certificate.graph.attention import Attention
+from lip_plugin.certificate.graph.base import Norms, largest
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
+from lip_plugin.certificate.graph.decimals import (
+    INF,
+    ONE,
+    ZERO,
+    add,
+    div,
+    exponential,
+    mul,
+    root,
+    to_float,
+    up,
+)
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.weight_norms import refuse_non_finite, weight_norms
+from lip_plugin.distributed.gather import sharded_too
+from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.linalg.norms import sum_rms_max_upper
+
+_FUNCTION = (
+    8  # units in the last place; torch documents none, float32 functions are within 4 (measured in the tests)
+)
+_UNIT = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Unit roundoffs of stored results and of accumulation, and the length of the sequence."""
+
+    unit: Decimal
+    accumulated: Decimal
+    tokens: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, tokens: int) -> Arithmetic:
+        if dtype not in _UNIT:
+            raise UnsupportedModelError(f"rounding of {dtype}: known are {', '.join(map(str, _UNIT))}.")
+        return cls(Decimal(2) ** -_UNIT[dtype], Decimal(2) ** -max(24, _UNIT[dtype]), tokens)
+
+    def sum_of(self, n: int) -> Decimal:
+        """gamma_n in the accumulator, of the absolute values that are summed."""
+        nu = mul(up(n + 2), self.accumulated)
+        return INF if nu >= 1 else div(nu, ONE - nu)
+
+    def units(self, n: int) -> Decimal:
+        return mul(up(n), self.unit)
+
+
+@sharded_too
+@torch.no_grad()
+def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) -> float:
+    """Bound on the token norm of (logits computed in `dtype`) - (logits in real arithmetic), same stored weights.
+
+    For any sequence of at most `tokens` tokens in the certificate's ball. inf where the errors feed on
+    each other (bfloat16 and large attention logits).
+
+    Raises:
+        UnsupportedModelError: another dtype, or a node whose rounding has no rule here.
+    """
+    graph = build(model)
+    refuse_non_finite(graph.root)
+    norms, arithmetic = weight_norms(graph), Arithmetic.of(dtype, tokens)
+    r = radius_of(graph, "weights")
+    error = _entry(graph, r, norms, arithmetic)
+    for node in graph.body.nodes:
+        error, r = rounding(node, r, error, norms, arithmetic), node.bound(r, norms).radius
+    return to_float(error)
+
+
+def _entry(graph: Graph, r: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    """Of what enters the first block: a sum of stored rows, of mapped ones, or of mapped patches."""
+    entry = graph.entry
+    rows = [up(sum_rms_max_upper([t.read()])) for t in entry.tables.values()]
+    error = mul(a.units(2 * len(rows)), add(*rows))
+    if entry.patches is not None:
+        error = add(error, rounding(entry.patches, up(entry.pixel_max), ZERO, norms, a))
+    if entry.token_map is not None:
+        token = rows[list(entry.tables).index("token")]
+        error = add(error, rounding(entry.token_map, token, mul(a.units(2), token), norms, a))
+    error = add(error, mul(a.units(2), add(r, error)))
+    return error if entry.norm is None else rounding(entry.norm, add(*rows, r), error, norms, a)
+
+
+@singledispatch
+def rounding(node: Any, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    """Bound on computed minus exact output [RMS norm of a token].
+
+    `r` bounds the exact input's token norm, `e` how far the computed input is from it.
+    """
+    raise UnsupportedModelError(f"{node.name} ({type(node).__name__}): its rounding has no rule here.")
+
+
+def _carried(node: Any, r: Decimal, e: Decimal, norms: Norms) -> tuple[Decimal, Decimal]:
+    """(error in the input as it comes out, radius out for the computed input)."""
+    bound = node.bound(add(r, e), norms)
+    return mul(bound.lipschitz, e), bound.radius
+
+
+@rounding.register
+def _(node: Linear, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    carried, radius = _carried(node, r, e, norms)
+    # norm2(|W|) is at most norm_F(W), so at most sigma_max times the root of the smaller side
+    spread = root(up(min(node.d_in, node.d_out)))
+    return add(carried, mul(add(mul(a.sum_of(node.d_in + 1), spread), a.units(2)), radius))
+
+
+@rounding.register
+def _(node: Scale, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    carried, radius = _carried(node, r, e, norms)
+    return add(carried, mul(a.units(2), radius))
+
+
+@rounding.register
+def _(node: Activation, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    carried, _ = _carried(node, r, e, norms)
+    return add(carried, mul(a.units(2 * _FUNCTION + 6), add(r, e)))  # twice: a capped one computes two
+
+
+@rounding.register
+def _(node: Norm, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    carried, radius = _carried(node, r, e, norms)
+    d = node.width
+    centering = mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
+    return add(carried, centering, mul(add(a.sum_of(d), a.units(_FUNCTION + 6)), radius))
+
+
+@rounding.register
+def _(node: Chain, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    for inner in node.nodes:
+        e, r = rounding(inner, r, e, norms, a), inner.bound(r, norms).radius
+    return e
+
+
+@rounding.register
+def _(node: Residual, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    branch = rounding(node.branch, r, e, norms, a)
+    radius = add(r, e, node.branch.bound(r, norms).radius, branch)
+    return add(e, branch, mul(a.unit, radius))
+
+
+@rounding.register
+def _(node: Parallel, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    parts = [rounding(branch, r, e, norms, a) for branch in node.branches]
+    radius = add(r, e, *parts, *(branch.bound(r, norms).radius for branch in node.branches))
+    return add(e, *parts, mul(a.units(2 * len(parts)), radius))
+
+
+@rounding.register
+def _(node: Softcap, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    return add(e, mul(a.units(_FUNCTION + 4), add(r, e)))
+
+
+@rounding.register
+def _(node: OneToken, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    return e
+
+
+@rounding.register
+def _(node: Gate, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    gate, value = (rounding(n, r, e, norms, a) for n in (node.gate, node.up))
+    gate = rounding(node.act, node.gate.bound(r, norms).radius, gate, norms, a)
+    outer = add(r, e)
+    entry = [add(mul(n.entrywise(norms), outer), largest(n.bias())) for n in (node.gate, node.up)]
+    width = root(up(node.up.d_out))  # an entry is off by at most the RMS norm of all errors times this
+    moved = add(mul(gate, add(entry[1], mul(value, width))), mul(node.act.factor, entry[0], value))
+    # a cap rounds each factor a few units more, of what it is at most
+    return add(moved, mul(a.units(2 * _FUNCTION + 10), add(node.bound(outer, norms).radius, moved)))
+
+
+@rounding.register
+def _(node: Attention, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+    """Per head in 2-norms: logits off by eps change every weight by at most the factor exp(2 eps)."""
+    outer, heads, width = add(r, e), node.q.heads, root(up(node.d_head))
+    sizes, errors = [], []
+    for p, post in ((node.q, node.q_norm), (node.k, node.k_norm), (node.v, None)):
+        found, before = node.sizes(p, outer, norms, post), node.sizes(p, outer, norms, None)
+        error = mul(rounding(p.linear, r, e, norms, a), root(up(p.linear.d_out)))
+        if post is not None:  # over one head, or over all of them: then one head may carry every error
+            over = root(up(node.d_head * p.heads)) if node.whole_norms else width
+            error = mul(rounding(post, div(max(before.sizes), width), div(error, over), norms, a), over)
+        largest_bias = max(p.head_biases())
+        sizes.append(add(max(found.sizes), largest_bias))
+        errors.append(error)
+    if node.rotary is not None:  # angles are position times frequency, cos and sin of them
+        turn = mul(add(up(_FUNCTION + 4), up(2 * a.tokens)), max(a.unit, Decimal(2) ** -24))
+        errors[0], errors[1] = (
+            add(x, mul(turn, add(s, x))) for x, s in zip(errors[:2], sizes[:2], strict=True)
+        )
+    (q, k, v), (e_q, e_k, e_v) = sizes, errors
+    tau = node.tau_upper()
+    logits = add(
+        mul(q, e_k), mul(k, e_q), mul(e_q, e_k), mul(a.sum_of(node.d_head), add(q, e_q), add(k, e_k))
+    )
+    eps = mul(tau, add(logits, mul(a.units(_FUNCTION + 8), add(q, e_q), add(k, e_k))))
+    if node.bias is not None:  # rounded once as stored in the logits' dtype, and once in the sum
+        eps = add(eps, mul(a.units(4), largest(node.bias.weight)))
+    share = add(a.sum_of(a.tokens), a.units(_FUNCTION + 4))
+    factor = mul(exponential(mul(up(2), eps)), add(ONE, share))
+    moved = add(mul(v, add(factor, -ONE) if factor.is_finite() else INF), mul(factor, e_v))
+    total = add(moved, mul(add(a.sum_of(a.tokens), a.units(2)), add(v, moved)))
+    return mul(total, div(root(up(heads)), root(up(heads * node.d_head))), Decimal("1.000001"))

@@ -1,0 +1,78 @@
+"""What two models have to share for a drift to be proven, and no rule looks at: rotations, masks, tables' places.
+
+Rotations are no weights: a model trained on for longer texts may have another base frequency, and with that
+turns every key otherwise, with not one weight changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lip_plugin.certificate.fingerprint import settings_of
+from lip_plugin.certificate.graph.attention import Attention
+from lip_plugin.certificate.graph.build import Graph
+from lip_plugin.certificate.graph.containers import walk
+from lip_plugin.errors import ConfigError
+
+_TURNS = ("rope", "rotary", "position_embeddings", "max_position")  # in names of settings that turn keys
+_PLACES = (0, 1, 2, 7, 100, 1000, 4095)
+
+
+def refuse_unlike_settings(base: Graph, tuned: Graph) -> None:
+    """Raise ConfigError, naming what differs, unless both graphs look up, mask and turn alike."""
+    _same("the input", _entry_of(base), _entry_of(tuned))
+    pairs = [[n for n in walk(g.body.nodes) if isinstance(n, Attention)] for g in (base, tuned)]
+    _same("the number of attentions", *(len(found) for found in pairs))
+    for b, t in zip(*pairs, strict=True):
+        _same(b.name, _attention_of(b), _attention_of(t))
+    if not any(b.rotary is not None for b in pairs[0]):
+        return
+    settings = [
+        {k: v for k, v in settings_of(g.root).items() if any(word in k for word in _TURNS)}
+        for g in (base, tuned)
+    ]
+    _same("the rotation's config", *settings)
+    for b, t in zip(*pairs, strict=True):
+        if not all(torch.equal(x, y) for x, y in zip(_turns(b), _turns(t), strict=True)):
+            raise ConfigError(
+                f"drift: {b.name} turns queries and keys otherwise in the tuned model (another base frequency, or a model "
+                "cast to another dtype, which rounds frequencies). Load both in one dtype, with one rotation."
+            )
+
+
+def _same(where: str, b: Any, t: Any) -> None:
+    if b != t:
+        raise ConfigError(
+            f"drift: {where} is {b} in the base and {t} in the tuned model, and a drift is proven between models of one "
+            "structure. Compare a model with what it was tuned from."
+        )
+
+
+def _entry_of(graph: Graph) -> tuple:
+    entry = graph.entry
+    offsets = tuple((role, table.offset) for role, table in sorted(entry.tables.items()))
+    maps = tuple(n is not None for n in (entry.patches, entry.token_map, entry.norm))
+    return offsets, maps, entry.patch, entry.image
+
+
+def _attention_of(a: Attention) -> tuple:
+    """All that the rule takes to be the same in both, but for weights."""
+    bias = None if a.bias is None else (tuple(a.bias.weight.shape), a.bias.content, a.bias.causal)
+    heads = tuple((p.start, p.stop, p.heads) for p in (a.q, a.k, a.v))
+    norms = tuple(type(n).__name__ for n in (a.q_norm, a.k_norm))
+    turned = None if a.rotary is None else (a.rotary.layer_type, a.rotary.scale)
+    settings = (a.tau, a.d_head, a.d_in, a.whole_norms, a.softcap, a.causal, a.window)
+    return settings, heads, norms, bias, turned
+
+
+def _turns(a: Attention) -> list[Tensor]:
+    """Cosines and sines at a few positions, and the frequencies they come from."""
+    if a.rotary is None:
+        return []
+    device = a.q.linear.weight().device
+    x = torch.zeros(1, len(_PLACES), a.d_in, dtype=torch.float64, device=device)
+    found = list(a.rotary(x, torch.tensor([_PLACES], device=device)))
+    return [f.detach().double().cpu() for f in (*found, *a.rotary.module.buffers())]

@@ -1,0 +1,354 @@
+"""How far apart two models of one structure can be, node by node; proofs in docs/maths.md, section 14.
+
+Carried along: radii r_b, r_t of the two streams, and delta, the token norm of their difference. With R the larger radius
+and eta(R) what the node itself differs by on one and the same input of the ball,
+
+    delta out <= min(L delta + eta(R), r_b out + r_t out),    L the smaller of the node's two Lipschitz constants on the ball
+
+because F_t(x_t) - F_b(x_b) = [F_t(x_t) - F_t(x_b)] + [F_t(x_b) - F_b(x_b)], or the same with b and t exchanged. Containers
+take the smaller of that (eta found by walking them with delta = 0) and of walking them with delta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lip_plugin.certificate.graph.attention import Attention
+from lip_plugin.certificate.graph.base import Norms, largest, rms
+from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
+from lip_plugin.certificate.graph.decimals import (
+    ONE,
+    ZERO,
+    add,
+    below,
+    div,
+    exponential,
+    mul,
+    norm2,
+    root,
+    up,
+)
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.errors import ConfigError, UnsupportedModelError
+
+# A scale is a product of a few floats, and a difference of two is exact in Decimal; a table's difference is one rounding.
+_SLIP = 1 + Decimal("1e-15")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Proven norms of the base, of the tuned model, and of the difference of each pair of matrices."""
+
+    base: Norms
+    tuned: Norms
+    diff: Norms
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Token norms of the two streams, and of their difference."""
+
+    base: Decimal
+    tuned: Decimal
+    delta: Decimal
+
+    @property
+    def radius(self) -> Decimal:
+        return max(self.base, self.tuned)
+
+
+def step(b: Any, t: Any, at: Streams, sides: Sides) -> Streams:
+    """What leaves a pair of nodes. Raises ConfigError for nodes that are not alike."""
+    if type(b) is not type(t):
+        raise _unlike(b, t)
+    out_b, out_t = b.bound(at.base, sides.base).radius, t.bound(at.tuned, sides.tuned).radius
+    big = at.radius
+    options = [add(out_b, out_t)]
+    if isinstance(b, (Chain, Residual, Parallel)):
+        options.append(through(b, t, at, sides))
+        own = through(b, t, Streams(big, big, ZERO), sides)
+    else:
+        own = eta(b, t, big, sides)
+    constants = (b.bound(big, sides.base).lipschitz, t.bound(big, sides.tuned).lipschitz)
+    options.append(add(_times(min(constants), at.delta), own))
+    return Streams(out_b, out_t, min(options))
+
+
+def _times(constant: Decimal, delta: Decimal) -> Decimal:
+    return ZERO if delta == 0 else mul(constant, delta)  # equal inputs stay equal, whatever the constant is
+
+
+def _unlike(b: Any, t: Any, what: str = "") -> ConfigError:
+    return ConfigError(
+        f"drift: {b.name} is {what or type(b).__name__} in the base and otherwise in the tuned model; a drift is proven between "
+        "models of one structure. Compare a model with what it was fine-tuned from, retrofitted alike."
+    )
+
+
+@singledispatch
+def through(b: Any, t: Any, at: Streams, sides: Sides) -> Decimal:
+    """Difference behind a container, by walking it."""
+    raise UnsupportedModelError(f"{b.name} ({type(b).__name__}): its drift has no rule here.")
+
+
+@through.register
+def _(b: Chain, t: Any, at: Streams, sides: Sides) -> Decimal:
+    if len(b.nodes) != len(t.nodes):
+        raise _unlike(b, t)
+    for inner_b, inner_t in zip(b.nodes, t.nodes, strict=True):
+        at = step(inner_b, inner_t, at, sides)
+    return at.delta
+
+
+@through.register
+def _(b: Residual, t: Any, at: Streams, sides: Sides) -> Decimal:
+    return add(at.delta, step(b.branch, t.branch, at, sides).delta)
+
+
+@through.register
+def _(b: Parallel, t: Any, at: Streams, sides: Sides) -> Decimal:
+    pairs = zip(b.branches, t.branches, strict=True)
+    return add(at.delta, *(step(x, y, at, sides).delta for x, y in pairs))
+
+
+@singledispatch
+def eta(b: Any, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    """Bound on the token norm of b(x) - t(x), for inputs x of token norm at most r."""
+    raise UnsupportedModelError(f"{b.name} ({type(b).__name__}): its drift has no rule here.")
+
+
+def difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a - b in float64, a missing one as zero; off by one rounding at most (`_SLIP`)."""
+    if a is None and b is None:
+        return None
+    x, y = (None if v is None else v.detach().double() for v in (a, b))
+    if x is None or y is None:
+        return y if x is None else x
+    return x - y.to(x.device)
+
+
+def _bias(b: Any, t: Any) -> Decimal:
+    return mul(rms(difference(t.bias(), b.bias())), _SLIP)
+
+
+@eta.register
+def _(b: Linear, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    n = mul(sides.diff[b.name].sigma, root(div(up(b.d_in), up(b.d_out))))
+    return add(mul(n, r), _bias(b, t))
+
+
+@eta.register
+def _(b: Scale, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    return mul(up(abs(Decimal(b.scale) - Decimal(t.scale))), _SLIP, r)
+
+
+def _gain(b: Norm, t: Any) -> Decimal:
+    """Largest difference of two gains; of those stored as 1 + w, each is a unit or two off."""
+    found = largest(difference(t.weight, b.weight))
+    return (
+        found
+        if found == 0
+        else add(mul(found, _SLIP), mul(_SLIP - 1, add(largest(b.weight), largest(t.weight))))
+    )
+
+
+@eta.register
+def _(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    if (b.eps, b.center, b.floor) != (t.eps, t.center, t.floor):
+        raise _unlike(b, t, f"a norm with eps {b.eps:g} and floor {b.floor:g}")
+    if (b.weight is None) != (t.weight is None):
+        raise _unlike(b, t, "a norm with a gain" if b.weight is not None else "a norm without a gain")
+    gain = _gain(b, t)
+    # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps), r / floor
+    least = b.least()
+    small = div(r, least) if least > 0 else ONE
+    return add(mul(gain, min(ONE, small)), mul(rms(difference(t.bias, b.bias)), _SLIP))
+
+
+@eta.register
+def _(b: Activation, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    if (b.kind, b.cap, b.factor) != (t.kind, t.cap, t.factor):
+        raise _unlike(b, t, f"{b.kind} (cap {b.cap})")
+    return ZERO
+
+
+@eta.register
+def _(b: Softcap, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    if b.cap != t.cap:
+        raise _unlike(b, t, f"a softcap of {b.cap:g}")
+    return ZERO
+
+
+@eta.register
+def _(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    if b.index != t.index:
+        raise _unlike(b, t)
+    if b.padding != t.padding:
+        raise ConfigError(
+            "drift: each model predicts from the last token that is not padding, and padding has another id in the tuned model "
+            f"(pad_token_id is {b.padding} in the base and {t.padding} in the tuned model), so their logits may be about "
+            "different tokens. Give both configs the same pad_token_id."
+        )
+    return ZERO
+
+
+@eta.register
+def _(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    """a(G_t x) U_t x - a(G_b x) U_b x = [a(G_t x) - a(G_b x)] U_t x + a(G_b x) (U_t - U_b) x, entry by entry."""
+    if b.cap != t.cap:
+        raise _unlike(b, t, f"a gate with cap {b.cap}")
+    eta(b.act, t.act, r, sides)
+    moved = []
+    for x, y in ((b.gate, t.gate), (b.up, t.up)):
+        size = eta(x, y, r, sides)
+        row = mul(sides.diff[x.name].row, root(up(x.d_in)))
+        moved.append((size, add(mul(row, r), mul(largest(difference(y.bias(), x.bias())), _SLIP))))
+    (gate_rms, gate_entry), (up_rms, up_entry) = moved
+    up_size, up_most = _extent(t.up, r, sides.tuned, t.cap)
+    act_size, act_most = _extent(b.gate, r, sides.base, None)
+    factor = b.act.factor
+    act_size, act_most = (
+        v if b.act.cap is None else min(v, up(b.act.cap))
+        for v in (mul(factor, act_size), mul(factor, act_most))
+    )
+    first = mul(b.act.slope(), min(mul(gate_rms, up_most), mul(gate_entry, up_size)))
+    return add(first, min(mul(act_most, up_rms), mul(act_size, up_entry)))
+
+
+def _extent(linear: Linear, r: Decimal, norms: Norms, cap: float | None) -> tuple[Decimal, Decimal]:
+    """(RMS norm, largest entry) of W x + b, behind a cap if there is one."""
+    size = linear.bound(r, norms).radius
+    most = add(mul(linear.entrywise(norms), r), largest(linear.bias()))
+    return (size, most) if cap is None else (min(size, up(cap)), min(most, up(cap)))
+
+
+@eta.register
+def _(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    """Per head, in 2-norms: values differ by d_v; logits by at most S, which moves a mixture by at most 2 V tanh(S / 2)."""
+    settings = ("tau", "d_head", "d_in", "whole_norms", "softcap", "causal", "window")
+    if any(getattr(b, k) != getattr(t, k) for k in settings) or (b.rotary is None) != (t.rotary is None):
+        raise _unlike(b, t, "attention with other settings")
+    sizes = [
+        [a.sizes(getattr(a, role), r, norms, getattr(a, f"{role}_norm", None)) for role in "qkv"]
+        for a, norms in ((b, sides.base), (t, sides.tuned))
+    ]
+    d_q, d_k, d_v = (_heads(b, t, role, r, sides) for role in "qkv")
+    tau, shifts, count = up(abs(b.tau)), _positions(b, t), range(b.q.heads)
+    values = [min(x, y) for x, y in zip(sizes[0][2].sizes, sizes[1][2].sizes, strict=True)]
+    options = []
+    # <q_t, k_t> - <q_b, k_b> = <q_t - q_b, k_t> + <q_b, k_t - k_b>, or with b and t exchanged
+    for q, k in ((sizes[0][0], sizes[1][1]), (sizes[1][0], sizes[0][1])):
+        by_q = [mul(tau, d_q[h], k.sizes[h]) for h in count]
+        by_k = [mul(tau, q.sizes[h], d_k[h]) for h in count]
+        logits = [add(by_q[h], by_k[h], shifts[h]) for h in count]
+        if b.softcap is not None:
+            logits = [min(x, mul(up(2), up(abs(b.softcap)))) for x in logits]
+        options.append(norm2([add(d_v[h], mul(pull(logits[h]), values[h])) for h in count]))
+        # or all heads by the one query that they share: sum of norm2(q_h)^2 over heads is at most that of the whole q
+        shared = mul(tau, q.whole_size, max(mul(d_k[h], values[h]) for h in count))
+        parts = (norm2([mul(x[h], values[h]) for h in count]) for x in (by_k, by_q, shifts))
+        moved_by_k, *others = parts
+        options.append(add(norm2(d_v), min(moved_by_k, shared), *others))
+    return div(min(options), below(root(up(b.q.heads * b.d_head))))
+
+
+def pull(s: Decimal) -> Decimal:
+    """2 tanh(s / 2) = 2 - 4 / (e^s + 1), rounded up: at most s, and at most 2."""
+    e = exponential(s)
+    return up(2) if e.is_infinite() else min(s, add(up(2), -below(div(up(4), add(e, ONE)))))
+
+
+def _positions(b: Attention, t: Attention) -> list[Decimal]:
+    """How far each head's biases by position move a logit, up to a shift of the row: half the spread of their differences."""
+    if (b.bias is None) != (t.bias is None):
+        raise _unlike(b, t, "attention with other position biases")
+    if b.bias is None or t.bias is None:
+        return [ZERO] * b.q.heads
+    apart = difference(t.bias.weight, b.bias.weight)
+    assert apart is not None
+    spread = (apart.amax(1) - apart.amin(1)) / 2 + apart.abs().amax(
+        1
+    ) * 2.0**-51  # each difference was rounded
+    return [mul(up(x), _SLIP) for x in spread.tolist()]
+
+
+def _heads(b: Attention, t: Attention, role: str, r: Decimal, sides: Sides) -> list[Decimal]:
+    """2-norm, per query head, of what one of q, k, v differs by on the same token; turned keys and queries included.
+
+    A key's bias adds the same to every logit of a row (see Attention.sizes), unless a norm or a rotation comes after it;
+    so does its difference. A value's passes the mixture unchanged, and counts in full.
+    """
+    p, pt = getattr(b, role), getattr(t, role)
+    posts = (getattr(b, f"{role}_norm", None), getattr(t, f"{role}_norm", None))
+    values = role == "v"
+    turned = b.rotary is not None and not values
+    seen = values or p.role == "q" or posts[0] is not None or turned
+    width, radius = root(up(b.d_head)), mul(root(up(b.d_in)), r)
+    offset = difference(pt.bias(), p.bias()) if seen else None
+    biases = (
+        [ZERO] * p.heads
+        if offset is None
+        else [mul(rms(part), width, _SLIP) for part in offset.chunk(p.heads)]
+    )
+    moved = [
+        add(mul(s, radius), x) for s, x in zip(sides.diff[p.linear.name].heads[p.role], biases, strict=True)
+    ]
+    if posts[0] is not None:
+        moved = _normed(b, t, role, moved, r, sides)
+    if turned:
+        factors = [up(abs(float(getattr(a.rotary, "attention_scaling", 1.0)))) for a in (b, t)]
+        if factors[0] != factors[1]:
+            raise _unlike(b, t, "attention with another rotation")
+        moved = [mul(m, factors[0]) for m in moved]
+    group = b.q.heads // p.heads
+    return [m for m in moved for _ in range(group)]
+
+
+def _normed(
+    b: Attention, t: Attention, role: str, moved: list[Decimal], r: Decimal, sides: Sides
+) -> list[Decimal]:
+    """The differences behind the norms of q or k, each head's or the whole vector's."""
+    p, pt = getattr(b, role), getattr(t, role)
+    posts = (getattr(b, f"{role}_norm"), getattr(t, f"{role}_norm"))
+    before_b, before_t = b.sizes(p, r, sides.base, None), t.sizes(pt, r, sides.tuned, None)
+    group = b.q.heads // p.heads
+    if b.whole_norms:
+        full = root(up(b.d_head * p.heads))
+        radii = [div(norm2(s.sizes[::group]), below(full)) for s in (before_b, before_t)]
+        extra = [
+            div(norm2(x.head_biases()), below(full)) for x in (p, pt)
+        ]  # sizes leave out what is unseen without a norm
+        at = Streams(add(radii[0], extra[0]), add(radii[1], extra[1]), div(norm2(moved), below(full)))
+        return [mul(step(*posts, at, sides).delta, full)] * p.heads
+    width, out = root(up(b.d_head)), []
+    for h, m in enumerate(moved):
+        sizes = [add(s.sizes[h * group], x.head_biases()[h]) for s, x in ((before_b, p), (before_t, pt))]
+        at = Streams(div(sizes[0], below(width)), div(sizes[1], below(width)), div(m, below(width)))
+        out.append(mul(step(*posts, at, sides).delta, width))
+    return out
+
+
+def logit_step(b: Linear, t: Linear, at: Streams, sides: Sides) -> Decimal:
+    """Largest difference of a single output of two linear maps: the last one's, so of a logit."""
+    big, width = at.radius, root(up(b.d_in))
+    rows = min(sides.base[b.name].row, sides.tuned[t.name].row)
+    own = add(mul(sides.diff[b.name].row, width, big), mul(largest(difference(t.bias(), b.bias())), _SLIP))
+    sizes = [
+        add(mul(norms[n.name].row, width, r), largest(n.bias()))
+        for n, norms, r in ((b, sides.base, at.base), (t, sides.tuned, at.tuned))
+    ]
+    return min(add(_times(mul(rows, width), at.delta), own), add(*sizes))
+
+
+def rows_apart(a: Tensor, b: Tensor) -> Decimal:
+    """Largest RMS norm of a row of a - b, rounded up."""
+    rows = difference(a, b)
+    assert rows is not None
+    size = float(torch.linalg.vector_norm(rows, dim=-1).amax()) if rows.numel() else 0.0
+    return div(mul(up(size), Decimal("1.000000000001")), below(root(up(rows.shape[-1]))))

@@ -1,0 +1,78 @@
+"""Every number and choice that a model's function has besides its weights, as plain text by place.
+
+A certificate carries this, and `verify` compares it: a scale, an eps, an activation, a window, the active adapters and
+their scaling are no weights and mostly in no config, yet another value is another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import nn
+
+from lip_plugin.certificate.graph.attention import Attention, Projection
+from lip_plugin.certificate.graph.build import Graph
+from lip_plugin.certificate.graph.containers import walk
+from lip_plugin.certificate.graph.nodes import Norm, Scale
+from lip_plugin.certificate.graph.weights import adapter_facts
+
+_PLAIN = (bool, int, float, str, type(None))
+_NAMES = ("name", "role")  # where it is, not what it does
+
+
+def function_of(graph: Graph) -> dict[str, str]:
+    """{place: what is computed there, but for weights}; equal for two models of equal weights only if their functions are."""
+    found: dict[str, str] = {}
+    for place, text in _facts(graph):
+        key, count = place, 1
+        while key in found:  # one module may stand for several nodes
+            count += 1
+            key = f"{place} ({count})"
+        found[key] = text
+    return found
+
+
+def _facts(graph: Graph) -> Iterator[tuple[str, str]]:
+    entry = graph.entry
+    for role, table in sorted(entry.tables.items()):
+        yield table.name, f"{role} rows from {table.offset}, times {table.scale!r}"
+    inputs = (
+        f"patch={entry.patch} image={entry.image} pixel_max={entry.pixel_max!r} padding={entry.padding!r}"
+    )
+    yield "inputs", inputs
+    if entry.norm is not None:
+        yield entry.norm.name, _text(entry.norm)
+    for node in walk(graph.body.nodes):
+        text = _text(node)
+        if text != type(node).__name__:
+            yield node.name, text
+    for _, name in graph.parts.linears():
+        facts = adapter_facts(graph.root.get_submodule(name))
+        if facts:
+            yield name, facts
+
+
+def _text(node: Any) -> str:
+    """Class of a node and its plain fields; of an attention also its parts that carry no weights."""
+    parts = [type(node).__name__]
+    for f in fields(node) if is_dataclass(node) else ():
+        value = getattr(node, f.name)
+        if f.name in _NAMES:
+            continue
+        if isinstance(value, _PLAIN):
+            parts.append(f"{f.name}={value!r}")
+        elif isinstance(value, (Norm, Scale)):
+            parts.append(f"{f.name}=({_text(value)})")
+        elif isinstance(value, Projection):
+            parts.append(f"{f.name}=rows {value.start}:{value.stop} in {value.heads} heads")
+        elif isinstance(value, nn.Module) and f.name == "act":
+            parts.append(f"act={type(value).__name__}")
+    if isinstance(node, Attention):
+        bias, rotary = node.bias, node.rotary
+        if bias is not None:
+            parts.append(f"bias=(content={bias.content} causal={bias.causal})")
+        if rotary is not None:
+            parts.append(f"rotary=(layer_type={rotary.layer_type!r} scale={rotary.scale!r})")
+    return " ".join(parts)

@@ -1,0 +1,1 @@
+"""TODO lip_plugin/certificate/graph."""

@@ -1,0 +1,349 @@
+"""model -> graph: an executable copy of its structure, which shares its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lip_plugin.certificate.graph.attention import Attention, Projection, Rotary
+from lip_plugin.certificate.graph.base import Node
+from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
+from lip_plugin.certificate.graph.entry import Entry, entry_of
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.graph.weights import linear_of, linears_of, maps_of, read_linear
+from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.model.activations import FunctionActivation, activation_kind
+from lip_plugin.model.architecture import Architecture, Family, find_family
+from lip_plugin.model.heads import head_dim
+from lip_plugin.model.layers import RowParameter, is_embedding, table_of
+from lip_plugin.model.normalization import Floored, norm_facts
+from lip_plugin.model.parts import BranchParts, LayerParts, Parts, owner_of, parts, refuse_undescribed
+from lip_plugin.model.position import position_bias
+from lip_plugin.model.scales import ConstantScale, branch_scale, entry_cap, input_scale
+from lip_plugin.model.wrappers import unwrap
+from lip_plugin.surgery.state import find_retrofit, is_retrofitted
+
+
+@dataclass
+class Graph:
+    """A model as nodes: `entry` from its inputs to the first block, `body` from there to the logits.
+
+    Attributes:
+        subject: what the user passed, as far as one process may run it (see lip_plugin/model/wrappers.py).
+        root: the model of a known family inside it.
+        blocks: the nodes of each layer.
+        readout: the nodes behind the last layer.
+        only: restricts `linears` (so what is measured) to linear modules of these names: a layer at a time.
+    """
+
+    subject: nn.Module
+    root: nn.Module
+    family: Family
+    parts: Parts
+    entry: Entry
+    blocks: tuple[tuple[Node, ...], ...]
+    readout: tuple[Node, ...]
+    only: frozenset[str] | None = None
+
+    @cached_property
+    def body(self) -> Chain:
+        """All nodes from the first block to the logits, one after another."""
+        return Chain("model", [*chain.from_iterable(self.blocks), *self.readout])
+
+    @property
+    def patches(self) -> Linear | None:
+        """Image models: the patch convolution as a matrix, d_in = channels * p * p; else None.
+
+        A change of an image by eps in 2-norm changes what enters the first block by at most
+        sigma_max(matrix) * eps in 2-norm over all tokens together, so in each of them: patches do not overlap.
+        """
+        return self.entry.patches
+
+    def embed(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """What enters the first block for token ids [batch, tokens], or pixels [batch, channels, h, w]."""
+        return self.entry.run(inputs, dtype)
+
+    def tables(self) -> list[str]:
+        """Names of the embedding tables whose rows add up to the input of the first block."""
+        return [table.name for table in self.entry.tables.values()]
+
+    def linears(self) -> list[tuple[str, str, nn.Module, Tensor]]:
+        """(role, name of the node, plain base module, effective weight) of every linear map.
+
+        The weight is stored as the module's is ([d_in, d_out] for a Conv1D), but a convolution's as a
+        matrix, and rows of q, k and v in that order; a fused gate and up are two maps.
+        """
+        found = []
+        for role, name in self.parts.linears():
+            if self.only is not None and name not in self.only:
+                continue
+            base = read_linear(self.root.get_submodule(name), name)[0]
+            interleaved = self.parts.n_heads if self.parts.architecture.attention.interleaved else None
+            for part, node, weight, _ in maps_of(self.root, role, name, interleaved):
+                found.append((part, node, base, weight()))
+        return found
+
+
+def build(model: nn.Module) -> Graph:
+    """The graph of a model of a known family, retrofitted or not; known wrappers are looked through.
+
+    Raises UnsupportedModelError naming a module without a proven rule, or a wrapper that is not known.
+    """
+    subject, root = unwrap(model, is_retrofitted)
+    family = find_family(root)
+    names = parts(root, family.architecture)
+    refuse_undescribed(root, names)
+    blocks = tuple(tuple(_block(root, names, layer)) for layer in names.layers)
+    return Graph(subject, root, family, names, _entry(root, names), blocks, tuple(_readout(root, names)))
+
+
+def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
+    """One layer: its two branches and the norms behind their sums, or both branches at once."""
+    chains = [_attention_branch(root, names, layer), _mlp_branch(root, names, layer)]
+    if names.architecture.parallel:
+        yield Parallel(layer.name, chains)
+        return
+    for branch, branch_chain, kind in zip(layer.branches, chains, (Residual, MlpResidual), strict=True):
+        yield kind(branch.module, branch_chain)
+        if branch.sum_norm:
+            yield _slot(root, branch.sum_norm)
+
+
+_ONE_TOKEN = {"first": 0, "last": -1}
+
+
+def _readout(root: nn.Module, names: Parts) -> list[Node]:
+    """From the last block to the logits."""
+    architecture, config = names.architecture, _config(root)
+    nodes: list[Node] = []
+    if architecture.final_norm:
+        nodes.append(_slot(root, architecture.final_norm))
+    for kind, path in architecture.readout:
+        if kind in _ONE_TOKEN:
+            padding = _padding(root, architecture) if kind == "last" else None
+            nodes.append(OneToken(f"{kind} token", _ONE_TOKEN[kind], padding))
+        elif kind == "function":
+            name = f"{path} in front of {architecture.head}"
+            nodes.append(Activation(name, FunctionActivation(path), path))
+        elif kind == "dense":
+            nodes.append(linear_of(root, "dense", path))
+        elif kind == "act":
+            nodes += _activation(root, path)
+        else:
+            nodes.append(_slot(root, path))
+    nodes.append(linear_of(root, "head", architecture.head))
+    divisor = float(getattr(config, architecture.logits_divisor)) if architecture.logits_divisor else 1.0
+    if divisor != 1.0:
+        nodes.append(Scale(f"1 / {architecture.logits_divisor}", 1.0 / divisor))
+    cap = getattr(config, architecture.softcap, None) if architecture.softcap else None
+    if cap is not None:
+        nodes.append(Softcap(str(architecture.softcap), float(cap)))
+    return nodes
+
+
+def _config(root: nn.Module) -> Any:
+    return root.config
+
+
+def _padding(root: nn.Module, architecture: Architecture) -> int | None:
+    """The token id that the forward treats as padding by its value; None if there is none."""
+    return attrgetter(architecture.padding)(root) if architecture.padding else None
+
+
+def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
+    """What the forward multiplies the token rows with; 1 without a multiplier.
+
+    A buffer is rounded to the table's dtype, as the forward does; on the meta device it has no value, and
+    the float that a load fills it from has.
+    """
+    for path in architecture.embedding_scale:
+        owner, _, attribute = path.rpartition(".")
+        value = getattr(root.get_submodule(owner), attribute)
+        if isinstance(value, Tensor) and not value.is_meta:
+            return float(value.to(table_of(root, str(architecture.tokens)).weight.dtype))
+        if not isinstance(value, Tensor) and len(architecture.embedding_scale) == 1:
+            return float(value)
+        if not isinstance(value, Tensor):
+            dtype = table_of(root, str(architecture.tokens)).weight.dtype
+            return float(torch.tensor(value, dtype=torch.float32).to(dtype))
+    return 1.0
+
+
+def _entry(root: nn.Module, names: Parts) -> Entry:
+    architecture, config = names.architecture, _config(root)
+    scale = _embedding_scale(root, architecture)
+    tables = [(role, name, _known_table(root, name)) for role, name in names.tables()]
+    norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
+    padding = _padding(root, architecture)
+    first_position = padding + 1 if architecture.positions_follow_padding and padding is not None else None
+    entry = entry_of(
+        tables,
+        scale,
+        lambda name: linear_of(root, "token_map", name),
+        architecture.token_map,
+        norm,
+        first_position,
+    )
+    entry.padding = padding
+    if architecture.patches:
+        conv: Any = root.get_submodule(architecture.patches)
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        entry.patches = linear_of(root, "patch", architecture.patches)
+        entry.patch, entry.image = conv.kernel_size, (conv.in_channels, height, width)
+        found = find_retrofit(root)
+        entry.pixel_max = found[1].config.pixel_max if found is not None else 1.0
+    return entry
+
+
+def _known_table(root: nn.Module, name: str) -> Any:
+    """A table whose lookup we know; raises UnsupportedModelError for what an adapter or another wrapper made of it."""
+    table = table_of(root, name)
+    if isinstance(table, RowParameter) or is_embedding(table):
+        return table
+    raise UnsupportedModelError(
+        f"{name} is {type(table).__module__}.{type(table).__name__}: what it looks up has no proven rule here. Merge "
+        "adapters (merge_and_unload), or leave the embedding out of their target_modules."
+    )
+
+
+def _slot(root: nn.Module, name: str) -> Node:
+    """The node of a norm slot: the constant it became, or the norm, with its floor if it has one."""
+    module: Any = root.get_submodule(name)
+    if isinstance(module, ConstantScale):
+        return Scale(name, module.scale)
+    facts = norm_facts(module, name)
+    weight: Any = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    if facts.one_plus:
+        # the gain in float64, away from zero by one unit, as 1 + w may round
+        gain = 1.0 + weight.detach().double()
+        weight = gain + gain * 2**-52
+    floor = module.floor if isinstance(module, Floored) else 0.0
+    return Norm(name, module, facts.eps, facts.center, weight, bias, floor)
+
+
+def _branch(
+    root: nn.Module, names: Parts, layer: LayerParts, branch: BranchParts, nodes: list[Node]
+) -> Chain:
+    """What is in front of f, f itself, and what is multiplied with it before it is added."""
+    before = (
+        _slot(root, branch.norm)
+        if branch.norm
+        else Scale(branch.module, input_scale(root.get_submodule(branch.module)))
+    )
+    chain = [before, *nodes]
+    if branch.scale != branch.act:
+        chain.append(Scale(branch.scale, branch_scale(root.get_submodule(branch.scale))))
+    if branch.branch_norm:
+        chain.append(_slot(root, branch.branch_norm))
+    attribute = names.architecture.residual_scale
+    factor = float(getattr(root.get_submodule(layer.name), attribute)) if attribute else 1.0
+    if factor != 1.0:
+        chain.append(Scale(f"{layer.name}.{attribute}", factor))
+    return Chain(branch.module, chain)
+
+
+def _projections(root: nn.Module, names: Parts, branch: BranchParts, d_head: int) -> dict[str, Projection]:
+    """q, k and v: rows of one fused map, or each of its own."""
+    heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
+    if "qkv" not in branch.linears:
+        maps = {role: linear_of(root, role, branch.linears[role]) for role in heads}
+        return {r: Projection(r, maps[r], 0, count * d_head, count) for r, count in heads.items()}
+    interleaved = names.n_heads if names.architecture.attention.interleaved else None
+    fused, start, found = linear_of(root, "qkv", branch.linears["qkv"], interleaved), 0, {}
+    for role, count in heads.items():
+        found[role] = Projection(role, fused, start, start + count * d_head, count)
+        start += count * d_head
+    return found
+
+
+def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
+    described, branch = names.architecture.attention, layer.attention
+    module: Any = root.get_submodule(branch.module)
+    d_head = head_dim(root, layer, names)
+    projections = _projections(root, names, branch, d_head)
+    tau = 1.0 / math.sqrt(d_head)
+    if described.scaling:
+        owner, attribute = owner_of(root, branch.module, described.scaling)
+        tau = float(getattr(owner, attribute))
+    bias = position_bias(module)
+    if bias is not None and not bias.content:
+        tau = 0.0
+    softcap = getattr(module, described.softcap) if described.softcap else None
+    if softcap is not None and not names.rotary:
+        raise UnsupportedModelError(
+            f"{branch.module} caps logits of unturned keys: no rule is proven for that."
+        )
+    if softcap is not None and bias is not None:
+        raise UnsupportedModelError(
+            f"{branch.module} caps logits and biases them: no rule is proven for that."
+        )
+    kind = getattr(module, described.layer_type) if described.layer_type else None
+    qk: list[Any] = [_slot(root, name) for name in branch.qk_norms] or [None, None]
+    widths = {n.weight.numel() for n in qk if isinstance(n, Norm) and n.weight is not None}
+    attention = Attention(
+        branch.module,
+        projections["q"],
+        projections["k"],
+        projections["v"],
+        tau=tau,
+        d_head=d_head,
+        d_in=projections["q"].linear.d_in,
+        q_norm=qk[0],
+        k_norm=qk[1],
+        rotary=Rotary(root.get_submodule(names.rotary), kind) if names.rotary else None,
+        whole_norms=bool(widths - {d_head}),
+        softcap=None if softcap is None else float(softcap),
+        causal=described.causal,
+        window=_window(root, module),
+        bias=bias,
+    )
+    out = linear_of(root, "out", branch.linears["out"])
+    return _branch(root, names, layer, branch, [AttentionOut(branch.module, [attention, out])])
+
+
+def _window(root: nn.Module, module: nn.Module) -> int | None:
+    """How many tokens back a query sees: the layer's own, or the model's, sliding window."""
+    config = _config(root)
+    window = getattr(module if hasattr(module, "sliding_window") else config, "sliding_window", None)
+    return None if window is None else int(window)
+
+
+def _activation(root: nn.Module, name: str) -> list[Node]:
+    """The activation, and the branch's scale if its output is where that is."""
+    module = root.get_submodule(name)
+    kind = activation_kind(module)
+    if kind is None:
+        raise UnsupportedModelError(f"{name} is {module}: no proven slope is known for it.")
+    nodes: list[Node] = [Activation(name, module, kind, entry_cap(module))]
+    if branch_scale(module) != 1.0:
+        nodes.append(Scale(name, branch_scale(module)))
+    return nodes
+
+
+def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
+    branch, linears = layer.mlp, layer.mlp.linears
+    act, *scale = _activation(root, str(branch.act))
+    assert isinstance(act, Activation)
+    gated: list[Linear] | None = None
+    if "gate_up" in linears:
+        gated = linears_of(root, "gate_up", linears["gate_up"])
+    elif "gate" in linears:
+        gated = [linear_of(root, role, linears[role]) for role in ("gate", "up")]
+    down = linear_of(root, "down", linears["down"])
+    if gated is None:
+        return _branch(root, names, layer, branch, [linear_of(root, "up", linears["up"]), act, *scale, down])
+    cap = entry_cap(root.get_submodule(linears.get("gate_up") or linears["up"]))
+    gate = Gate(branch.module, gated[0], gated[1], act, cap)
+    assert not scale
+    return _branch(root, names, layer, branch, [GatedMlp(branch.module, [gate, down])])

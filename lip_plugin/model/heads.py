@@ -1,0 +1,70 @@
+"""TODO lip_plugin.model.heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lip_plugin.errors import ConfigError, UnsupportedModelError
+from lip_plugin.model.layers import (
+    is_transposed,
+    rows_of,
+)
+from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment, whole
+from lip_plugin.model.parts import LayerParts, Parts
+
+
+def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
+    """Width of one attention head."""
+    linears = layer.attention.linears
+    module: Any = model.get_submodule(linears.get("qkv") or linears["q"])
+    module = getattr(module, "base_layer", module)  # an adapter may wrap it
+    rows = rows_of(module)
+    total = names.n_heads + 2 * names.n_kv_heads if "qkv" in linears else names.n_heads
+    return rows // total
+
+
+def linear_layout(
+    module: Any, role: str, cap: float, names: Parts, granularity: str, *, interleaved: bool = False
+) -> Layout:
+    """Blocks of one linear map: heads of q, k, v (or each as a whole), everything else one block.
+
+    Args:
+        interleaved: the rows of a fused map are those of q, k, v head by head, as the weight is
+            stored in some families; a graph's weights have all rows of q first, then k, then v.
+
+    Raises:
+        UnsupportedModelError: rows that do not fall into heads.
+        ConfigError: granularity "matrix" for interleaved rows.
+    """
+    transposed = is_transposed(module)
+    d_out = rows_of(module)
+    heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
+    roles = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(role, (role,))
+    if role == "gate_up":
+        half = d_out // 2
+        parts_ = tuple(Segment(r, i * half, 1, half, cap) for i, r in enumerate(roles))
+        return Layout(RMS_TO_RMS, transposed, parts_)
+    if role not in (*heads, "qkv"):
+        return whole(role, d_out, cap, transposed=transposed)
+    total = sum(heads[r] for r in roles)
+    if d_out % total:
+        raise UnsupportedModelError(f"{role}: {d_out} rows do not fall into {total} heads of equal size.")
+    d_head = d_out // total
+    if interleaved and role == "qkv":
+        if granularity != "head":
+            raise ConfigError(
+                f"The rows of q, k and v are interleaved in the fused maps of {names.architecture.name}, so none of "
+                "them is one block of its weight. Use granularity='head'."
+            )
+        turns = [(h, r) for h in range(names.n_heads) for r in roles]
+        one_each = [Segment(r, i * d_head, 1, d_head, cap) for i, (_, r) in enumerate(turns)]
+        return Layout(RMS_TO_RMS, transposed, tuple(one_each))
+    segments, start = [], 0
+    for r in roles:
+        count = heads[r] if granularity == "head" else 1
+        rows = heads[r] * d_head
+        segments.append(Segment(r, start, count, rows // count, cap))
+        start += rows
+    return Layout(RMS_TO_RMS, transposed, tuple(segments))

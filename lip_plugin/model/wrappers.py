@@ -1,0 +1,145 @@
+"""What may stand between the object that a user passes and the model of a known family inside it.
+
+A certificate is about the object that was passed. So everything around the model must be a wrapper whose forward we know
+to be the model's own; what is not in this registry is refused by name, whatever it computes. `register_wrapper` adds a
+kind (integrations/peft/wrappers.py adds peft's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.face import require_module
+from lip_plugin.model.architecture import has_family
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A kind of module that computes what the one module inside it computes.
+
+    Attributes:
+        name: what users call it.
+        matches: whether a module is one (reads attributes, never raises).
+        inner: the module inside; raises UnsupportedModelError for one that changes the function after all.
+        runs_here: whether one process may run its forward at any time. That of DDP may wait for other processes, so it is
+            not run, and must carry nothing that a user added.
+        own_forward: whether the forward is the one that the wrapper was built with.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    inner: Callable[[nn.Module], nn.Module]
+    runs_here: bool = True
+    own_forward: Callable[[nn.Module], bool] = lambda module: "forward" not in vars(module)
+
+
+_WRAPPERS: dict[str, Wrapper] = {}
+
+
+def register_wrapper(wrapper: Wrapper) -> None:
+    """Make a kind of wrapper known; the same name again replaces it."""
+    _WRAPPERS[wrapper.name] = wrapper
+
+
+def is_class(module: object, path: str) -> bool:
+    """Whether an object is of the class with this full name, or of a subclass, without importing anything."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" == path for cls in type(module).__mro__)
+
+
+def exactly(*paths: str) -> Callable[[nn.Module], bool]:
+    """A test for modules of these very classes: a subclass may compute something else."""
+    return lambda module: f"{type(module).__module__}.{type(module).__qualname__}" in paths
+
+
+def _compiled_as_built(module: nn.Module) -> bool:
+    """Whether a compiled module's forward is still the one that torch put there (functools.wraps hides what is not)."""
+    code = getattr(vars(module).get("forward"), "__globals__", {})
+    return str(code.get("__name__")).startswith("torch._dynamo.")
+
+
+def _attribute(name: str) -> Callable[[nn.Module], nn.Module]:
+    return lambda module: getattr(module, name)
+
+
+for _wrapper in (
+    Wrapper(
+        "DistributedDataParallel",
+        exactly("torch.nn.parallel.distributed.DistributedDataParallel"),
+        _attribute("module"),
+        runs_here=False,
+    ),
+    Wrapper(
+        "DataParallel",
+        exactly("torch.nn.parallel.data_parallel.DataParallel"),
+        _attribute("module"),
+        runs_here=False,
+    ),
+    Wrapper(
+        "torch.compile",
+        exactly("torch._dynamo.eval_frame.OptimizedModule"),
+        _attribute("_orig_mod"),
+        own_forward=_compiled_as_built,
+    ),
+):
+    register_wrapper(_wrapper)
+
+
+def unwrap(model: nn.Module, marked: Callable[[nn.Module], bool]) -> tuple[nn.Module, nn.Module]:
+    """(what to run, the model of a known family inside it) of the object that a user passed.
+
+    What to run is the object itself, or, behind wrappers that one process must not run, the first module inside that it may.
+
+    Args:
+        model: the object, wrapped or not.
+        marked: whether a module is known as a model, besides those whose family is known.
+
+    Raises:
+        UnsupportedModelError: a wrapper that is not registered, one that changes what is computed, or no model of a known
+            family inside. ConfigError: not a module at all.
+    """
+    require_module(model, "a certificate")
+    subject = module = model
+    around: list[tuple[nn.Module, Wrapper]] = []
+    while not (marked(module) or has_family(module)):
+        wrapper = next((w for w in _WRAPPERS.values() if w.matches(module)), None)
+        if wrapper is None:
+            _refuse(model, module, marked)
+            return model, model  # nothing known inside: its family is then refused by name
+        around.append((module, wrapper))
+        module = wrapper.inner(module)
+        if not wrapper.runs_here:  # nor can what is around it
+            for outside, kind in around:
+                _refuse_additions(outside, kind)
+            subject, around = module, []
+    return subject, module
+
+
+def _refuse(model: nn.Module, module: nn.Module, marked: Callable[[nn.Module], bool]) -> None:
+    """Raise for an unknown module with a model inside."""
+    inside = [(name, m) for name, m in module.named_modules() if m is not module]
+    found = [(name, m) for name, m in inside if marked(m) or has_family(m)]
+    if not found:
+        return
+    what = " and ".join(f"a {type(m).__name__} (.{name})" for name, m in found[:3])
+    names = ", ".join(_WRAPPERS)
+    raise UnsupportedModelError(
+        f"{type(module).__module__}.{type(module).__name__} holds {what}, and what it computes with that is not known here. "
+        f"Pass the model inside: model.{found[0][0]}. Wrappers that are looked through: {names}. "
+        "(lip_plugin.model.wrappers.register_wrapper makes one known that changes nothing.)"
+    )
+
+
+def _refuse_additions(module: nn.Module, wrapper: Wrapper) -> None:
+    """A wrapper that is not run must be as its library built it: nobody would see what was added."""
+    hooks = any(getattr(module, name) for name in _HOOKS)
+    if hooks or not wrapper.own_forward(module):
+        raise UnsupportedModelError(
+            f"The {wrapper.name} around the model carries a hook or a patched forward, which no comparison sees because its "
+            "forward is not run here. Take it off, or pass the module inside."
+        )

@@ -1,0 +1,243 @@
+"""project_() and attach_projection(): every block within its cap, now or after every step of any optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lip_plugin.distributed.owners import local, on_owners, replicas_of
+from lip_plugin.errors import ConfigError
+from lip_plugin.face import require_module
+from lip_plugin.linalg.norms import rms_to_rms_upper
+from lip_plugin.linalg.projections import METHODS, project
+from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model.batches import batches, cost_of
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.layout import ROW, Layout, clamp_rows_
+from lip_plugin.optim.finite import check_finite
+from lip_plugin.optim.intact import Held
+from lip_plugin.surgery.block_norms import block_norms
+from lip_plugin.surgery.state import constraints_of
+
+# How far above its cap a block's proven bound may lie when somebody else wrote it: the bound itself
+# is up to 2e-4 loose, and weights that are at their cap must survive a save and a load unchanged.
+TOLERANCE = 5e-4
+Projector = Callable[[nn.Module, str, float], int]
+# What is not a plain constrained weight (peft's adapters) is brought within the caps by a projector,
+# f(model, method, lr) -> how many blocks it found, and measured by its norms, f(model) -> BlockNorms.
+_PROJECTORS: dict[Projector, Callable[[nn.Module], list[BlockNorms]]] = {}
+_HOLDS: list[Callable[[nn.Module], bool]] = []
+_CHECKS: list[Callable[[nn.Module], Any]] = []
+
+
+def register_projector(
+    projector: Projector,
+    norms: Callable[[nn.Module], list[BlockNorms]],
+    holds: Callable[[nn.Module], bool] | None = None,
+    check: Callable[[nn.Module], Any] | None = None,
+) -> None:
+    """Have `projector` called by every projection of a model, and `norms` by every measurement of one.
+
+    `holds(model)` says whether there is something to hold in a model that was never retrofitted (budgets of adapters).
+    `check(model)` raises for what the projector cannot keep, before anything is changed.
+    """
+    _PROJECTORS[projector] = norms
+    if check is not None and check not in _CHECKS:
+        _CHECKS.append(check)
+    if holds is not None and holds not in _HOLDS:
+        _HOLDS.append(holds)
+
+
+@torch.no_grad()
+def project_weights_(
+    weights: list[Tensor],
+    layouts: list[Layout],
+    method: str,
+    *,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
+    replicas: Any = None,
+) -> None:
+    """Bring every block of the weights within its cap, in place, whatever the blocks are now.
+
+    Sharded weights are projected whole, by one process each; see lip_plugin/distributed/owners.py for `replicas`.
+    """
+
+    def work(whole: list[Tensor], of: list[Layout]) -> None:
+        for batch in batches(whole, of):
+            if batch.cap is not None:
+                batch.scatter_(project(batch.gather(), batch.cap, method, lr=lr, weight_decay=weight_decay))
+
+    _on_matrices(weights, layouts, work, replicas)
+    _clamp_tables_(weights, layouts)
+
+
+@torch.no_grad()
+def normalize_above_(weights: list[Tensor], layouts: list[Layout], replicas: Any = None) -> None:
+    """Divide the blocks whose proven norm exceeds the cap by more than TOLERANCE; leave the others' bits alone."""
+
+    def work(whole: list[Tensor], of: list[Layout]) -> None:
+        for batch in batches(whole, of):
+            if batch.cap is None:
+                continue
+            blocks = batch.gather()
+            above = rms_to_rms_upper(blocks) > batch.cap * (1 + TOLERANCE)
+            if bool(above.any()):
+                blocks[above] = project(blocks[above], batch.cap, "spectral_normalize")
+                batch.scatter_(blocks)
+
+    _on_matrices(weights, layouts, work, replicas)
+    _clamp_tables_(weights, layouts)
+
+
+def _on_matrices(
+    weights: list[Tensor],
+    layouts: list[Layout],
+    work: Callable[[list[Tensor], list[Layout]], None],
+    replicas: Any,
+) -> None:
+    """`work` on the whole matrices (not on tables of rows), each by its owner."""
+    matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
+    on_owners(
+        [weights[i] for i in matrices],
+        lambda mine, wholes, _: work(wholes, [layouts[matrices[k]] for k in mine]),
+        replicas=replicas,
+        costs=[cost_of(weights[i], layouts[i]) for i in matrices],
+    )
+
+
+def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
+    """Rows are whole wherever they are (lip_plugin.optim.groups asks that), so each process clamps its own."""
+    for weight, layout in zip(weights, layouts):
+        for segment, rows in layout.views(local(weight)) if layout.norm == ROW else ():
+            if segment.cap is not None:
+                clamp_rows_(rows, segment.cap)
+
+
+@torch.no_grad()
+def keep_within_caps_(model: nn.Module, process_group: Any = None, *, only_frozen: bool = False) -> None:
+    """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
+    root, config = constraints_of(model)
+    for projector in _PROJECTORS:  # first: they refuse by name what they cannot keep, before a change
+        projector(root, config.method, 0.0)
+    found = [m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)]
+    replicas = process_group if process_group is not None else replicas_of(model)
+    normalize_above_([m.weight for m in found], [m.layout for m in found], replicas)
+
+
+@torch.no_grad()
+def project_(model: nn.Module, method: str | None = None, *, lr: float = 0.0) -> list[BlockNorms]:
+    """Bring every block of a retrofitted model within its cap now, in place.
+
+    Args:
+        model: a retrofitted model, wrapped or not (DDP, peft).
+        method: one of the seven projections; None takes the config's.
+        lr: the learning rate, in RMS->RMS norm per step, for the methods that are coupled to it.
+
+    Sharded (FSDP2) or replicated (DDP) models: every process calls it, and each matrix is projected by one.
+
+    Returns:
+        Proven norms over caps after the projection, one entry per layer.
+
+    Raises:
+        NotRetrofittedError: no constrained layer in `model`.
+        NonFiniteError: a weight holds nan or inf; no weight was changed.
+    """
+    step_projection_(model, method, lr=lr, frozen=True)
+    return block_norms(model)
+
+
+@torch.no_grad()
+def step_projection_(
+    model: nn.Module, method: str | None, *, lr: float, frozen: bool = False, process_group: Any = None
+) -> None:
+    """What `attach_projection` does after a step: trainable weights, then adapters, then nothing else."""
+    root, config = constraints_of(model)
+    replicas = process_group if process_group is not None else replicas_of(model)
+    method = method or config.method
+    found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
+    for check in _CHECKS if found else ():  # what comes after these must not refuse when they have changed
+        check(root)
+    check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
+    # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
+    decay = 1.0 / (config.w_max + lr)
+    weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
+    project_weights_(weights, layouts, method, lr=lr, weight_decay=decay, replicas=replicas)
+    for projector in _PROJECTORS:
+        projector(root, method, lr)
+
+
+def attach_projection(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    model: nn.Module,
+    method: str | None = None,
+    *,
+    process_group: Any = None,
+) -> RemovableHandle:
+    """After every step of `optimizer`, bring each block of `model` within its cap.
+
+    Works with any optimizer: it is a `register_step_post_hook`, so a step that a gradient scaler
+    skips projects nothing, and one that runs is always followed by it. An accelerate wrapper
+    is looked through. Before each step the model is asked whether it is still the one that was retrofitted.
+
+    Args:
+        optimizer: torch's, or an accelerate wrapper of one; or several that share the model's parameters among them,
+            each of whose steps is followed by the projection.
+        model: the retrofitted model, wrapped or not.
+        method: one of the seven projections; None takes the config's.
+        process_group: its members hold equal copies (DDP), so each matrix is projected by one of them; None takes that of
+            a DistributedDataParallel around the model. Sharded (FSDP2) weights need none.
+
+    Returns:
+        A handle; `handle.remove()` takes the projection off again.
+
+    Raises:
+        NotRetrofittedError: no constrained layer in `model`, and no budget on its adapters.
+        ConfigError: an unknown method, arguments in another order, or a trainable weight with a cap that is in no group.
+        UnsupportedModelError: a layer that lost its cap since the retrofit. All of these again at a later step.
+    """
+    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    inner: list[Any] = [getattr(o, "optimizer", o) for o in several]
+    if isinstance(optimizer, nn.Module) or not all(hasattr(o, "register_step_post_hook") for o in inner):
+        raise ConfigError(
+            f"attach_projection({type(optimizer).__name__}, {type(model).__name__}): the optimizer comes first, then the "
+            "model: attach_projection(optimizer, model)."
+        )
+    require_module(model, "attach_projection")
+    root, _ = constraints_of(model)
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
+    held = Held(root)
+
+    def before_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        held.check([g for o in inner for g in o.param_groups], type(stepped).__name__)
+
+    def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        began = time.perf_counter()
+        rate = float(stepped.param_groups[0]["lr"])
+        step_projection_(model, method, lr=rate, process_group=process_group)
+        stepped.seconds_projecting += time.perf_counter() - began  # type: ignore[attr-defined]
+
+    before_step(inner[0], (), {})
+    keep_within_caps_(model, process_group)
+    handles = []
+    for one in inner:
+        one.seconds_projecting = 0.0
+        handles += [one.register_step_pre_hook(before_step), one.register_step_post_hook(after_step)]
+    return _Together(handles)
+
+
+class _Together(RemovableHandle):
+    """Several handles as one."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,104 @@
+"""What a step asks before it changes anything: are the gradients finite, are the weights as we left them?
+
+On several processes all of them get the same answers: whatever one of them sees, all of them act on, or raise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lip_plugin.distributed.owners import groups_of, largest_together, local
+from lip_plugin.errors import ConfigError, DistributedError
+from lip_plugin.optim.finite import largest_entries, refuse_non_finite
+
+_NEVER = (-1, -1)
+
+
+class Watch:
+    """Remembers weights as the last projection left them, by address, version and Frobenius norm.
+
+    A weight that something else wrote to since (a loaded checkpoint, a user, even through `.data`, which no version
+    counter sees) is measured again instead of trusted.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[tuple[int, int], Tensor]] = {}
+
+    def remember(self, weights: list[Tensor]) -> None:
+        """These weights are within their caps now."""
+        for w, norm in zip(weights, _norms(weights), strict=True):
+            self._known[id(w)] = (_place(w), norm)
+
+    def inspect(self, groups: list[dict[str, Any]], replicas: Any = None) -> set[int]:
+        """ids of the matrices with a gradient that are not as `remember` saw them, the same on every process.
+
+        One host synchronization, and one small all-reduce for each process group.
+
+        Raises:
+            NonFiniteError: a gradient with nan or inf, on any process.
+            DistributedError: a parameter has a gradient on some processes only.
+            ConfigError: a sparse gradient.
+        """
+        entries = [(_name(g, i), p, g["kind"]) for g in groups for i, p in enumerate(g["params"])]
+        names = [name for name, _, _ in entries]
+        params = [p for _, p, _ in entries]
+        present = [i for i, p in enumerate(params) if p.grad is not None]
+        for i in present:
+            if params[i].grad.is_sparse:
+                raise ConfigError(f"{names[i]} has a sparse gradient; build its embedding with sparse=False.")
+        spread = groups_of(params, replicas)
+        if not present and not spread:
+            return set()
+        matrices = [i for i in present if entries[i][2] == "matrix"]
+        values = local(params[0]).new_zeros((3, len(params)), dtype=torch.float32)
+        if present:
+            values[0, present] = largest_entries([local(params[i].grad) for i in present])
+            values[1, present] = 1.0
+        if matrices:
+            values[2, matrices] = self._moved([params[i] for i in matrices])
+        if spread:
+            values = self._agreed(values, spread, names)
+        largest, _, moved = values.tolist()
+        refuse_non_finite([f"gradient of {name}" for name in names], largest)
+        return {id(params[i]) for i in matrices if moved[i] != 0.0}
+
+    def _moved(self, weights: list[Tensor]) -> Tensor:
+        """How far each Frobenius norm is from the remembered one; 1 for a weight that lies elsewhere, or was written."""
+        norms = _norms(weights)
+        never = (_NEVER, norms[0].new_full((), -1.0))
+        known = [self._known.get(id(w), never) for w in weights]
+        moved = torch.stack([(a - b).abs() for a, (_, b) in zip(norms, known, strict=True)])
+        elsewhere = [place != _place(w) for w, (place, _) in zip(weights, known, strict=True)]
+        return torch.nan_to_num(moved, nan=1.0) + moved.new_tensor(elsewhere)
+
+    @staticmethod
+    def _agreed(values: Tensor, spread: list[Any], names: list[str]) -> Tensor:
+        """The largest of every number over all processes, after asking that the same gradients are there."""
+        together = largest_together(torch.cat([values, 1.0 - values[1:2]]), spread)
+        some = (together[1] > 0) & (together[3] > 0)
+        if bool(some.any()):
+            name = names[int(some.nonzero()[0])]
+            raise DistributedError(
+                f"{name} has a gradient on some processes and none on others, so they would step apart. Freeze the same "
+                "parameters everywhere, and use all of them in every forward pass (DDP: find_unused_parameters=True)."
+            )
+        return together[:3]
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    return group["param_names"][index] if group.get("param_names") else f"parameter {index}"
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    part = local(weight)
+    return part.data_ptr(), part._version
+
+
+def _norms(weights: list[Tensor]) -> list[Tensor]:
+    """Frobenius norms of what is here, float32 whatever the weights are (bf16 would round two different ones to one)."""
+    parts = [local(w.detach()) for w in weights]
+    wide = [torch.promote_types(w.dtype, torch.float32) for w in parts]
+    return [torch.linalg.vector_norm(w, dtype=d).float() for w, d in zip(parts, wide, strict=True)]

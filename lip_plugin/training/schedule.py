@@ -1,0 +1,187 @@
+"""RetrofitSchedule: floors rise under a pretrained model's norms, and its caps tighten, while it trains.
+
+    schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.2, 0.9))
+    schedule.begin_(model, LipschitzConfig(norms="calibrated", w_max=4.0), batches)
+    for step in range(steps):
+        schedule.apply_(model, optimizer, step / steps)
+        ...
+
+or `LipschitzCallback(config, schedule=schedule, calibration=batches)`. What a model is at a step follows from its pretrained
+weights, the calibration batches and the step alone, so a run is resumed by the same script from the same weights and the
+same batches (do not shuffle them anew; or keep the floors in the config's norm_floors), with a checkpoint loaded on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lip_plugin.config import FLOOR_MIN, LipschitzConfig
+from lip_plugin.distributed.owners import on_first
+from lip_plugin.errors import ConfigError
+from lip_plugin.face import require_module
+from lip_plugin.model.architecture import find_family
+from lip_plugin.model.parts import parts
+from lip_plugin.surgery.caps import caps_by_name
+from lip_plugin.surgery.checks import check_overrides
+from lip_plugin.surgery.plan import RetrofitReport
+from lip_plugin.surgery.retrofit import retrofit
+from lip_plugin.surgery.state import find_retrofit, require_retrofit
+from lip_plugin.training.calibration import own_caps, with_floors
+from lip_plugin.training.limits import recap_, set_norm_floors_
+
+ORDERS = ("last", "first", "together")
+_KEY = "lip_schedule"
+
+
+@dataclass(frozen=True)
+class _Course:
+    """Where a model came from and where it goes: caps by name at the start and at the end, the config at the end."""
+
+    start: Mapping[str, float]
+    end: Mapping[str, float]
+    target: LipschitzConfig
+
+
+@dataclass(frozen=True)
+class RetrofitSchedule:
+    """When floors rise under norms and caps tighten, in shares of the training (0 its first step, 1 its end).
+
+    Args:
+        norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's norm_floors.
+        order: `"together"` raises all floors at once, `"last"` one slot's after another's from the last to the first,
+            `"first"` from the first on. Measured alike (docs/pretrained.md).
+        caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
+            A layer whose own norm is below its target has the target as its cap from the start.
+        every: steps between two changes; each measures the norms of all blocks that a cap fell on. A compiled
+            model is compiled anew when floors leave 0 and when they move for the first time, so twice in all, or for each slot
+            in the other orders; beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
+
+    Raises:
+        ConfigError: shares out of order or of [0, 1], an unknown order.
+    """
+
+    norms: tuple[float, float] = (0.0, 0.5)
+    order: str = "together"
+    caps: tuple[float, float] = (0.0, 0.8)
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("norms", "caps"):
+            begin, end = getattr(self, name)
+            if not 0 <= begin <= end <= 1:
+                raise ConfigError(
+                    f"RetrofitSchedule({name}=({begin}, {end})): 0 <= begin <= end <= 1, please."
+                )
+            object.__setattr__(self, name, (float(begin), float(end)))
+        if self.order not in ORDERS:
+            raise ConfigError(
+                f"RetrofitSchedule(order={self.order!r}): choose one of {', '.join(map(repr, ORDERS))}."
+            )
+        if self.every < 1:
+            raise ConfigError(f"RetrofitSchedule(every={self.every}): at least 1 step.")
+
+    def floors_at(self, end: Mapping[str, float], progress: float) -> dict[str, float]:
+        """The floor of every slot, from 0 to its `end`; slots in running order."""
+        u = _part(self.norms, progress)
+        slots = list(end)
+        turn = slots[::-1] if self.order == "last" else slots
+        parts = {slot: min(1.0, max(0.0, u * len(slots) - i)) for i, slot in enumerate(turn)}
+        if self.order == "together":
+            parts = dict.fromkeys(slots, u)
+        rising = {slot: parts[slot] * floor for slot, floor in end.items()}
+        return {slot: floor if floor >= FLOOR_MIN else 0.0 for slot, floor in rising.items()}
+
+    def caps_at(
+        self, start: Mapping[str, float], end: Mapping[str, float], progress: float
+    ) -> dict[str, float]:
+        """The cap of every layer: start^(1-u) end^u, or its end where it starts below that."""
+        u = _part(self.caps, progress)
+        return {
+            name: cap if u == 1.0 or start.get(name, cap) <= cap else start[name] ** (1.0 - u) * cap**u
+            for name, cap in end.items()
+        }
+
+    def begin_(
+        self, model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None = None
+    ) -> RetrofitReport:
+        """Retrofit a pretrained model to the start of the schedule, in place: floors at 0, weights at their caps.
+
+        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_floors may
+        be given, else they are found on `batches` (see `calibrate`).
+
+        Collective: on several processes every one calls it, and all take the floors and caps that the first one finds.
+
+        Raises:
+            ConfigError: norms="remove", no floors and no batches, or a model that was retrofitted already.
+        """
+        require_module(model, "RetrofitSchedule.begin_")
+        if not isinstance(config, LipschitzConfig):  # presets are recipes that remove the norms
+            raise ConfigError(
+                "RetrofitSchedule goes from a pretrained model to LipschitzConfig(norms='calibrated', "
+                f"w_max=...), and was given {config!r:.60} instead."
+            )
+        if find_retrofit(model) is not None:
+            raise ConfigError(
+                "RetrofitSchedule: this model was retrofitted already, perhaps in an earlier part of the same run. Build it from "
+                "the same pretrained weights as then, and load the checkpoint on top: trainer.train(resume_from_checkpoint=...)."
+            )
+        if config.norms not in ("calibrated", "keep"):
+            raise ConfigError(
+                f"RetrofitSchedule goes to norms='calibrated' (or 'keep': only caps move), not to {config.norms!r}."
+            )
+        names = parts(model, find_family(model).architecture)
+        if config.norms == "calibrated" and not config.norm_floors and batches is None:
+            raise ConfigError(
+                "RetrofitSchedule needs batches for the floors of the norms: LipschitzCallback(..., calibration="
+                "batches), or LipschitzConfig(norm_floors=calibrate(model, batches))."
+            )
+        check_overrides(names, config)
+        config = with_floors(model, config, batches)
+        target = replace(config, init="keep")
+        own = on_first(partial(own_caps, model, granularity=config.granularity))
+        end = caps_by_name(names, target)
+        floors = self.floors_at(target.norm_floors, 0.0)
+        first = replace(target, overrides=self.caps_at(own, end, 0.0), norm_floors=floors)
+        report = retrofit(model, first)
+        model.__dict__[_KEY] = _Course(own, end, target)
+        self.apply_(model, None, 0.0)
+        return report
+
+    def apply_(
+        self, model: nn.Module, optimizer: Optimizer | None, progress: float, process_group: Any = None
+    ) -> None:
+        """Bring a model that `begin_` was called on to where it is at `progress`, in place, and what is above a cap within it.
+
+        Collective like `recap_`: every process calls it with the same numbers.
+
+        Raises ConfigError for a model without `begin_`.
+        """
+        root, state = require_retrofit(model)
+        course: _Course | None = root.__dict__.get(_KEY)
+        if course is None:
+            raise ConfigError(
+                "RetrofitSchedule.apply_: call begin_(model, config, batches) on the pretrained model first."
+            )
+        if course.target.norms == "calibrated":
+            set_norm_floors_(model, self.floors_at(course.target.norm_floors, progress))
+        u = _part(self.caps, progress)
+        if u == 1.0:
+            wanted: dict[str, Any] = {"w_max": course.target.w_max, "overrides": course.target.overrides}
+        else:
+            wanted = {"overrides": self.caps_at(course.start, course.end, progress)}
+        now = state.config
+        if any(getattr(now, key) != value for key, value in wanted.items()):
+            recap_(model, optimizer, **wanted, process_group=process_group)
+
+
+def _part(span: tuple[float, float], progress: float) -> float:
+    begin, end = span
+    if progress >= end:
+        return 1.0
+    return 0.0 if progress <= begin else (progress - begin) / (end - begin)
