@@ -30,7 +30,7 @@ from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofi
 from lip_plugin.certificate.attack.falsify import falsify_node
 from lip_plugin.certificate.attack.starts import d_in_of
 from lip_plugin.certificate.certify import bound_of
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Residual
 from lip_plugin.certificate.graph.decimals import add, to_float, up
@@ -119,7 +119,7 @@ def by_rules(model: Any) -> dict[str, float]:
     with torch.no_grad():
         graph = build(model)
         norms = weight_norms(graph)
-        single = Norms(norms)
+        single = ProvenNorms(norms)
         tables = graph.entry.tables.values()
         apart = add(*(up(float(row_rms_max_upper(table.read()))) for table in tables))
         return {

@@ -37,7 +37,7 @@ import transformers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, constrain_adapters, recap_, retrofit
+from lip_plugin import LipschitzConfig, LipschitzMuon, constrain_adapters, retrofit, set_caps_
 from lip_plugin.integrations.peft.enforce import merged_block_norms, project_adapters
 from lip_plugin.integrations.peft.layers import lora_layers, merged_weight
 
@@ -171,14 +171,14 @@ def run(
     base: Any, way: str, w_max: float, text: Tensor, other: Tensor, seed: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     model = copy.deepcopy(base)
-    recap_(model, None, w_max=w_max)
+    set_caps_(model, None, w_max=w_max)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
     )
     model = peft.get_peft_model(model, config)
     if way in ("budget", "balanced"):
-        recap_(model, None, w_max=1e6)  # the budget alone
+        set_caps_(model, None, w_max=1e6)  # the budget alone
         constrain_adapters(model, args.budget)
     project = {
         "none": lambda m: None,

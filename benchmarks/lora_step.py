@@ -54,9 +54,9 @@ def model_for(case: str, targets: str, r: int, args: argparse.Namespace) -> Any:
                 own[name] = slack * max(
                     float(rms_to_rms_upper(v).max()) for _, v in m.layout.views(m.weight.detach())
                 )
-        from lip_plugin import recap_
+        from lip_plugin import set_caps_
 
-        recap_(base, None, overrides=own)
+        set_caps_(base, None, overrides=own)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS[targets], fan_in_fan_out=True)
     model = peft.get_peft_model(base.to(args.device), config)
     if case == "budget":

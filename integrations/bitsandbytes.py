@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.weights import register_dequantizer
 from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.model.adapters import LayerWrapper, register_layer_wrapper
 
 
 def dequantize(module: nn.Module) -> Tensor | None:
@@ -40,4 +40,13 @@ def dequantize(module: nn.Module) -> Tensor | None:
     return dequantize_4bit(held.weight.data, held.weight.quant_state).detach()
 
 
-register_dequantizer(dequantize)
+class QuantizedLayers(LayerWrapper):
+    """bitsandbytes' layers: read by the certificate, and kept by no projection, because their codes are frozen."""
+
+    kind = "bitsandbytes"
+
+    def dequantized(self, layer: nn.Module) -> Tensor | None:
+        return dequantize(layer)
+
+
+register_layer_wrapper(QuantizedLayers())

@@ -12,7 +12,6 @@ from torch import nn
 
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import ConfigError
-from lip_plugin.surgery.plan import RetrofitReport
 
 
 def require_module(model: Any, what: str) -> None:
@@ -29,7 +28,7 @@ def require_module(model: Any, what: str) -> None:
 def _instead_of_a_model(given: Any, what: str) -> str:
     """A plain sentence on what was given in the model's place, and the cure."""
     kind = type(given).__name__
-    if isinstance(given, RetrofitReport):
+    if kind == "RetrofitReport":
         return (
             "retrofit() changes the model in place and gives a report back. Pass the model that was "
             "retrofitted."
@@ -38,7 +37,7 @@ def _instead_of_a_model(given: Any, what: str) -> str:
         path = fspath(given)
         return (
             f"{path!r} is a path. Load it first (AutoModelForCausalLM.from_pretrained(...), or "
-            "lip_plugin.integrations.huggingface.loading.load_checkpoint(...), which checks it as well), or ask on "
+            "lip_plugin.integrations.huggingface.loading.load_saved_model(...), which checks it as well), or ask on "
             f"the command line: lip-plugin certify {path}"
         )
     if isinstance(given, LipschitzConfig):

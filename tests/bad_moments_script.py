@@ -28,10 +28,10 @@ from lip_plugin import (
     load_checkpoint,
     plan_caps,
     project_,
-    recap_,
     release,
     retrofit,
     save_checkpoint,
+    set_caps_,
 )
 from lip_plugin.distributed.gather import gathered
 from lip_plugin.distributed.owners import local, on_first
@@ -150,7 +150,7 @@ def calls_on_shards() -> dict[str, Any]:
         "planned": plan_caps(model, 2.0).w_max,
         "rounding": forward_rounding_upper(model, torch.float32, 8),
     }
-    changed = recap_(model, optimizer, w_max=0.5)
+    changed = set_caps_(model, optimizer, w_max=0.5)
     found["changed"] = len(changed)
     found["worst after"] = max(b.worst_over_cap for b in block_norms(model))
     found["caps after"] = certify(model, "caps").lipschitz
@@ -177,7 +177,7 @@ def after_an_evaluation() -> dict[str, float]:
         optimizer.step()
         found[f"{kind} step"] = worst_stored(model)
         forward_only(model)
-        recap_(model, optimizer, w_max=0.5)
+        set_caps_(model, optimizer, w_max=0.5)
         found[f"{kind} recap"] = worst_stored(model)
     model = shard(model_of(CASE), False)
     forward_only(model)

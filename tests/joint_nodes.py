@@ -10,8 +10,8 @@ import torch
 from oracles import rand, rms
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.attention import Attention, Projection
-from lip_plugin.certificate.graph.base import Bound, LinearNorms, Norms
+from lip_plugin.certificate.graph.attention import Attention, HeadRows
+from lip_plugin.certificate.graph.base import Bound, LinearNorms, ProvenNorms
 from lip_plugin.certificate.graph.containers import Chain, Residual
 from lip_plugin.certificate.graph.decimals import INF, to_float, up
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
@@ -31,9 +31,9 @@ def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
     return Linear(name, lambda: weight, lambda: bias, weight.shape[0], weight.shape[1])
 
 
-def measured(node: Any, linears: dict[str, tuple[Linear, int]]) -> Norms:
+def measured(node: Any, linears: dict[str, tuple[Linear, int]]) -> ProvenNorms:
     """Proven norms of each linear map (of `heads` parts), and what the joint node measures of them."""
-    norms = Norms()
+    norms = ProvenNorms()
     for role, (one, heads) in linears.items():
         weight = one.weight()
         sigma = up(float(sigma_max_upper(weight)))
@@ -54,18 +54,20 @@ def attention_out(
     rotary: Any = None,
     q_norm: Any = None,
     k_norm: Any = None,
-) -> tuple[AttentionOut, Norms]:
+) -> tuple[AttentionOut, ProvenNorms]:
     """w: q, k, v [heads * d_head, d_in] and out [d_out, heads * d_head]."""
     nodes = {role: linear(role, w[role], (bias or {}).get(role)) for role in ("q", "k", "v", "out")}
     counts = {"q": heads, "k": kv, "v": kv}
-    parts = [Projection(r, nodes[r], 0, nodes[r].d_out, n) for r, n in counts.items()]
+    parts = [HeadRows(r, nodes[r], 0, nodes[r].d_out, n) for r, n in counts.items()]
     d_head = nodes["q"].d_out // heads
     attention = Attention("a", *parts, tau, d_head, nodes["q"].d_in, q_norm, k_norm, rotary)
     node = AttentionOut("o", [attention, nodes["out"]])
     return node, measured(node, {r: (n, counts.get(r, 0)) for r, n in nodes.items()})
 
 
-def gated(g: Tensor, u: Tensor, d: Tensor, act: Activation, *b: Tensor | None) -> tuple[GatedMlp, Norms]:
+def gated(
+    g: Tensor, u: Tensor, d: Tensor, act: Activation, *b: Tensor | None
+) -> tuple[GatedMlp, ProvenNorms]:
     bias = [*b, None, None, None][:3]
     nodes = [linear(n, w, x) for n, w, x in zip(("gate", "up", "down"), (g, u, d), bias, strict=True)]
     node = GatedMlp("m", [Gate("g", nodes[0], nodes[1], act), nodes[2]])
@@ -74,7 +76,7 @@ def gated(g: Tensor, u: Tensor, d: Tensor, act: Activation, *b: Tensor | None) -
 
 def mlp(
     w1: Tensor, w2: Tensor, act: Activation, c: float, g: float, *b: Tensor | None
-) -> tuple[MlpResidual, Norms]:
+) -> tuple[MlpResidual, ProvenNorms]:
     bias = [*b, None, None][:2]
     first, second = linear("up", w1, bias[0]), linear("down", w2, bias[1])
     node = MlpResidual("m", Chain("c", [Scale("s", c), first, act, second, Scale("t", g)]))
@@ -89,7 +91,7 @@ def activation(kind: str, scaled: bool = False) -> Activation:
     return Activation("act", ScaledActivation(Plain(), kind) if scaled else Plain(), kind)
 
 
-def joint_only(node: Any, r: float, norms: Norms) -> tuple[float, float]:
+def joint_only(node: Any, r: float, norms: ProvenNorms) -> tuple[float, float]:
     """(radius, constant) by the joint rule alone: the old ones are made infinite."""
     nothing = mock.Mock(return_value=Bound(INF, INF))
     with mock.patch.object(Chain, "bound", nothing), mock.patch.object(Residual, "bound", nothing):
@@ -97,9 +99,9 @@ def joint_only(node: Any, r: float, norms: Norms) -> tuple[float, float]:
     return to_float(bound.radius), to_float(bound.lipschitz)
 
 
-def plain_only(node: Any, r: float, norms: Norms) -> tuple[float, float]:
+def plain_only(node: Any, r: float, norms: ProvenNorms) -> tuple[float, float]:
     """(radius, constant) by the rules of single maps."""
-    single = Norms(norms)
+    single = ProvenNorms(norms)
     single.joint[node.name] = () if isinstance(node, AttentionOut) else None
     bound = node.bound(up(r), single)
     return to_float(bound.radius), to_float(bound.lipschitz)

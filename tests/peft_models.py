@@ -11,7 +11,7 @@ import torch
 from families import tiny
 from torch import Tensor, nn
 
-from lip_plugin import LipschitzConfig, project_, recap_, retrofit
+from lip_plugin import LipschitzConfig, project_, retrofit, set_caps_
 from lip_plugin.integrations.peft.layers import wrapped_layers
 
 IDS = torch.arange(48).reshape(4, 12) % 67
@@ -55,7 +55,7 @@ def base_of(family: str, w_max: float = 1.0, dtype: torch.dtype = torch.float32,
                     p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(max(p.shape)))
         project_(base, "spectral_normalize")
     if w_max != 1.0:
-        recap_(base, None, w_max=w_max)
+        set_caps_(base, None, w_max=w_max)
     return base.to(dtype)
 
 

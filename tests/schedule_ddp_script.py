@@ -16,7 +16,7 @@ from distributed_cases import leave
 from families import data_for, tiny
 from transformers import Trainer, TrainingArguments
 
-from lip_plugin import LipschitzCallback, LipschitzConfig, RetrofitSchedule
+from lip_plugin import LipschitzCallback, LipschitzConfig, RetrofitSchedule, config_of
 from lip_plugin.surgery.block_norms import block_norms
 
 torch.set_num_threads(1)
@@ -44,9 +44,9 @@ def main(out: Path) -> None:
         disable_tqdm=True,
     )
     trainer = Trainer(model, args, train_dataset=data_for("llama"), callbacks=[callback])
-    at_start = model.lip_retrofit.config.norm_floors
+    at_start = config_of(model).norm_floors
     trainer.train()
-    config = model.lip_retrofit.config
+    config = config_of(model)
     found = {
         "at_start": at_start,
         "end": (config.w_max, config.overrides),

@@ -17,7 +17,7 @@ from lip_plugin.certificate.fingerprint import Fingerprint, fingerprint
 from lip_plugin.certificate.result import _digest
 from lip_plugin.cli.commands import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.errors import CertificateError, CheckpointError, NonFiniteError, UnsupportedModelError
-from lip_plugin.integrations.huggingface.loading import certify_streamed, load_checkpoint
+from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from lip_plugin.integrations.huggingface.metrics import write_certificate
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
@@ -91,7 +91,7 @@ def test_a_truncated_file_of_weights(share, folder, capsys):
 
 
 def test_a_missing_and_a_truncated_shard(folder, capsys):
-    load_checkpoint(folder).save_pretrained(folder, max_shard_size="8KB")
+    load_saved_model(folder).save_pretrained(folder, max_shard_size="8KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     assert main(["certify", str(folder)]) == OK
     capsys.readouterr()
@@ -278,7 +278,7 @@ class TestBelongs:
 
     def test_the_same_bits_have_the_same_fingerprint_wherever_they_are(self, tmp_path):
         model = make("gpt2", tmp_path, certificate=False)
-        loaded = load_checkpoint(tmp_path)
+        loaded = load_saved_model(tmp_path)
         assert fingerprint(model) == fingerprint(loaded) == certify_streamed(tmp_path).weights
         certify(model).verify(loaded)
         certify(model, "caps").verify(loaded)

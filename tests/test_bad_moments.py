@@ -13,7 +13,15 @@ from oracles import CAP_TOLERANCE, randomize_, worst_over_cap
 from test_distributed import launch
 from torch import nn
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, project_, recap_, retrofit
+from lip_plugin import (
+    LipschitzConfig,
+    LipschitzMuon,
+    attach_projection,
+    certify,
+    project_,
+    retrofit,
+    set_caps_,
+)
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from lip_plugin.model.layers import constrained_modules
@@ -221,7 +229,7 @@ def test_caps_changed_in_mid_run_hold_everywhere_from_then_on(family, optimizer,
     bounds = []
     head = {"vit": "classifier"}.get(family, "lm_head")
     for w_max, overrides in ((1.0, None), (0.5, None), (2.0, {head: 0.25}), (2.0, {})):
-        recap_(model, made, w_max=w_max, overrides=overrides)
+        set_caps_(model, made, w_max=w_max, overrides=overrides)
         assert within(model)  # at once
         for step in range(3):
             gradients(model, step)
@@ -255,7 +263,7 @@ def test_caps_that_cannot_be_changed_are_refused_and_stay():
         (theirs, {"w_max": 2.0}),
     ):
         with pytest.raises(ConfigError):
-            recap_(model, made, **changes)
+            set_caps_(model, made, **changes)
         assert {n: m.layout for n, m in constrained_modules(model)} == before
     assert other is not model
 

@@ -21,7 +21,7 @@ from lip_plugin.certificate.result import LayerBound
 from lip_plugin.cli.charts import bars, lines, number, ticks
 from lip_plugin.cli.commands import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.cli.report import Report, render
-from lip_plugin.integrations.huggingface.loading import load_checkpoint
+from lip_plugin.integrations.huggingface.loading import load_saved_model
 from lip_plugin.integrations.nanogpt.checkpoint import load_nanogpt
 from lip_plugin.integrations.nanogpt.run import run as run_nanogpt
 
@@ -59,13 +59,13 @@ def answer(arguments, capsys):
 
 def test_certify_gives_the_librarys_own_number(checkpoint, capsys):
     code, values = answer(["certify", checkpoint], capsys)
-    certificate = certify(load_checkpoint(checkpoint))
+    certificate = certify(load_saved_model(checkpoint))
     assert code == OK
     assert values["certificate"]["lipschitz"] == certificate.lipschitz
     assert values["certificate"]["weights"] == certificate.weights
     assert values["compared"] is True
     code, values = answer(["certify", checkpoint, "--source", "caps"], capsys)
-    assert values["certificate"]["lipschitz"] == certify(load_checkpoint(checkpoint), "caps").lipschitz
+    assert values["certificate"]["lipschitz"] == certify(load_saved_model(checkpoint), "caps").lipschitz
     assert values["compared"] is False
     assert main(["certify", str(checkpoint)]) == OK
     text = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_falsify_holds_against_the_certificate_and_not_against_a_claim_too_small
     assert code == OK
     assert values["claim_from"] == "certificate.json"
     assert 0 < values["lower_bound"] <= values["claim"]
-    again = falsify(load_checkpoint(checkpoint), 5, 5, tokens=17, seed=0)
+    again = falsify(load_saved_model(checkpoint), 5, 5, tokens=17, seed=0)
     assert values["lower_bound"] == again.lower_bound
     small = 0.5 * values["lower_bound"]
     code, values = answer(["falsify", checkpoint, "--claim", small, *QUICK], capsys)
@@ -245,7 +245,7 @@ class TestReport:
         assert code == OK
         text = out.read_text(encoding="utf-8")
         page, words = Page(text), " ".join(Page(text).words)
-        certificate = certify(load_checkpoint(run / "checkpoint-6"))
+        certificate = certify(load_saved_model(run / "checkpoint-6"))
         assert values["lipschitz"] == certificate.lipschitz
         assert number(certificate.lipschitz, "up") in words
         assert number(values["lower_bound"], "down") in words

@@ -23,10 +23,10 @@ from lip_plugin import (
     load_checkpoint,
     own_caps,
     plan_caps,
-    recap_,
     release,
     retrofit,
     save_checkpoint,
+    set_caps_,
 )
 from lip_plugin.errors import CheckpointError, ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.face import require_module
@@ -160,7 +160,7 @@ CALLS = {
     "plan_caps": lambda x: plan_caps(x, 10.0),
     "save_checkpoint": lambda x: save_checkpoint("nowhere", 1, x, None),
     "load_checkpoint": lambda x: load_checkpoint("nowhere", x, None),
-    "recap_": lambda x: recap_(x, None, w_max=1.0),
+    "set_caps_": lambda x: set_caps_(x, None, w_max=1.0),
     "constrain_adapters": lambda x: constrain_adapters(x, 0.1),
 }
 

@@ -20,6 +20,7 @@ from lip_plugin import (
     attach_projection,
     calibrate,
     certify,
+    config_of,
     drift,
     falsify,
     release,
@@ -42,7 +43,7 @@ def test_saving_and_loading_gives_the_very_same_logits(family: str, quantile: fl
     model.save_pretrained(tmp_path)
     again = auto_class(family).from_pretrained(tmp_path)
     assert torch.equal(logits(model, inputs), logits(again, inputs))
-    assert again.lip_retrofit.config == model.lip_retrofit.config
+    assert config_of(again) == config_of(model)
     gains = [
         m.weight for m in again.modules() if isinstance(m, Floored) and getattr(m, "weight", None) is not None
     ]
@@ -84,7 +85,7 @@ def test_a_nanogpt_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
     assert torch.equal(logits(trained, ids), logits(again, ids))
     resumed = run(folder, ["--init_from=resume", "--max_iters=0"])["raw_model"]
     for model in (again, resumed):
-        assert model.lip_retrofit.config == trained.lip_retrofit.config
+        assert config_of(model) == config_of(trained)
 
 
 def test_without_the_plugin_a_calibrated_model_is_not_loaded_as_another(tmp_path: Any) -> None:
@@ -103,7 +104,7 @@ def test_pickle_copy_release_and_another_retrofit() -> None:
     before = logits(model, inputs)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(before, logits(twin, inputs))
-    config = model.lip_retrofit.config
+    config = config_of(model)
     release(model)
     assert torch.equal(before, logits(model, inputs))
     with pytest.raises(ConfigError, match="norm_floors of 0"):
@@ -111,7 +112,7 @@ def test_pickle_copy_release_and_another_retrofit() -> None:
     higher = {slot: 2 * floor for slot, floor in config.norm_floors.items()}
     retrofit(model, LipschitzConfig.from_dict({**config.to_dict(), "norm_floors": higher}))
     assert not torch.equal(before, logits(model, inputs))
-    retrofit(model, model.lip_retrofit.config)  # again: nothing
+    retrofit(model, config_of(model))  # again: nothing
 
 
 def test_gains_are_fixed_and_the_rest_trains() -> None:
@@ -129,20 +130,20 @@ def test_gains_are_fixed_and_the_rest_trains() -> None:
 def test_floors_move_in_mid_run_everywhere(tmp_path: Any) -> None:
     model, inputs = calibrated("llama", times=0.0), inputs_for("llama")
     whole = logits(model, inputs)
-    slots = list(model.lip_retrofit.config.norm_floors)
+    slots = list(config_of(model).norm_floors)
     report = set_norm_floors_(model, {slots[0]: 5.0})
     assert len(report) == 1
     assert len(set_norm_floors_(model, {slots[0]: 5.0})) == 0
-    assert model.lip_retrofit.config.norm_floors == dict.fromkeys(slots, 0.0) | {slots[0]: 5.0}
+    assert config_of(model).norm_floors == dict.fromkeys(slots, 0.0) | {slots[0]: 5.0}
     half = logits(model, inputs)
     assert not torch.equal(whole, half)
     model.save_pretrained(tmp_path)
     assert torch.equal(half, logits(auto_class("llama").from_pretrained(tmp_path), inputs))
-    before = copy.deepcopy(model.lip_retrofit.config)
+    before = copy.deepcopy(config_of(model))
     for wrong in ({slots[0]: -1.5}, {"nothing": 0.5}, {slots[0]: math.inf}, {slots[0]: math.nan}):
         with pytest.raises(ConfigError):
             set_norm_floors_(model, wrong)
-    assert model.lip_retrofit.config == before
+    assert config_of(model) == before
     kept = tiny("llama")
     retrofit(kept, LipschitzConfig(norms="keep"))
     with pytest.raises(ConfigError, match="'keep', not 'calibrated'"):
@@ -170,18 +171,18 @@ def test_a_norm_with_a_forward_of_its_own_is_refused() -> None:
     assert not hasattr(model, "lip_retrofit")
     del slot.forward
     retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
-    before, state = logits(model, ids), copy.deepcopy(model.lip_retrofit.config)
+    before, state = logits(model, ids), copy.deepcopy(config_of(model))
     slot.forward = slot.forward
     with pytest.raises(UnsupportedModelError, match="carries a forward"):
         set_norm_floors_(model, dict.fromkeys(floors, 9.0))
     del slot.forward
     assert torch.equal(before, logits(model, ids))
-    assert model.lip_retrofit.config == state
+    assert config_of(model) == state
 
 
 def test_norms_that_peft_wrapped_are_not_half_changed() -> None:
     model = calibrated("llama")
-    floors, ids = model.lip_retrofit.config.norm_floors, inputs_for("llama")
+    floors, ids = config_of(model).norm_floors, inputs_for("llama")
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]))
     before = logits(model, ids)
     with pytest.raises(ConfigError, match="wrapped by a ModulesToSaveWrapper"):
@@ -215,7 +216,7 @@ def test_adapters_on_a_model_with_floors_stay_within_caps_and_are_certified(fami
     moved = drift(adapted, restarts=2, steps=5)
     assert 0 < moved.logit_lower <= moved.logit_upper
     before = certify(adapted).log10_lipschitz
-    set_norm_floors_(adapted, {k: 2 * v for k, v in model.lip_retrofit.config.norm_floors.items()})
+    set_norm_floors_(adapted, {k: 2 * v for k, v in config_of(model).norm_floors.items()})
     assert certify(adapted).log10_lipschitz < before
     merged = adapted.merge_and_unload()
     assert certify(merged).log10_lipschitz == pytest.approx(certify(adapted).log10_lipschitz, abs=1e-6)

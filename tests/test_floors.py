@@ -26,7 +26,7 @@ from lip_plugin import (
 )
 from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.diagnostics.rounding import Arithmetic, rounding
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.graph.nodes import Norm
 from lip_plugin.certificate.robustness.rules import norm_rule
@@ -77,7 +77,7 @@ def _alone(kind: str, floor: float, width: int = 6) -> tuple[Any, Norm]:
 @pytest.mark.parametrize("kind", ["LayerNorm", "LlamaRMSNorm"])
 def test_a_norm_alone_is_within_its_rule_and_attains_it_below_the_floor(kind: str, floor: float) -> None:
     module, node = _alone(kind, floor)
-    bound = float(node.bound(Decimal(7), Norms()).lipschitz)
+    bound = float(node.bound(Decimal(7), ProvenNorms()).lipschitz)
     assert bound == pytest.approx(
         float(module.weight.abs().max()) / max(floor, module.facts.eps**0.5), rel=1e-9
     )
@@ -88,7 +88,9 @@ def test_a_norm_alone_is_within_its_rule_and_attains_it_below_the_floor(kind: st
         y = x + torch.randn_like(x) * floor * torch.logspace(-6, 0.5, 400, dtype=torch.float64)[:, None]
         moved = (module(x) - module(y)).norm(dim=-1) / (x - y).norm(dim=-1)
         worst = max(worst, float(moved.max()))
-        radius = node.bound(Decimal(float(x.square().mean(-1).sqrt().max()) * (1 + 1e-9)), Norms()).radius
+        radius = node.bound(
+            Decimal(float(x.square().mean(-1).sqrt().max()) * (1 + 1e-9)), ProvenNorms()
+        ).radius
         assert float(module(x).square().mean(-1).sqrt().max()) <= float(radius)
     assert worst <= bound * (1 + 1e-9)
     steep = torch.zeros(1, 6, dtype=torch.float64)
@@ -97,8 +99,8 @@ def test_a_norm_alone_is_within_its_rule_and_attains_it_below_the_floor(kind: st
     share = math.sqrt(5 / 6) if module.facts.center else 1.0  # centering takes the mean of the one entry
     assert attained >= 0.9 * share * bound if floor > 0.01 else attained <= bound
     # without the floor in the rule it would be seen to fail: what the rule for no floor says is larger, never smaller
-    assert float(Norm(**{**node.__dict__, "floor": 0.0}).bound(Decimal(7), Norms()).lipschitz) >= bound
-    wrong = Norm(**{**node.__dict__, "floor": 2 * floor}).bound(Decimal(7), Norms())
+    assert float(Norm(**{**node.__dict__, "floor": 0.0}).bound(Decimal(7), ProvenNorms()).lipschitz) >= bound
+    wrong = Norm(**{**node.__dict__, "floor": 2 * floor}).bound(Decimal(7), ProvenNorms())
     assert float(wrong.lipschitz) < attained or floor < 0.01
 
 
@@ -142,7 +144,7 @@ def test_rounding_of_a_norm_without_a_gain_is_within_its_bound() -> None:
         off = float((module(x).double() - node.run(x.double())).square().mean().sqrt())
         size = Decimal(float(x.double().square().mean().sqrt())) * Decimal("1.000001")
         assert off > 0
-        assert off <= float(rounding(node, size, Decimal(0), Norms(), Arithmetic.of(torch.float32, 1)))
+        assert off <= float(rounding(node, size, Decimal(0), ProvenNorms(), Arithmetic.of(torch.float32, 1)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "olmo2", "bert", "gpt_neox", "opt", "nanogpt"])

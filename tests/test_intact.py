@@ -12,7 +12,7 @@ from oracles import CAP_TOLERANCE, worst_over_cap
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, release, retrofit
+from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, config_of, release, retrofit
 from lip_plugin.errors import ConfigError, LipschitzError, UnsupportedModelError
 
 IDS = torch.arange(48).reshape(4, 12) % 67
@@ -119,7 +119,7 @@ def test_the_cure_for_a_resized_model_works() -> None:
     model = capped("gpt2")
     a_step(model, muon(model))
     model.resize_token_embeddings(80, mean_resizing=False)
-    config = model.lip_retrofit.config
+    config = config_of(model)
     release(model)
     retrofit(model, config)
     optimizer = muon(model)

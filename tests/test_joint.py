@@ -30,7 +30,7 @@ from oracles import randomize_
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, project_, retrofit
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import up
@@ -100,7 +100,7 @@ def test_one_head_among_empty_ones_is_attained_by_its_own_weights() -> None:
     x, v = worst(4, 2.0, 400)
     _, constant = joint_only(node, 1.0, norms)
     assert 0.997 * constant < secant(node, x, v) < constant
-    equal = Norms(norms)
+    equal = ProvenNorms(norms)
     equal.joint["o"] = norms.joint["o"][:1]
     assert joint_only(node, 1.0, equal)[1] > 1.05 * constant
 
@@ -115,7 +115,7 @@ def test_a_weakened_joint_rule_is_exceeded(field: str) -> None:
     x, v = worst(4, 2.0, 400)
     seen = secant(node, x, v)
     for factor in (Decimal("0.9"), Decimal("0.5"), Decimal(0)):
-        broken = Norms(norms)
+        broken = ProvenNorms(norms)
         broken.joint["o"] = tuple(replace(h, **{field: getattr(h, field) * factor}) for h in norms.joint["o"])
         assert joint_only(node, 1.0, broken)[1] < seen, (field, factor)
     assert seen < joint_only(node, 1.0, norms)[1]
@@ -169,7 +169,7 @@ def test_turned_keys_attain_the_sum_that_unturned_ones_do_not_reach() -> None:
     assert seen <= constant * EXACT
     assert constant <= seen * TIGHT
     assert joint_only(straight, 1.0, straight_norms)[1] == pytest.approx(math.hypot(1, 2 * beta), rel=1e-5)
-    broken = Norms(norms)
+    broken = ProvenNorms(norms)
     broken.joint["o"] = tuple(replace(h, query_bias=h.query_bias / 2) for h in norms.joint["o"])
     assert joint_only(turned, 1.0, broken)[1] < seen
 

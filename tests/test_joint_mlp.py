@@ -28,7 +28,7 @@ from joint_nodes import (
     unit,
 )
 
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.joint_bounds import MlpResidual
 from lip_plugin.certificate.graph.nodes import Activation, Scale
@@ -112,7 +112,7 @@ def test_a_weakened_mlp_rule_is_exceeded() -> None:
     node, norms = mlp(eye, eye, activation("relu"), 1.0, 1.0)
     seen = secant(node, on, on)
     assert seen == pytest.approx(2.0)
-    broken = Norms(norms)
+    broken = ProvenNorms(norms)
     broken.joint["m"] = replace(norms.joint["m"], linear=Decimal("1.000001"))
     assert joint_only(node, 1.0, broken)[1] < seen
     with mock.patch.object(Activation, "swing", return_value=Decimal("0.25")):
@@ -177,7 +177,7 @@ def test_the_gate_rule_is_attained_where_single_norms_are_ten_times_too_large() 
     assert seen <= constant * EXACT <= seen * TIGHT
     assert float(rms(node.run(x))[0]) <= radius * EXACT
     assert plain_only(node, 1.0, norms)[1] > 9.9 * constant
-    broken = Norms(norms)
+    broken = ProvenNorms(norms)
     broken.joint["m"] = joint.GateNorms(norms.joint["m"].product / 2)
     assert joint_only(node, 1.0, broken)[1] < seen
 

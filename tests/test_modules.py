@@ -25,7 +25,7 @@ from lip_plugin.model.layers import (
     is_transposed,
     unconstrain_,
 )
-from lip_plugin.model.layout import RMS_TO_RMS, ROW, Layout, Segment, clamp_rows_, whole
+from lip_plugin.model.layout import RMS_TO_RMS, ROW, Layout, Segment, clamp_rows_, one_block
 from lip_plugin.model.scales import BranchScale, ConstantScale, branch_scale, set_branch_scale_
 
 ACTIVATIONS = {
@@ -45,7 +45,7 @@ def leaf(kind: str) -> tuple[nn.Module, Layout]:
         return nn.Linear(8, 12), Layout(RMS_TO_RMS, False, pair)
     if kind == "Conv1D":
         return Conv1D(12, 8), Layout(RMS_TO_RMS, True, pair)
-    return nn.Embedding(9, 8), whole("token", 9, 1.0, norm=ROW)
+    return nn.Embedding(9, 8), one_block("token", 9, 1.0, norm=ROW)
 
 
 KINDS = ("Linear", "Conv1D", "Embedding")
@@ -170,7 +170,9 @@ def test_constraining_twice_replaces_the_layout_and_still_comes_off_in_one(kind)
     module, layout = leaf(kind)
     plain = type(module)
     constrain_(module, layout)
-    other = whole("up", 12 if kind != "Embedding" else 9, 3.0, transposed=layout.transposed, norm=layout.norm)
+    other = one_block(
+        "up", 12 if kind != "Embedding" else 9, 3.0, transposed=layout.transposed, norm=layout.norm
+    )
     constrain_(module, other)
     assert module.layout == other
     unconstrain_(module)
@@ -229,7 +231,7 @@ def test_a_subclass_of_a_plain_layer_may_compute_anything_and_is_refused():
         cls, weight = type(module), module.weight.detach().clone()
         assert not is_linear(module)
         with pytest.raises(UnsupportedModelError, match=cls.__name__):
-            constrain_(module, whole("up", 12, 1.0))
+            constrain_(module, one_block("up", 12, 1.0))
         assert type(module) is cls
         assert torch.equal(module.weight, weight)
 
@@ -292,7 +294,7 @@ def test_a_layout_shows_its_blocks_without_a_copy(kind):
     assert torch.equal(views["k"], torch.stack([matrix[6:9], matrix[9:12]]))
     views["k"][1, 2, 7] = 42.0
     assert float(matrix[11, 7]) == 42.0
-    assert not whole("up", 11, 1.0, transposed=layout.transposed).covers(module.weight)
+    assert not one_block("up", 11, 1.0, transposed=layout.transposed).covers(module.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

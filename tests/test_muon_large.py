@@ -8,7 +8,7 @@ from torch import nn
 
 from lip_plugin import LipschitzMuon
 from lip_plugin.linalg.norms import rms_to_rms_exact
-from lip_plugin.model.layout import Layout, Segment, whole
+from lip_plugin.model.layout import Layout, Segment, one_block
 from lip_plugin.optim import muon
 
 SHAPES = {"wide": (390, 600), "tall": (300, 130), "square": (140, 140), "heads": (3 * 64, 256)}
@@ -18,7 +18,7 @@ def layout_of(kind: str, cap: float) -> Layout:
     d_out, _ = SHAPES[kind]
     if kind == "heads":
         return Layout("rms_to_rms", False, (Segment("q", 0, 3, 64, cap),))
-    return whole(kind, d_out, cap)
+    return one_block(kind, d_out, cap)
 
 
 def optimizer_of(weights: dict[str, nn.Parameter], cap: float, **options) -> LipschitzMuon:
@@ -95,7 +95,7 @@ def test_weights_of_two_layouts_in_memory_are_stepped_alike():
     start = torch.randn(400, 800, generator=generator) * 0.02
     push = torch.randn(400, 800, generator=generator)
     plain, turned = nn.Parameter(start.clone()), nn.Parameter(start.t().contiguous())
-    layouts = (whole("a", 400, 1.0), whole("a", 400, 1.0, transposed=True))
+    layouts = (one_block("a", 400, 1.0), one_block("a", 400, 1.0, transposed=True))
     for p, layout, grad in ((plain, layouts[0], push), (turned, layouts[1], push.t().contiguous())):
         group = {"params": [p], "kind": "matrix", "layouts": [layout.to_plain()], "method": "soft_cap"}
         optimizer = LipschitzMuon([group], lr=0.1, precision="float32", weight_decay=0.5)

@@ -1,4 +1,4 @@
-"""Norms against the float64 SVD, one-sided: upper >= truth >= lower, whatever the spectrum."""
+"""ProvenNorms against the float64 SVD, one-sided: upper >= truth >= lower, whatever the spectrum."""
 
 from __future__ import annotations
 

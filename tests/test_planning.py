@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, tiny
 from oracles import fingerprint, randomize_
 
-from lip_plugin import LipschitzConfig, certify, plan_caps, project_, retrofit
+from lip_plugin import LipschitzConfig, certify, config_of, plan_caps, project_, retrofit
 from lip_plugin.errors import ConfigError
 
 
@@ -47,7 +47,7 @@ def test_a_retrofitted_model_is_planned_with_its_own_config_and_stays_as_it_was(
     retrofit(model, LipschitzConfig(attention_scale=2.0, w_max=3.0))
     before = fingerprint(model)
     planned = plan_caps(model, 20.0)
-    assert planned == replace(model.lip_retrofit.config, w_max=planned.w_max)
+    assert planned == replace(config_of(model), w_max=planned.w_max)
     after = fingerprint(model)
     assert after["modules"] == before["modules"]
     assert all(torch.equal(after["tensors"][k], v) for k, v in before["tensors"].items())

@@ -16,8 +16,8 @@ from oracles import rand, rms
 from torch import Tensor, nn
 from worst_cases import one_head_rows, worst_tokens
 
-from lip_plugin.certificate.graph.attention import Attention, Projection, smallest_entropy_lower
-from lip_plugin.certificate.graph.base import LinearNorms, Norms
+from lip_plugin.certificate.graph.attention import Attention, HeadRows, smallest_entropy_lower
+from lip_plugin.certificate.graph.base import LinearNorms, ProvenNorms
 from lip_plugin.certificate.graph.containers import Residual
 from lip_plugin.certificate.graph.decimals import INF, add, below, div, log10, mul, norm2, root, to_float, up
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm
@@ -103,7 +103,7 @@ def test_slope_constants_are_above_every_slope_and_tight(kind: str) -> None:
 
 def linear(
     name: str, d_out: int, d_in: int, *, seed: int, bias: float = 0.0, heads: int = 0
-) -> tuple[Linear, Norms]:
+) -> tuple[Linear, ProvenNorms]:
     """A random linear node and its norms by float64 SVD, widened for the SVD's own rounding."""
     weight = rand(d_out, d_in, seed=seed) / d_in**0.5
     b = bias * rand(d_out, seed=seed + 1) if bias else None
@@ -199,7 +199,7 @@ class Turn(nn.Module):
 
 def attention(
     heads: int, kv: int, d_head: int, *, seed: int, bias: float, tau: float, turned: bool, normed: bool
-) -> tuple[Attention, Norms]:
+) -> tuple[Attention, ProvenNorms]:
     d = 5
     parts, norms = {}, {}
     for i, (role, count) in enumerate((("q", heads), ("k", kv), ("v", kv))):
@@ -207,7 +207,7 @@ def attention(
         weight = node.weight()
         weight[:d_head] *= 3.0  # one head larger than the others
         norms[role] = norms_of(weight, role, count)
-        parts[role] = Projection(role, node, 0, count * d_head, count)
+        parts[role] = HeadRows(role, node, 0, count * d_head, count)
     slots: list[Any] = [
         Norm(n, nn.Identity(), 0.3, False, 1 + 0.3 * rand(d_head, seed=seed + i), None) if normed else None
         for i, n in enumerate(("q_norm", "k_norm"))
@@ -269,7 +269,7 @@ def test_attention_rule_is_attained_by_one_head_with_opposite_values(heads: int,
     parts, norms = {}, {}
     for role, weight in zip("qkv", one_head_rows(d, d_head), strict=True):
         node = Linear(role, lambda w=weight: w, lambda: None, d, d)  # type: ignore[misc]
-        parts[role] = Projection(role, node, 0, d, heads)
+        parts[role] = HeadRows(role, node, 0, d, heads)
         norms[role] = norms_of(weight, role, heads)
     node = Attention("a", parts["q"], parts["k"], parts["v"], 1.0 / d_head, d_head, d)
     upper = to_float(node.bound(up(1.0), norms).lipschitz)
@@ -306,7 +306,7 @@ def test_squares_hold_for_plain_keys_only_and_turned_keys_attain_the_sum() -> No
     for role, weight in (("q", q), ("k", k), ("v", v)):
         b = bias if role == "q" else None
         node = Linear(role, lambda w=weight: w, lambda b=b: b, d, d)  # type: ignore[misc]
-        parts[role] = Projection(role, node, 0, d, 1)
+        parts[role] = HeadRows(role, node, 0, d, 1)
         norms[role] = norms_of(weight, role, 1)
     nodes = [Attention("a", *parts.values(), 1.0, d, d, rotary=rotary) for rotary in (HalfTurns(), None)]
     sums, squares = (to_float(node.bound(up(1.0), norms).lipschitz) for node in nodes)

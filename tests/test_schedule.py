@@ -21,6 +21,7 @@ from lip_plugin import (
     RetrofitSchedule,
     attach_projection,
     certify,
+    config_of,
     own_caps,
     retrofit,
 )
@@ -82,7 +83,7 @@ def test_a_loop_goes_from_the_pretrained_model_to_its_target(family: str) -> Non
         assert max(b.worst_over_cap for b in block_norms(model)) <= 1 + 1e-3, caps
     schedule.apply_(model, optimizer, 1.0)
     assert max(own_caps(model).values()) <= 0.4 * (1 + 1e-3)
-    config = model.lip_retrofit.config
+    config = config_of(model)
     assert (config.w_max, config.overrides) == (0.4, {})
     assert min(config.norm_floors.values()) > 0
     assert math.isfinite(certify(model, "caps").log10_lipschitz)
@@ -169,12 +170,12 @@ def test_the_callback_carries_it_out_and_a_resumed_run_ends_where_the_other_does
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
-    assert resumed.model.lip_retrofit.config == whole.model.lip_retrofit.config
+    assert config_of(resumed.model) == config_of(whole.model)
     assert certify(resumed.model).log10_lipschitz == pytest.approx(
         certify(whole.model).log10_lipschitz, abs=1e-4
     )
     again = type(whole.model).from_pretrained(tmp_path / "whole" / "checkpoint-12")
-    assert again.lip_retrofit.config.norms == "calibrated"
+    assert config_of(again).norms == "calibrated"
 
 
 def test_the_last_checkpoint_is_the_end_of_the_schedule(tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_the_last_checkpoint_is_the_end_of_the_schedule(tmp_path: Path) -> None:
     run.train()
     last = type(run.model).from_pretrained(tmp_path / "checkpoint-12")
     for model in (run.model, last):
-        config = model.lip_retrofit.config
+        config = config_of(model)
         assert (config.w_max, config.overrides) == (0.4, {})
         assert min(config.norm_floors.values()) > 0
     assert torch.equal(logits(run.model, batches()[0]), logits(last, batches()[0]))
@@ -272,4 +273,4 @@ def test_a_model_with_floors_keeps_them_when_it_is_trained_on() -> None:
     asked = LipschitzConfig(norms="calibrated", overrides=own_caps(model))
     retrofit(model, with_floors(model, asked, batches()))
     other = [torch.randint(67, (4, 12))]
-    assert with_floors(model, asked, other).norm_floors == model.lip_retrofit.config.norm_floors
+    assert with_floors(model, asked, other).norm_floors == config_of(model).norm_floors

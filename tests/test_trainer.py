@@ -58,7 +58,7 @@ def inner(trainer: Trainer) -> torch.optim.Optimizer:
 
 
 class AfterEveryStep(TrainerCallback):
-    """Norms after each optimizer step, by the oracle."""
+    """ProvenNorms after each optimizer step, by the oracle."""
 
     def __init__(self) -> None:
         self.worst: list[float] = []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig
 from lip_plugin.certificate.certify import bound_of
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.entry import Entry
@@ -30,7 +30,7 @@ from lip_plugin.certificate.robustness.movement import Local, Movement
 from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp
 from lip_plugin.model.layers import constrain_, constrained_modules
-from lip_plugin.model.layout import whole
+from lip_plugin.model.layout import one_block
 from lip_plugin.model.parts import Parts
 from lip_plugin.surgery.caps import cap_of
 from lip_plugin.surgery.orthogonal_init import init_orthogonal_
@@ -66,7 +66,9 @@ def constrain(model: Images, config: LipschitzConfig, *, capped: bool = True) ->
 
     def give(on: bool) -> None:
         for name, linear in zip(model.names(), model.maps, strict=True):
-            constrain_(linear, whole("dense", linear.weight.shape[0], cap_of(name, config) if on else None))
+            constrain_(
+                linear, one_block("dense", linear.weight.shape[0], cap_of(name, config) if on else None)
+            )
 
     give(True)
     init_orthogonal_(model)
@@ -114,7 +116,7 @@ class InputBall:
     def movement(self, point: Tensor, x: Tensor, eps: Tensor, local: Local) -> Movement:
         return Movement.ball((eps[:, None, None] * (1 + 1e-12)).expand(-1, *x.shape[:2]))
 
-    def token_norm(self, eps: float, norms: Norms) -> float:
+    def token_norm(self, eps: float, norms: ProvenNorms) -> float:
         return eps / self.width**0.5 * (1 + 1e-12)
 
     def dual(self, gradient: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""TODO integrations/huggingface."""
+"""Hugging Face Transformers: families, the Trainer's callback, saving and loading."""

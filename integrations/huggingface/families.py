@@ -26,7 +26,37 @@ from lip_plugin.integrations.huggingface.encoders import (
     ROBERTA_CLASSIFIER,
     VIT,
 )
+from lip_plugin.model.activations import register_activation_classes
 from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp, model_logits, register_family
+from lip_plugin.model.layers import register_layer_class
+from lip_plugin.model.normalization import NormFacts, plain_norm_class, register_norm
+
+# ---- classes whose forward was read -------------------------------------------------------------------
+
+register_layer_class("transformers.pytorch_utils.Conv1D", transposed=True)
+register_layer_class("transformers.models.opt.modeling_opt.OPTLearnedPositionalEmbedding")  # an offset
+register_layer_class("transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding")  # a factor
+register_layer_class("transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding")
+register_activation_classes(
+    "transformers.activations",
+    *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
+    *("SiLUActivation", "AccurateGELUActivation"),
+)
+_GAIN_IS_ONE_PLUS_WEIGHT = {
+    "transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm",
+    "transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm",
+}
+
+
+def _gemma_norm(module: Any) -> NormFacts | None:
+    cls = plain_norm_class(module)
+    known = f"{cls.__module__}.{cls.__name__}" in _GAIN_IS_ONE_PLUS_WEIGHT
+    return NormFacts(float(module.eps), False, True) if known else None
+
+
+register_norm(_gemma_norm)
+
+# ---- families ------------------------------------------------------------------------------------------
 
 GPT2 = Architecture(
     name="gpt2",

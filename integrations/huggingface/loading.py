@@ -35,7 +35,7 @@ from lip_plugin.surgery.retrofit import retrofit
 _TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128, "hidden_dim": 128}
 
 
-def load_checkpoint(folder: str | Path) -> nn.Module:
+def load_saved_model(folder: str | Path) -> nn.Module:
     """The model saved in `folder` by save_pretrained or a Trainer, in eval mode, on the CPU, in its own dtype.
 
     Raises:
@@ -67,9 +67,9 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
 def certify_streamed(
     folder: str | Path, source: str = "weights", *, progress: Progress = iter
 ) -> Certificate:
-    """certify(load_checkpoint(folder), source) with the memory of one layer (or of the head, if that is larger).
+    """certify(load_saved_model(folder), source) with the memory of one layer (or of the head, if that is larger).
 
-    Raises what `load_checkpoint` and `certify` raise.
+    Raises what `load_saved_model` and `certify` raise.
     """
     shards = Shards(folder)
     config, cls = read_config(shards.folder)

@@ -6,7 +6,6 @@ Of a sharded model (FSDP2) all of this is collective: every process calls it, th
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from lip_plugin.certificate.result import Certificate
 from lip_plugin.distributed.gather import together
 from lip_plugin.distributed.owners import on_first
 from lip_plugin.errors import DistributedError, LipschitzError, UnsupportedModelError
+from lip_plugin.files import write_whole
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.layout import ROW
 from lip_plugin.model.normalization import steepest_norm
@@ -151,17 +151,7 @@ def write_certificate(model: nn.Module, folder: Path) -> None:
         if find_retrofit(whole) is None and not _known(whole):
             (folder / CERTIFICATE).unlink(missing_ok=True)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "certificate.json.tmp"
-        try:
-            with temporary.open("w") as file:
-                file.write(certify(whole).to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / CERTIFICATE)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(folder / CERTIFICATE, certify(whole).to_json())
 
     together(model, write)
 

@@ -26,8 +26,24 @@ def register_optimizer() -> None:
     handlers[OPTIM_NAME] = _muon_of
 
 
+def optim_args(options: dict[str, Any]) -> str:
+    """Options of LipschitzMuon as `TrainingArguments.optim_args` has them: "momentum=0.95,betas=0.9/0.99"."""
+    written = {k: "/".join(map(repr, v)) if isinstance(v, tuple) else v for k, v in options.items()}
+    return ",".join(f"{key}={value}" for key, value in written.items() if value is not None)
+
+
 def _muon_of(context: Any) -> tuple[type, dict[str, Any]]:
-    return MuonFactory, {"lr": context.args.learning_rate, **getattr(context.args, "_lip_muon", {})}
+    options = {key: _read(value) for key, value in context.optim_args.items()}
+    return MuonFactory, {"lr": context.args.learning_rate, **options}
+
+
+def _read(value: str) -> Any:
+    """A number, several numbers, or a word."""
+    try:
+        numbers = [int(v) if v.lstrip("-").isdecimal() else float(v) for v in value.split("/")]
+    except ValueError:
+        return value
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 class MuonFactory:

@@ -26,7 +26,7 @@ from lip_plugin.distributed.gather import has_shards
 from lip_plugin.errors import TrainerError
 from lip_plugin.integrations.huggingface.arguments import check_arguments, refuse_second, refuse_stack
 from lip_plugin.integrations.huggingface.metrics import CERTIFICATE, certificate_or_reason, measured, probe
-from lip_plugin.integrations.huggingface.optimizer import OPTIM_NAME, register_optimizer
+from lip_plugin.integrations.huggingface.optimizer import OPTIM_NAME, optim_args, register_optimizer
 from lip_plugin.integrations.huggingface.refusals import refuse_without_effect
 from lip_plugin.integrations.peft.budget import constrain_adapters, has_budget
 from lip_plugin.optim.enforce import attach_projection, keep_within_caps_
@@ -135,8 +135,9 @@ class LipschitzCallback(TrainerCallback):
                 logger.info("learning_rate is %g, in RMS->RMS norm per step", rate)
             args.learning_rate = rate
             options = {"momentum": 0.95, "weight_decay": args.weight_decay, **self.muon}
-            # on the arguments, because the table of optimizers is global
-            args._lip_muon = options  # type: ignore[attr-defined]
+            args.optim_args = ",".join(
+                filter(None, [optim_args(options), args.optim_args])
+            )  # the user's own win
             register_optimizer()
             args.optim = OPTIM_NAME
 

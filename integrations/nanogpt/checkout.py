@@ -1,4 +1,4 @@
-"""TODO lip_plugin.integrations.nanogpt.run.checkout."""
+"""A nanoGPT checkout: its scripts, the files of a run, and how to be in its folder for a while."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPTS = ("train.py", "sample.py")
 
 
 @contextmanager
-def _inside(folder: Path, argv: list[str]) -> Iterator[None]:
+def inside(folder: Path, argv: list[str]) -> Iterator[None]:
     """Be where a script run by hand in `folder` would be; then back, its modules forgotten."""
     cwd, old_argv, old_path, old_model = os.getcwd(), sys.argv, list(sys.path), sys.modules.pop("model", None)
     os.chdir(folder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp, register_family
+from lip_plugin.model.normalization import NormFacts, plain_norm_class, register_norm
 
 NANOGPT = Architecture(
     name="nanogpt",
@@ -32,4 +35,11 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, ids)[0]  # without targets its forward gives the last position only
 
 
+def _norm(module: Any) -> NormFacts | None:
+    """nanoGPT's LayerNorm, whose eps is a literal in its forward."""
+    own = plain_norm_class(module).__name__ == "LayerNorm" and not hasattr(module, "eps")
+    return NormFacts(1e-5, True) if own else None
+
+
+register_norm(_norm)
 register_family(Family(NANOGPT, _matches, logits=_logits))

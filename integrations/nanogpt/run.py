@@ -1,7 +1,7 @@
 """Runs an untouched nanoGPT checkout under the constraint: its train.py, its sample.py, its options.
 
-    python -m lip_plugin.integrations.nanogpt.run --nanogpt-dir DIR config/train_shakespeare_char.py --lip_w_max=2
-    python -m lip_plugin.integrations.nanogpt.run --nanogpt-dir DIR sample.py --out_dir=out-shakespeare-char
+    python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR config/train_shakespeare_char.py --lip_w_max=2
+    python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR sample.py --out_dir=out-shakespeare-char
 
 No file of the checkout is changed: the class `model.GPT` is patched in memory, so that every model it
 builds is retrofitted and trained by LipschitzMuon. Beside each ckpt.pt lie then `lipschitz.json` (the
@@ -30,7 +30,8 @@ from torch import nn
 
 from lip_plugin.certificate.certify import certify
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError, UnsupportedModelError
-from lip_plugin.integrations.nanogpt.checkout import SCRIPTS, SETTINGS, _inside
+from lip_plugin.files import write_whole
+from lip_plugin.integrations.nanogpt.checkout import CERTIFICATE, CHECKPOINT, SCRIPTS, SETTINGS, inside
 from lip_plugin.integrations.nanogpt.patch import OPTION_PREFIX, Options, install
 
 logger = logging.getLogger("lip_plugin.integrations.nanogpt.run")  # __name__ is "__main__" under python -m
@@ -62,7 +63,9 @@ class _Run:
             folder = Path(f).parent
             # at no moment may a certificate lie beside weights that it was not computed from
             (folder / CERTIFICATE).unlink(missing_ok=True)
-            _write(folder / SETTINGS, json.dumps(self.options.to_dict(), indent=2, sort_keys=True))
+            write_whole(
+                folder / SETTINGS, json.dumps(self.options.to_dict(), indent=2, sort_keys=True) + "\n"
+            )
             save(obj, f, *args, **kwargs)
             self._certify(self.model, folder)
 
@@ -83,7 +86,7 @@ class _Run:
         except CertificateError as error:  # hours of training are worth more than one certificate
             logger.error("no certificate for this checkpoint: %s", error)
             return
-        _write(folder / CERTIFICATE, weights.to_json())
+        write_whole(folder / CERTIFICATE, weights.to_json() + "\n")
         logger.info(
             "certificate from weights 10^%.2f, from caps 10^%.2f, radius %.4g",
             weights.log10_lipschitz,
@@ -122,13 +125,6 @@ def _is_checkpoint(f: Any) -> bool:
     return isinstance(f, (str, os.PathLike)) and Path(f).name == CHECKPOINT
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none: a run that is killed leaves no half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def run(
     directory: str | Path, arguments: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -156,7 +152,7 @@ def run(
             "checkout (git clone https://github.com/karpathy/nanoGPT)."
         )
     state = _Run(options or {})
-    with _inside(folder, [script, *arguments]):
+    with inside(folder, [script, *arguments]):
         gpt_class = getattr(importlib.import_module("model"), "GPT", None)
         if gpt_class is None:
             raise UnsupportedModelError(f"{folder / 'model.py'} has no class GPT: that is not nanoGPT.")
@@ -173,7 +169,7 @@ def run(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lip_plugin.integrations.nanogpt.run",
+        prog="python -m lip_plugin.integrations.nanogpt",
         usage="%(prog)s --nanogpt-dir DIR [--lip_KEY=VALUE ...] [train.py|sample.py] [its arguments ...]",
         description="Run an untouched nanoGPT checkout with norm-constrained weights, LipschitzMuon, and a "
         "certificate beside every checkpoint. Paths are relative to DIR, as in nanoGPT. "
@@ -221,7 +217,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""TODO integrations/peft."""
+"""peft: adapters within caps and budgets."""

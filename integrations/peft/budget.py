@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.weights import dequantized
 from lip_plugin.errors import ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.face import require_module
 from lip_plugin.integrations.peft.factors import Factors, change_sizes
@@ -27,10 +26,11 @@ from lip_plugin.integrations.peft.layers import (
     refuse_merged,
 )
 from lip_plugin.linalg.norms import rms_to_rms_upper
+from lip_plugin.model.adapters import dequantized
 from lip_plugin.model.architecture import find_family
 from lip_plugin.model.heads import linear_layout
 from lip_plugin.model.layers import Constrained, is_linear, is_transposed, rows_of
-from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment, whole
+from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment, one_block
 from lip_plugin.model.parts import parts
 from lip_plugin.surgery.plan import Plan, RetrofitReport
 
@@ -144,7 +144,7 @@ def _layout(name: str, layer: Any, budget: float, role: Any, granularity: str) -
         )
     transposed = is_transposed(base)
     if role is None:
-        return whole("whole", rows_of(base), budget, transposed=transposed)
+        return one_block("whole", rows_of(base), budget, transposed=transposed)
     kind, names = role
     interleaved = names.architecture.attention.interleaved
     chosen = "head" if interleaved else granularity

@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.weights import register_stand_in, register_weight_reader
 from lip_plugin.errors import ConfigError
 from lip_plugin.integrations.peft.budget import clip_to_budget_, has_budget, limits, shorten_to_budget_
 from lip_plugin.integrations.peft.dora import hold_magnitudes_, rows_of
@@ -40,11 +39,10 @@ from lip_plugin.integrations.peft.layers import (
     saved_module,
     wrapped_layers,
 )
-from lip_plugin.integrations.peft.nearest import capped, project_blocks_
+from lip_plugin.integrations.peft.nearest import capped_blocks, project_blocks_
 from lip_plugin.linalg.norms import rms_to_rms_upper, sigma_max_exact, sigma_max_upper
-from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model.adapters import BlockNorms, LayerWrapper, register_layer_wrapper
 from lip_plugin.model.layout import Segment
-from lip_plugin.optim.enforce import register_projector
 from lip_plugin.optim.finite import check_finite
 
 WITHIN = 1.0 + 5e-5  # as peft_blocks.ACCEPT, of the norm
@@ -133,7 +131,7 @@ def _base_norms(f: Factors) -> list[Tensor]:
         weight = f.weight()
         layout = f.layout or f.budget
         assert layout is not None
-        views = list(capped(layout, weight.float() if weight.dtype != torch.float64 else weight))
+        views = list(capped_blocks(layout, weight.float() if weight.dtype != torch.float64 else weight))
         norms = [sigma_max_upper(w) for _, w in views]
         for (segment, w), norm in zip(views, norms, strict=True) if f.layout is not None else ():
             _refuse_above(f.name, segment, w, norm)
@@ -175,11 +173,36 @@ def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
 
 
 def _over(name: str, layout: Any, weight: Tensor) -> BlockNorms:
-    blocks = list(capped(layout, weight))
+    blocks = list(capped_blocks(layout, weight))
     worst = max((float(rms_to_rms_upper(w).max()) / s.cap for s, w in blocks if s.cap), default=0.0)
     return BlockNorms(name, worst, sum(s.count for s, _ in blocks))
 
 
-register_projector(project_adapters, merged_block_norms, holds=has_budget, check=find_adapters)
-register_weight_reader(read_weight, adapter_facts)
-register_stand_in(saved_module)
+class PeftLayers(LayerWrapper):
+    """peft's adapters on linear layers, and the copies of layers that it trains beside them."""
+
+    kind = "peft"
+
+    def runs(self, layer: nn.Module) -> nn.Module | None:
+        return saved_module(layer)
+
+    def weight(self, layer: nn.Module) -> Tensor | None:
+        return read_weight(layer)
+
+    def facts(self, layer: nn.Module) -> str:
+        return adapter_facts(layer)
+
+    def holds(self, model: nn.Module) -> bool:
+        return has_budget(model)
+
+    def check(self, model: nn.Module) -> None:
+        find_adapters(model)
+
+    def project_(self, model: nn.Module, method: str, lr: float) -> int:
+        return project_adapters(model, method, lr)
+
+    def norms(self, model: nn.Module) -> list[BlockNorms]:
+        return merged_block_norms(model)
+
+
+register_layer_wrapper(PeftLayers())

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.weights import dequantized
 from lip_plugin.errors import TrainerError, UnsupportedModelError
+from lip_plugin.model.adapters import dequantized
 from lip_plugin.model.layers import Constrained, is_linear, is_transposed
 from lip_plugin.model.scales import entry_cap
 

@@ -45,7 +45,7 @@ def _pieces(f: Factors) -> list[_Piece]:
     """Coordinates of A, and everything of W0 that does not change with B."""
     assert f.layout is not None
     weight, spectra, q = f.weight(), spectra_of(f), f.full_coordinates()
-    views = list(capped(f.layout, weight))
+    views = list(capped_blocks(f.layout, weight))
     wide = torch.promote_types(weight.dtype, torch.float32)
     y = None
     if any(v.shape[-2] <= v.shape[-1] for _, v in views):
@@ -155,7 +155,7 @@ def spectra_of(f: Factors) -> list[Spectrum]:
     known = _CACHE.get(f.layer)
     if known is None or known[0] != key:
         assert f.layout is not None
-        known = (key, [_spectrum(s, w) for s, w in capped(f.layout, f.weight())])
+        known = (key, [_spectrum(s, w) for s, w in capped_blocks(f.layout, f.weight())])
         _CACHE[f.layer] = known
     return known[1]
 
@@ -171,6 +171,6 @@ def _spectrum(segment: Segment, w: Tensor) -> Spectrum:
     return Spectrum(basis.to(torch.promote_types(w.dtype, torch.float32)), energy, ceiling)
 
 
-def capped(layout: Any, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
+def capped_blocks(layout: Any, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
     """(segment, its blocks) of the segments with a cap."""
     return ((s, v) for s, v in layout.views(weight) if s.cap is not None)

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.comparison.compare import check_graph
-from lip_plugin.certificate.fingerprint import capped, fingerprint, settings_of
+from lip_plugin.certificate.fingerprint import capped_weights, fingerprint, settings_of
 from lip_plugin.certificate.function_facts import function_of
 from lip_plugin.certificate.graph.attention import Attention, attentions
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import INF, ONE, log10, mul, root, to_float, up
 from lip_plugin.certificate.graph.nodes import Linear, Scale
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.result import NORM, Certificate, LayerBound, check_within_caps
-from lip_plugin.certificate.weight_norms import CAP_SLACK, cap_norms, refuse_non_finite, weight_norms
+from lip_plugin.certificate.weight_norms import CAP_SLACK, cap_norms, refuse_non_finite_weights, weight_norms
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import ConfigError
 from lip_plugin.model.adapters import BlockNorms
@@ -58,7 +58,7 @@ def certify(
         raise ConfigError(f"certify(source={source!r}): choose 'weights' or 'caps'.")
     with torch.no_grad():
         graph = build(model)
-        refuse_non_finite(graph.root)
+        refuse_non_finite_weights(graph.root)
         if check:
             check_graph(graph)
         proven = weight_norms(graph) if source == "weights" else cap_norms(graph)
@@ -67,7 +67,9 @@ def certify(
         return replace(bound_of(graph, proven, source), weights=fingerprint(graph.root, source))
 
 
-def bound_of(graph: Graph, norms: Norms, source: str, radius_upper: Decimal | None = None) -> Certificate:
+def bound_of(
+    graph: Graph, norms: ProvenNorms, source: str, radius_upper: Decimal | None = None
+) -> Certificate:
     """The rules on given norms. `radius_upper`: of the embeddings, where they are not in memory any more."""
     # the bound is for the very ball that is stated, so the radius is rounded up to a float first
     start = to_float(radius_of(graph, source) if radius_upper is None else radius_upper)
@@ -131,7 +133,7 @@ def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
         )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")
-        caps = capped(
+        caps = capped_weights(
             graph.root
         )  # by what is constrained, not by name: peft moves a weight to its base_layer
         free = [n for n, p in graph.root.named_parameters() if n not in caps and p.requires_grad]

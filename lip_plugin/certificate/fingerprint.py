@@ -97,7 +97,7 @@ def fingerprint(root: nn.Module, source: str = "weights") -> str:
     Raises UnsupportedModelError for sharded tensors and those without values (meta device).
     """
     found = Fingerprint()
-    caps = capped(root) if source == "caps" else {}
+    caps = capped_weights(root) if source == "caps" else {}
     names: dict[int, str] = {}
     for name, tensor in stored_tensors(root).items():
         if name in caps:
@@ -110,7 +110,7 @@ def fingerprint(root: nn.Module, source: str = "weights") -> str:
     return found.value()
 
 
-def capped(root: nn.Module) -> dict[str, tuple]:
+def capped_weights(root: nn.Module) -> dict[str, tuple]:
     """Names of the weights whose blocks are capped, with their layouts as plain data."""
     return {
         name if isinstance(module, RowParameter) else f"{name}.weight": module.layout.to_plain()

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.certificate.graph.attention import Attention, Projection
+from lip_plugin.certificate.graph.attention import Attention, HeadRows
 from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.nodes import Norm, Scale
-from lip_plugin.certificate.graph.weights import adapter_facts
+from lip_plugin.model.adapters import wrapper_facts
 
 _PLAIN = (bool, int, float, str, type(None))
 _NAMES = ("name", "role")  # where it is, not what it does
@@ -49,7 +49,7 @@ def _facts(graph: Graph) -> Iterator[tuple[str, str]]:
         if text != type(node).__name__:
             yield node.name, text
     for _, name in graph.parts.linears():
-        facts = adapter_facts(graph.root.get_submodule(name))
+        facts = wrapper_facts(graph.root.get_submodule(name))
         if facts:
             yield name, facts
 
@@ -65,7 +65,7 @@ def _text(node: Any) -> str:
             parts.append(f"{f.name}={value!r}")
         elif isinstance(value, (Norm, Scale)):
             parts.append(f"{f.name}=({_text(value)})")
-        elif isinstance(value, Projection):
+        elif isinstance(value, HeadRows):
             parts.append(f"{f.name}=rows {value.start}:{value.stop} in {value.heads} heads")
         elif isinstance(value, nn.Module) and f.name == "act":
             parts.append(f"act={type(value).__name__}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
-from lip_plugin.certificate.graph.base import Norms, rms
+from lip_plugin.certificate.graph.base import ProvenNorms, rms
 from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.decimals import add, div, mul, root, up
 from lip_plugin.certificate.graph.entry import Table
@@ -38,7 +38,7 @@ def radius_of(graph: Graph, source: str) -> Decimal:
         total = add(_mapped(graph, entry.token_map, token, source), _sums(tables.values(), source))
     else:
         total = _sums(tables.values(), source)
-    return total if entry.norm is None else entry.norm.bound(total, Norms()).radius
+    return total if entry.norm is None else entry.norm.bound(total, ProvenNorms()).radius
 
 
 def _sums(tables: Iterable[Table], source: str) -> Decimal:

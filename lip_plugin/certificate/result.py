@@ -1,4 +1,4 @@
-"""TODO lip_plugin.certificate.result."""
+"""Certificate: the proven numbers, their JSON, and whose they are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lip_plugin.errors import CertificateError, ConfigError, NotRetrofittedError
 from lip_plugin.model.adapters import BlockNorms
 from lip_plugin.surgery.block_norms import block_norms
 
-# By how much the log10 of a recomputed bound may exceed the stated one: this, and this share of it. Norms are
+# By how much the log10 of a recomputed bound may exceed the stated one: this, and this share of it. ProvenNorms are
 # 0.1 % loose, and otherwise so on another machine, and a bound is a product of many of them. What is stated
 # below that was not computed from these weights by these rules.
 _REPRODUCED = 0.01

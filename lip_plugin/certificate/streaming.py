@@ -2,7 +2,7 @@
 
 The model is a skeleton on the meta device, with its shapes and no values. Biases and gains are read
 once and stay, since they are small; matrices come and go one layer at a time, the embedding tables
-together, because the radius is about sums of their rows. Norms, rules and fingerprint are those of
+together, because the radius is about sums of their rows. ProvenNorms, rules and fingerprint are those of
 `certify`, so the numbers are the same. (A block of more than 128 rows and columns may differ by rounding,
 about 1e-8, where `certify` batches it with others: both numbers are proven.)
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.certify import SOURCES, bound_of
 from lip_plugin.certificate.comparison.compare import check_graph
-from lip_plugin.certificate.fingerprint import Fingerprint, capped, stored_tensors
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.fingerprint import Fingerprint, capped_weights, stored_tensors
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.result import Certificate, check_within_caps
@@ -63,7 +63,7 @@ def certify_layers(
         shelf.take(name)
     graph = build(skeleton)  # after the small tensors: kept norms hold on to their gains
     entry = _entry_tensors(graph, shelf)
-    norms = cap_norms(graph) if source == "caps" else Norms()
+    norms = cap_norms(graph) if source == "caps" else ProvenNorms()
     radius = None
     for group in progress(_groups(graph, shelf)):
         for name in group:
@@ -128,7 +128,7 @@ class _Shelf:
 
     def __init__(self, skeleton: nn.Module, read: Callable[[str], Tensor], source: str) -> None:
         self._root, self._read = skeleton, read
-        self._capped = capped(skeleton) if source == "caps" else {}
+        self._capped = capped_weights(skeleton) if source == "caps" else {}
         self._fingerprint = Fingerprint()
         self.homes: dict[str, list[str]] = {}
         self.tensors: dict[str, Tensor] = {}  # one name of each, as on the meta device

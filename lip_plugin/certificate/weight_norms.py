@@ -7,7 +7,7 @@ from decimal import Decimal
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.base import LinearNorms, Norms
+from lip_plugin.certificate.graph.base import LinearNorms, ProvenNorms
 from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import div, mul, norm2, root, up
@@ -24,7 +24,7 @@ from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment
 CAP_SLACK, ROW_SLACK = Decimal("1.001"), Decimal("1.000000001")
 
 
-def refuse_non_finite(root: nn.Module) -> None:
+def refuse_non_finite_weights(root: nn.Module) -> None:
     """Raise NonFiniteError naming the first parameter that holds nan or inf: no norm would see a bias's."""
     named = [(name, p.detach()) for name, p in root.named_parameters() if p.numel()]
     extremes = [torch.stack(torch.aminmax(p)).abs().amax().double().cpu() for _, p in named]
@@ -33,13 +33,13 @@ def refuse_non_finite(root: nn.Module) -> None:
             raise NonFiniteError(f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint.")
 
 
-def weight_norms(graph: Graph) -> Norms:
+def weight_norms(graph: Graph) -> ProvenNorms:
     """Proven norms of the weights as they are, those that the rules ask for.
 
     Batched by shape within one layer, so that the last digit does not depend on which other layers
     are there: a certificate streamed layer by layer is then the same number.
     """
-    norms = Norms()
+    norms = ProvenNorms()
     linears = graph.linears()
     layers = [
         {name for branch in layer.branches for name in branch.linears.values()}
@@ -56,7 +56,7 @@ def _module(node: str) -> str:
     return node.partition("[")[0]
 
 
-def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -> Norms:
+def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -> ProvenNorms:
     norms = matrix_norms(graph, linears)
     for node in walk(graph.body.nodes):
         if hasattr(node, "measure") and all(name in norms for name in node.linear_names()):
@@ -66,7 +66,7 @@ def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -
 
 def matrix_norms(
     graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]], *, pairs: bool = True
-) -> Norms:
+) -> ProvenNorms:
     """Proven norms of single matrices, given as `Graph.linears` lists them; rows of gates and of the head by themselves.
 
     `pairs` False leaves out the distances between rows of the head.
@@ -95,7 +95,7 @@ def matrix_norms(
             found = [up(v) for v in values[start : start + view.shape[0]]]
             sigma[keys[owner]][layouts[owner].segments[position].role] = found
             start += view.shape[0]
-    norms = Norms()
+    norms = ProvenNorms()
     for role, name, module, weight in linears:
         heads_of = sigma.get((name, "heads"), {})
         whole = {r: norm2(values) for r, values in heads_of.items()}
@@ -118,12 +118,12 @@ def _one_block(module: nn.Module, weight: Tensor) -> Layout:
     return Layout(RMS_TO_RMS, transposed, (Segment("all", 0, 1, rows, 0.0),))
 
 
-def cap_norms(graph: Graph) -> Norms:
+def cap_norms(graph: Graph) -> ProvenNorms:
     """The same bounds from the caps alone, so true after every step of a run.
 
     Raises CertificateError for a layer without a cap.
     """
-    norms = Norms()
+    norms = ProvenNorms()
     for role, name, module, weight in graph.linears():
         layout = getattr(module, "layout", None)
         if layout is None or any(s.cap is None for s in layout.segments):

@@ -1,1 +1,1 @@
-"""TODO lip_plugin/cli."""
+"""The command line, on top of everything; nobody imports it."""

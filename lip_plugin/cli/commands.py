@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,8 @@ from lip_plugin.errors import (
     NotRetrofittedError,
     UnsupportedModelError,
 )
+from lip_plugin.files import write_whole
+from lip_plugin.progress import steps
 from lip_plugin.surgery.block_norms import block_norms
 
 OK, USAGE, BAD_INPUT, UNSUPPORTED, FALSIFIED = range(5)
@@ -151,7 +152,7 @@ def _certify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     fresh = _prove(args, folder)
     note = f"no {CERTIFICATE} beside the weights"
     if args.renew:
-        _write(folder / CERTIFICATE, fresh.to_json())
+        write_whole(folder / CERTIFICATE, fresh.to_json())
         note = f"written: {folder / CERTIFICATE}"
     elif stated is not None and stated.source == fresh.source:
         _check_stated(stated, fresh, folder)
@@ -267,7 +268,7 @@ def _report(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         versions,
     )
     out = args.out or (run if run.is_dir() else run.parent) / "report.html"
-    _write(out, render(page))
+    write_whole(out, render(page))
     result = {
         "report": str(out),
         "lipschitz": certificate.lipschitz,
@@ -293,18 +294,8 @@ def _body(certificate: Certificate) -> dict[str, Any]:
     return json.loads(certificate.to_json())["certificate"]
 
 
-def _write(path: Path, text: str) -> None:
-    """A whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _bar(args: argparse.Namespace, items: Any, what: str) -> Iterator[Any]:
-    from lip_plugin.progress import bar
-
-    return bar(items, what, shown=not args.json)
+    return steps(items, what, shown=not args.json)
 
 
 @contextmanager

@@ -33,9 +33,9 @@ def load(path: Path, nanogpt_dir: Path | None = None) -> nn.Module:
         return load_nanogpt(folder / CHECKPOINT, nanogpt_dir)
     if path.is_file() and path.suffix != ".json":
         raise CheckpointError(f"{path}: give the folder around it, with its config.json.")
-    from lip_plugin.integrations.huggingface.loading import load_checkpoint
+    from lip_plugin.integrations.huggingface.loading import load_saved_model
 
-    return load_checkpoint(folder)
+    return load_saved_model(folder)
 
 
 def beside(path: Path) -> Certificate | None:

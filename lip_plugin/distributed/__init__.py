@@ -1,1 +1,1 @@
-"""TODO lip_plugin/distributed."""
+"""Whole tensors out of pieces, and back: the only room that talks to other processes."""

@@ -37,7 +37,7 @@ def _matrices(w: Tensor) -> Tensor:
     return w.detach().reshape(math.prod(w.shape[:-2]), *w.shape[-2:])
 
 
-def refuse_non_finite(per_block: Tensor) -> None:
+def refuse_non_finite_blocks(per_block: Tensor) -> None:
     """Raise if any entry of `per_block` (one finite number for each finite block) is nan or inf."""
     bad = int((~per_block.isfinite()).sum())
     if bad:
@@ -53,7 +53,7 @@ def _exponent(w: Tensor) -> Tensor | None:
         return None
     low, high = torch.aminmax(w.flatten(1), dim=1)
     largest = torch.maximum(high, -low)
-    refuse_non_finite(largest)
+    refuse_non_finite_blocks(largest)
     # squares neither overflow nor, where it could be seen, underflow (zero blocks: they stay zero)
     if bool(((largest == 0) | ((largest > 2.0**-300) & (largest < 2.0**300))).all()):
         return None
@@ -151,7 +151,7 @@ def sigma_max_upper(w: Tensor) -> Tensor:
     g, e, trace, slack = _gram_trace_slack(blocks)
     bound = lambda_max_upper(g, slack)
     if not bool(trace.isfinite().all()):
-        refuse_non_finite(trace)
+        refuse_non_finite_blocks(trace)
     upper = torch.where(trace == 0, 0.0, bound.sqrt() * SLACK)
     return _times_power_of_two(upper, e).reshape(w.shape[:-2])
 
@@ -166,7 +166,7 @@ def sigma_max_within(w: Tensor, limit: Tensor) -> Tensor:
     if blocks.numel() == 0:
         return torch.ones(w.shape[:-2], dtype=torch.bool, device=w.device)
     g, e, trace, slack = _gram_trace_slack(blocks)
-    refuse_non_finite(trace)
+    refuse_non_finite_blocks(trace)
     target = _times_power_of_two(limit.reshape(-1), None if e is None else -e)
     n = g.shape[-1]
     # solves `bound <= target^2` of `proven_lambda_max` for c, with a little to spare
@@ -190,7 +190,7 @@ def sigma_max_upper_gram(w: Tensor, rounds: int = 12) -> Tensor:
     if blocks.numel() == 0:
         return blocks.new_zeros(w.shape[:-2], dtype=torch.float64)
     g, e, trace, slack = _gram_trace_slack(blocks)
-    refuse_non_finite(trace)
+    refuse_non_finite_blocks(trace)
     upper = (gram_iteration(g, rounds) + slack).sqrt() * SLACK
     upper = torch.where(trace == 0, 0.0, upper)
     return _times_power_of_two(upper, e).reshape(w.shape[:-2])
@@ -208,7 +208,7 @@ def sigma_max_lower(w: Tensor, rounds: int = 20, generator: torch.Generator | No
     e = _exponent(blocks)
     b = _times_power_of_two(blocks.double(), None if e is None else -e)
     frobenius = torch.linalg.vector_norm(b, dim=(-2, -1))
-    refuse_non_finite(frobenius)
+    refuse_non_finite_blocks(frobenius)
     d_out, d_in = b.shape[-2:]
     generator = generator or torch.Generator().manual_seed(0)
     x = torch.randn(d_in, 1, generator=generator, dtype=torch.float64).to(b.device)
@@ -232,7 +232,7 @@ def sigma_max_exact(w: Tensor) -> Tensor:
     blocks = _matrices(w)
     if blocks.numel() == 0:
         return blocks.new_zeros(w.shape[:-2], dtype=torch.float64)
-    refuse_non_finite(blocks.abs().amax(dim=(-2, -1)))
+    refuse_non_finite_blocks(blocks.abs().amax(dim=(-2, -1)))
     if blocks.shape[-2] < blocks.shape[-1]:
         blocks = blocks.mT  # LAPACK takes three times as long for 768 x 3072 as for 3072 x 768
     return torch.linalg.svdvals(blocks.double())[:, 0].reshape(w.shape[:-2])
@@ -277,7 +277,7 @@ def row_rms_max_upper(w: Tensor) -> Tensor:
     e = _exponent(blocks)
     b = _times_power_of_two(blocks.double(), None if e is None else -e)
     largest = torch.linalg.vector_norm(b, dim=-1).amax(-1)
-    refuse_non_finite(largest)
+    refuse_non_finite_blocks(largest)
     d_in = b.shape[-1]
     upper = largest / math.sqrt(d_in) * ((1.0 + gamma(d_in + 8)) * SLACK)
     return _times_power_of_two(upper, e).reshape(w.shape[:-2])

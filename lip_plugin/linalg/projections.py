@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.errors import ConfigError
-from lip_plugin.linalg.norms import refuse_non_finite, sigma_max_upper, sigma_max_within
+from lip_plugin.linalg.norms import refuse_non_finite_blocks, sigma_max_upper, sigma_max_within
 from lip_plugin.linalg.polar import largest_entry, orthogonalize
 from lip_plugin.linalg.precision import without_autocast
 from lip_plugin.linalg.spectrum import top_singular_triple
@@ -274,7 +274,7 @@ def project(
     master = torch.promote_types(blocks.dtype, torch.float32)
     w = blocks.reshape(-1, d_out, d_in).to(master)
     if known is None or w.device.type == "cpu":
-        refuse_non_finite(largest_entry(w))
+        refuse_non_finite_blocks(largest_entry(w))
     x_max_host = math.inf
     if isinstance(norm_upper, (int, float)) and isinstance(cap, (int, float)):
         x_max_host = norm_upper / cap

@@ -1,1 +1,1 @@
-"""TODO lip_plugin/model."""
+"""What a model is, and the modules that a retrofit leaves in it. Decides nothing."""

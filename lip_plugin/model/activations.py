@@ -79,14 +79,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "abs": torch.abs,
 }
-# The classes we read the source of. A look-alike (ClippedGELU, QuickGELU, a trainable one) is not here.
-_ACTIVATION_CLASSES = {
-    "torch.nn.modules.activation": {"ReLU", "Tanh", "GELU", "SiLU"},
-    "transformers.activations": {
-        *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
-        *("SiLUActivation", "AccurateGELUActivation"),
-    },
-}
+# The classes whose source was read, by module. A look-alike (a clipped or trainable one) is not here; the integrations
+# register those of their libraries.
+_ACTIVATION_CLASSES: dict[str, set[str]] = {"torch.nn.modules.activation": {"ReLU", "Tanh", "GELU", "SiLU"}}
+
+
+def register_activation_classes(module: str, *names: str) -> None:
+    """Make activation classes of a library known: each computes one of ACTIVATIONS, which its values then tell."""
+    _ACTIVATION_CLASSES.setdefault(module, set()).update(names)
 
 
 def activation_kind(act: Any) -> str | None:

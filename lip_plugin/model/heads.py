@@ -1,4 +1,4 @@
-"""TODO lip_plugin.model.heads."""
+"""Which rows of a linear map are which head of q, k and v: the blocks that are capped one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lip_plugin.model.layers import (
     is_transposed,
     rows_of,
 )
-from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment, whole
+from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment, one_block
 from lip_plugin.model.parts import LayerParts, Parts
 
 
@@ -47,7 +47,7 @@ def linear_layout(
         parts_ = tuple(Segment(r, i * half, 1, half, cap) for i, r in enumerate(roles))
         return Layout(RMS_TO_RMS, transposed, parts_)
     if role not in (*heads, "qkv"):
-        return whole(role, d_out, cap, transposed=transposed)
+        return one_block(role, d_out, cap, transposed=transposed)
     total = sum(heads[r] for r in roles)
     if d_out % total:
         raise UnsupportedModelError(f"{role}: {d_out} rows do not fall into {total} heads of equal size.")

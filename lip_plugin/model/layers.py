@@ -35,27 +35,36 @@ class ConstrainedConv2d(Constrained, nn.Conv2d):
     """nn.Conv2d over patches without overlap: its weight as a matrix [d, channels * p * p] is capped."""
 
 
-# Parents that live in transformers, told by name because the core does not import it. We read their
-# forwards: a Linear with a transposed weight; lookups with an offset, or times a constant.
-_LIBRARY_PARENTS = {
-    "Conv1D": "transformers.pytorch_utils",
-    "OPTLearnedPositionalEmbedding": "transformers.models.opt.modeling_opt",
-    "Gemma2TextScaledWordEmbedding": "transformers.models.gemma2.modeling_gemma2",
-    "Gemma3TextScaledWordEmbedding": "transformers.models.gemma3.modeling_gemma3",
-}
+# Layers of libraries whose forward was read, by class name: their module, and whether the weight is [d_in, d_out].
+# The integrations register them, because the core imports no library and writes no name of one.
+_LIBRARY_PARENTS: dict[str, str] = {}
+_TRANSPOSED: set[str] = set()
 _PLAIN = {nn.Linear: ConstrainedLinear, nn.Embedding: ConstrainedEmbedding, nn.Conv2d: ConstrainedConv2d}
+
+
+def register_layer_class(path: str, *, transposed: bool = False) -> None:
+    """Make a library's layer known, by its full name: its forward is that of the torch class that it extends or resembles.
+
+    Args:
+        path: "module.Class", a lookup (a subclass of nn.Embedding) or a linear map.
+        transposed: a linear map whose weight is stored [d_in, d_out].
+    """
+    module, _, name = path.rpartition(".")
+    _LIBRARY_PARENTS[name] = module
+    if transposed:
+        _TRANSPOSED.add(name)
 
 
 def _is_library(cls: type) -> bool:
     return _LIBRARY_PARENTS.get(cls.__name__) == cls.__module__
 
 
-def _is_conv1d(cls: type) -> bool:
-    return cls.__name__ == "Conv1D" and _is_library(cls)
+def _is_transposed(cls: type) -> bool:
+    return cls.__name__ in _TRANSPOSED and _is_library(cls)
 
 
 def __getattr__(name: str) -> Any:
-    """ConstrainedConv1D and the like, built when first asked for: their parents live in transformers."""
+    """The constrained class of a library's layer, built when first asked for, by a name that pickle can look up."""
     parent_name = name.removeprefix("Constrained")
     if name != parent_name and parent_name in _LIBRARY_PARENTS:
         if name in globals():  # one class for ever, or earlier models could not be pickled
@@ -63,7 +72,7 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         parent = getattr(import_module(_LIBRARY_PARENTS[parent_name]), parent_name)
-        doc = f"transformers' {parent_name}, forward untouched, blocks or rows capped."
+        doc = f"{_LIBRARY_PARENTS[parent_name]}.{parent_name}, forward untouched, blocks or rows capped."
         cls = type(name, (Constrained, parent), {"__module__": __name__, "__doc__": doc})
         globals()[name] = cls
         return cls
@@ -79,7 +88,7 @@ def _plain_class(module: nn.Module) -> type:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a plain or constrained Linear or Conv1D: a leaf that can be swapped."""
     cls = _plain_class(module)
-    return cls is nn.Linear or _is_conv1d(cls)
+    return cls is nn.Linear or _is_transposed(cls)
 
 
 def is_patches(module: nn.Module) -> bool:
@@ -100,7 +109,7 @@ def is_embedding(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored [d_in, d_out]."""
-    return any(_is_conv1d(cls) for cls in type(module).__mro__)
+    return any(_is_transposed(cls) for cls in type(module).__mro__)
 
 
 def rows_of(module: Any) -> int:

@@ -88,7 +88,7 @@ class Layout:
         return all(s.start == e for s, e in zip(self.segments, edges)) and edges[-1] == rows
 
 
-def whole(
+def one_block(
     role: str, d_out: int, cap: float | None, *, norm: str = RMS_TO_RMS, transposed: bool = False
 ) -> Layout:
     """Layout of a weight that is one block."""

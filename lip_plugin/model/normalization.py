@@ -10,7 +10,7 @@ gone. Gain and bias stay the norm's own Parameters, under their own keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.errors import UnsupportedModelError
-
-# RMSNorms whose gain is 1 + weight
-_ONE_PLUS = ("Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
 @dataclass(frozen=True)
@@ -32,24 +29,34 @@ class NormFacts:
     one_plus: bool = False
 
 
+# What libraries say about norms of their own: f(module) -> NormFacts, or None if it is not theirs.
+_READERS: list[Callable[[Any], NormFacts | None]] = []
+
+
+def register_norm(read: Callable[[Any], NormFacts | None]) -> None:
+    """Have norms that are no nn.LayerNorm and no plain RMSNorm told by `read(module)`, which looks at the class."""
+    if read not in _READERS:
+        _READERS.append(read)
+
+
 def norm_facts(module: Any, name: str) -> NormFacts:
     """The facts about a library's norm module; raises UnsupportedModelError for one that we do not know."""
-    cls = module.plain_class if isinstance(module, Floored) else type(module)
+    cls = plain_norm_class(module)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if cls is nn.LayerNorm:
         return NormFacts(float(module.eps), True)
-    if cls.__name__ == "LayerNorm" and eps is None:  # nanoGPT's, whose eps is a literal in its forward
-        return NormFacts(1e-5, True)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if (
-        cls.__name__ in _ONE_PLUS
-        and weight is not None
-        and cls.__module__.startswith("transformers.models.gemma")
-    ):
-        return NormFacts(float(module.eps), False, True)
-    if cls.__name__.endswith("RMSNorm") and eps is not None and bias is None:
+    for read in _READERS:
+        facts = read(module)
+        if facts is not None:
+            return facts
+    if cls.__name__.endswith("RMSNorm") and eps is not None and getattr(module, "bias", None) is None:
         return NormFacts(float(eps), False)
     raise UnsupportedModelError(f"{name} is {cls.__name__}, a norm without a proven rule here.")
+
+
+def plain_norm_class(module: Any) -> type:
+    """The class that a norm had before a floor was put under it."""
+    return module.plain_class if isinstance(module, Floored) else type(module)
 
 
 def root_mean_square(x: Tensor, facts: NormFacts) -> Tensor:

@@ -1,4 +1,4 @@
-"""TODO lip_plugin.model.scales."""
+"""Constants in a forward pass: in a norm's slot, on what a branch reads or gives, as a cap on entries. All python floats."""
 
 from __future__ import annotations
 

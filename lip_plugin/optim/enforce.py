@@ -15,7 +15,7 @@ from lip_plugin.errors import ConfigError
 from lip_plugin.face import require_module
 from lip_plugin.linalg.norms import rms_to_rms_upper
 from lip_plugin.linalg.projections import METHODS, project
-from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model.adapters import BlockNorms, layer_wrappers
 from lip_plugin.model.batches import batches, cost_of
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.layout import ROW, Layout, clamp_rows_
@@ -27,30 +27,6 @@ from lip_plugin.surgery.state import constraints_of
 # How far above its cap a block's proven bound may lie when somebody else wrote it: the bound itself
 # is up to 2e-4 loose, and weights that are at their cap must survive a save and a load unchanged.
 TOLERANCE = 5e-4
-Projector = Callable[[nn.Module, str, float], int]
-# What is not a plain constrained weight (peft's adapters) is brought within the caps by a projector,
-# f(model, method, lr) -> how many blocks it found, and measured by its norms, f(model) -> BlockNorms.
-_PROJECTORS: dict[Projector, Callable[[nn.Module], list[BlockNorms]]] = {}
-_HOLDS: list[Callable[[nn.Module], bool]] = []
-_CHECKS: list[Callable[[nn.Module], Any]] = []
-
-
-def register_projector(
-    projector: Projector,
-    norms: Callable[[nn.Module], list[BlockNorms]],
-    holds: Callable[[nn.Module], bool] | None = None,
-    check: Callable[[nn.Module], Any] | None = None,
-) -> None:
-    """Have `projector` called by every projection of a model, and `norms` by every measurement of one.
-
-    `holds(model)` says whether there is something to hold in a model that was never retrofitted (budgets of adapters).
-    `check(model)` raises for what the projector cannot keep, before anything is changed.
-    """
-    _PROJECTORS[projector] = norms
-    if check is not None and check not in _CHECKS:
-        _CHECKS.append(check)
-    if holds is not None and holds not in _HOLDS:
-        _HOLDS.append(holds)
 
 
 @torch.no_grad()
@@ -123,8 +99,8 @@ def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
 def keep_within_caps_(model: nn.Module, process_group: Any = None, *, only_frozen: bool = False) -> None:
     """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
     root, config = constraints_of(model)
-    for projector in _PROJECTORS:  # first: they refuse by name what they cannot keep, before a change
-        projector(root, config.method, 0.0)
+    for wrapper in layer_wrappers():  # first: they refuse by name what they cannot keep, before a change
+        wrapper.project_(root, config.method, 0.0)
     found = [m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)]
     replicas = process_group if process_group is not None else replicas_of(model)
     normalize_above_([m.weight for m in found], [m.layout for m in found], replicas)
@@ -161,15 +137,17 @@ def step_projection_(
     replicas = process_group if process_group is not None else replicas_of(model)
     method = method or config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
-    for check in _CHECKS if found else ():  # what comes after these must not refuse when they have changed
-        check(root)
+    for wrapper in (
+        layer_wrappers() if found else ()
+    ):  # what comes after must not refuse when they have changed
+        wrapper.check(root)
     check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
     # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
     decay = 1.0 / (config.w_max + lr)
     weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
     project_weights_(weights, layouts, method, lr=lr, weight_decay=decay, replicas=replicas)
-    for projector in _PROJECTORS:
-        projector(root, method, lr)
+    for wrapper in layer_wrappers():
+        wrapper.project_(root, method, lr)
 
 
 def attach_projection(

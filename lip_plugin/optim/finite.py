@@ -1,4 +1,4 @@
-"""TODO lip_plugin.optim.finite."""
+"""Are gradients and weights finite? Asked before a step changes anything, and answered alike on every process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
         spread = groups_of(tensors, replicas)
         largest = largest_together(largest, spread) if spread else largest
         if not bool(torch.isfinite(largest).all()):
-            refuse_non_finite([n for n, _ in named], [float(v) for v in largest])
+            refuse_non_finite_named([n for n, _ in named], [float(v) for v in largest])
 
 
-def refuse_non_finite(names: list[str], largest: list[float]) -> None:
+def refuse_non_finite_named(names: list[str], largest: list[float]) -> None:
     """Raise NonFiniteError with the first name whose largest entry is nan or inf."""
     for name, value in zip(names, largest, strict=True):
         if not math.isfinite(value):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lip_plugin.distributed.owners import groups_of, largest_together, local
 from lip_plugin.errors import ConfigError, DistributedError
-from lip_plugin.optim.finite import largest_entries, refuse_non_finite
+from lip_plugin.optim.finite import largest_entries, refuse_non_finite_named
 
 _NEVER = (-1, -1)
 
 
-class Watch:
+class Guard:
     """Remembers weights as the last projection left them, by address, version and Frobenius norm.
 
     A weight that something else wrote to since (a loaded checkpoint, a user, even through `.data`, which no version
@@ -62,7 +62,7 @@ class Watch:
         if spread:
             values = self._agreed(values, spread, names)
         largest, _, moved = values.tolist()
-        refuse_non_finite([f"gradient of {name}" for name in names], largest)
+        refuse_non_finite_named([f"gradient of {name}" for name in names], largest)
         return {id(params[i]) for i in matrices if moved[i] != 0.0}
 
     def _moved(self, weights: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from lip_plugin.surgery.state import find_retrofit
 
 _AGAIN = (
     "Order: change the model first, then retrofit it, then build the optimizer. To go on from here: "
-    "config = model.lip_retrofit.config; release(model); retrofit(model, config); and a new optimizer."
+    "config = config_of(model); release(model); retrofit(model, config); and a new optimizer."
 )
 
 

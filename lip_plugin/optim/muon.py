@@ -26,7 +26,7 @@ from lip_plugin.model.batches import Batch, batches, cost_of, gathered_lerp
 from lip_plugin.model.layout import Layout, clamp_rows_
 from lip_plugin.optim.enforce import attach_projection, keep_within_caps_, normalize_above_
 from lip_plugin.optim.groups import KINDS, param_groups, refuse_other_groups
-from lip_plugin.optim.guard import Watch
+from lip_plugin.optim.guard import Guard
 from lip_plugin.optim.intact import Held
 from lip_plugin.optim.lora import KIND as FACTORS
 from lip_plugin.optim.lora import step_factors_
@@ -179,7 +179,7 @@ class LipschitzMuon(torch.optim.Optimizer):
                 self.state[p]["momentum"] = momentum.detach().to(device=p.device, dtype=wide, copy=True)
 
     def _reset(self) -> None:
-        self._watch = Watch()
+        self._watch = Guard()
         self.seconds_projecting = 0.0
         self._steps_taken = 0  # only paces the measurements
 

@@ -1,1 +1,1 @@
-"""TODO lip_plugin/surgery."""
+"""Changes a model once: checks everything, then mutates, and remembers it."""

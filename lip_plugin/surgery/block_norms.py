@@ -1,4 +1,4 @@
-"""TODO lip_plugin.surgery.retrofit.block_norms."""
+"""block_norms(model): how large every block is now, over its cap."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from lip_plugin.distributed.owners import groups_of, largest_together, local, on_owners
 from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
-from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model.adapters import BlockNorms, layer_wrappers
 from lip_plugin.model.batches import batches, cost_of
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.layout import ROW, Layout
-from lip_plugin.optim.enforce import _PROJECTORS
 from lip_plugin.surgery.state import constraints_of
 
 
@@ -49,8 +48,8 @@ def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list
     plain = {
         name: BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst.tolist(), counts, strict=True)
     }
-    for norms in _PROJECTORS.values() if only is None else ():
-        for merged in norms(root):  # of a wrapped layer the merged weight counts, not the base alone
+    for wrapper in layer_wrappers() if only is None else ():
+        for merged in wrapper.norms(root):  # of a wrapped layer the merged weight counts, not the base alone
             plain.pop(f"{merged.name}.base_layer", None)
             plain[merged.name] = merged
     return list(plain.values())

@@ -1,4 +1,4 @@
-"""TODO lip_plugin.surgery.retrofit.caps."""
+"""The cap of every matrix and of every table of rows, by name."""
 
 from __future__ import annotations
 

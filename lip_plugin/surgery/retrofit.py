@@ -19,7 +19,7 @@ from lip_plugin.model.layers import (
     table_of,
     unconstrain_,
 )
-from lip_plugin.model.layout import ROW, Layout, whole
+from lip_plugin.model.layout import ROW, Layout, one_block
 from lip_plugin.model.normalization import floor_
 from lip_plugin.model.parts import Parts, parts
 from lip_plugin.surgery.caps import caps_by_name
@@ -99,7 +99,7 @@ def _refuse_another(config: LipschitzConfig, present: RetrofitState) -> None:
     if changed:
         raise ConfigError(
             f"This model was retrofitted with another config: it has {', '.join(changed)}. Call "
-            "release(model) first, then retrofit again; model.lip_retrofit.config shows the present one."
+            "release(model) first, then retrofit again; config_of(model) shows the present one."
         )
 
 
@@ -166,7 +166,7 @@ def _plan_caps(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConf
     for role, name in names.tables():
         module = table_of(model, name)
         rows = module.weight.numel() // module.weight.shape[-1]
-        _plan_constrain(plan, name, module, whole(role, rows, caps[name], norm=ROW))
+        _plan_constrain(plan, name, module, one_block(role, rows, caps[name], norm=ROW))
 
 
 def _plan_calibrated(plan: Plan, model: nn.Module, name: str, config: LipschitzConfig) -> None:

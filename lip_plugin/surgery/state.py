@@ -1,4 +1,4 @@
-"""TODO lip_plugin.surgery.retrofit.state."""
+"""What a retrofitted model remembers of it. Nobody else reads the mark."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lip_plugin.config import LipschitzConfig
 from lip_plugin.distributed.owners import settle_
 from lip_plugin.errors import NotRetrofittedError, UnsupportedModelError
 from lip_plugin.face import require_module
+from lip_plugin.model.adapters import layer_wrappers
 from lip_plugin.model.architecture import Architecture
-from lip_plugin.optim.enforce import _HOLDS
 
 _MARK = "lip_retrofit"
 
@@ -49,6 +49,12 @@ def is_retrofitted(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get(_MARK), RetrofitState)
 
 
+def config_of(model: nn.Module) -> LipschitzConfig:
+    """The LipschitzConfig that a model was retrofitted with, every choice written out; raises NotRetrofittedError."""
+    require_module(model, "config_of")
+    return require_retrofit(model)[1].config
+
+
 def require_retrofit(model: nn.Module) -> Any:
     """(root, state) of the retrofitted model inside, its weights settled; raises NotRetrofittedError."""
     found = find_retrofit(model)
@@ -67,7 +73,7 @@ def constraints_of(model: nn.Module) -> tuple[nn.Module, LipschitzConfig]:
     A model that was never retrofitted is its own root, and its config the default. Raises NotRetrofittedError for any other.
     """
     require_module(model, "this")
-    if find_retrofit(model) is None and any(holds(model) for holds in _HOLDS):
+    if find_retrofit(model) is None and any(wrapper.holds(model) for wrapper in layer_wrappers()):
         settle_(model)
         return model, LipschitzConfig()
     root, state = require_retrofit(model)

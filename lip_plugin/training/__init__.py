@@ -1,1 +1,1 @@
-"""TODO lip_plugin/training."""
+"""What a run needs around its steps: limits, schedules, calibration, losses, checkpoints."""

@@ -20,7 +20,7 @@ from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
 from lip_plugin.model.architecture import Family, find_family
 from lip_plugin.model.heads import linear_layout
 from lip_plugin.model.layers import table_of
-from lip_plugin.model.layout import ROW, whole
+from lip_plugin.model.layout import ROW, one_block
 from lip_plugin.model.normalization import (
     Floored,
     NormFacts,
@@ -250,7 +250,7 @@ def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]
         caps[name] = max(sizes)
     for role, name in names.tables():
         weight = table_of(model, name).weight.detach()
-        rows = whole(role, weight.numel() // weight.shape[-1], 1.0, norm=ROW).matrix(weight)
+        rows = one_block(role, weight.numel() // weight.shape[-1], 1.0, norm=ROW).matrix(weight)
         caps[name] = math.nextafter(float(row_rms_max_upper(rows)), math.inf)
     return {name: cap for name, cap in caps.items() if cap > 0}
 

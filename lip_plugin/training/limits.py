@@ -1,4 +1,4 @@
-"""recap_(model, optimizer, ...): other caps for a model in training, everywhere that caps are kept."""
+"""set_caps_(model, optimizer, ...): other caps for a model in training, everywhere that caps are kept."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitR
     return report
 
 
-def recap_(
+def set_caps_(
     model: nn.Module,
     optimizer: Optimizer | None,
     *,
@@ -89,7 +89,7 @@ def recap_(
         ConfigError: numbers out of range, a layer that is not there, or an optimizer of another model.
         NotRetrofittedError: no constrained layer in `model`. Nothing was changed.
     """
-    require_module(model, "recap_")
+    require_module(model, "set_caps_")
     root, state = require_retrofit(model)
     changes: dict[str, Any] = {} if w_max is None else {"w_max": float(w_max)}
     if overrides is not None:
@@ -133,7 +133,7 @@ def _homes(optimizer: Any, names: dict[int, str]) -> list[tuple[dict[str, Any], 
         for index, p in enumerate(group["params"]) if group.get("layouts") else ():
             if id(p) not in names:
                 raise ConfigError(
-                    "recap_: the optimizer steps a matrix that is not a constrained layer of this model. Give the model and "
+                    "set_caps_: the optimizer steps a matrix that is not a constrained layer of this model. Give the model and "
                     "the optimizer that train together."
                 )
             homes.append((group, index, names[id(p)]))

@@ -33,7 +33,7 @@ from lip_plugin.surgery.plan import RetrofitReport
 from lip_plugin.surgery.retrofit import retrofit
 from lip_plugin.surgery.state import find_retrofit, require_retrofit
 from lip_plugin.training.calibration import own_caps, with_floors
-from lip_plugin.training.limits import recap_, set_norm_floors_
+from lip_plugin.training.limits import set_caps_, set_norm_floors_
 
 ORDERS = ("last", "first", "together")
 _KEY = "lip_schedule"
@@ -158,7 +158,7 @@ class RetrofitSchedule:
     ) -> None:
         """Bring a model that `begin_` was called on to where it is at `progress`, in place, and what is above a cap within it.
 
-        Collective like `recap_`: every process calls it with the same numbers.
+        Collective like `set_caps_`: every process calls it with the same numbers.
 
         Raises ConfigError for a model without `begin_`.
         """
@@ -177,7 +177,7 @@ class RetrofitSchedule:
             wanted = {"overrides": self.caps_at(course.start, course.end, progress)}
         now = state.config
         if any(getattr(now, key) != value for key, value in wanted.items()):
-            recap_(model, optimizer, **wanted, process_group=process_group)
+            set_caps_(model, optimizer, **wanted, process_group=process_group)
 
 
 def _part(span: tuple[float, float], progress: float) -> float:

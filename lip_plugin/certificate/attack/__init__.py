@@ -1,1 +1,1 @@
-"""TODO lip_plugin/certificate/attack."""
+"""Attacks from below: inputs that attain as much of a bound as can be found."""

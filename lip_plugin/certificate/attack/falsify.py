@@ -28,7 +28,7 @@ from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import to_float
 from lip_plugin.certificate.graph.nodes import Linear
 from lip_plugin.certificate.input_radius import radius_of
-from lip_plugin.certificate.weight_norms import refuse_non_finite
+from lip_plugin.certificate.weight_norms import refuse_non_finite_weights
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import CertificateError, ConfigError
 from lip_plugin.progress import progress
@@ -110,7 +110,7 @@ def falsify(
         raise ConfigError("falsify: restarts, steps and tokens must be at least 1.")
     with torch.no_grad():
         graph = build(model)
-        refuse_non_finite(graph.root)
+        refuse_non_finite_weights(graph.root)
         check_graph(graph)
         radius = to_float(radius_of(graph, "weights"))
         if radius == 0:

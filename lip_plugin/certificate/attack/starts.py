@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.attack.ascent import Starts, in_ball, steepest
-from lip_plugin.certificate.graph.attention import Attention, Projection
+from lip_plugin.certificate.graph.attention import Attention, HeadRows
 from lip_plugin.certificate.graph.containers import Residual, walk
 from lip_plugin.certificate.graph.nodes import Gate, Norm
 
@@ -235,7 +235,7 @@ def _heads(space: _Space) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield _rows(node.q)[h].double(), _rows(node.k)[shared].double(), _rows(node.v)[shared].double()
 
 
-def _rows(p: Projection) -> Tensor:
+def _rows(p: HeadRows) -> Tensor:
     """[heads, d_head, d] of one projection, as stored."""
     return p.linear.weight().detach()[p.start : p.stop].unflatten(0, (p.heads, -1))
 

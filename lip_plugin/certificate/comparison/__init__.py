@@ -1,1 +1,1 @@
-"""TODO lip_plugin/certificate/comparison."""
+"""Does the object that was passed compute what the graph computes?"""

@@ -31,7 +31,7 @@ from lip_plugin.certificate.comparison.structure import Structure, structure_of
 from lip_plugin.certificate.graph.attention import Attention
 from lip_plugin.certificate.graph.base import Node
 from lip_plugin.certificate.graph.build import Graph, build
-from lip_plugin.certificate.graph.containers import Chain, branches, walk
+from lip_plugin.certificate.graph.containers import Chain, walk
 from lip_plugin.certificate.graph.nodes import Activation, Norm, Scale
 from lip_plugin.errors import CertificateError
 from lip_plugin.model.scales import branch_scale
@@ -163,7 +163,7 @@ class _Record:
 
 def _natural(block: tuple[Node, ...]) -> float:
     """Size of the entries at which what the layer reads is about 1: the model may carry x divided by a constant."""
-    first = next((chain.nodes[0] for node in block for chain in branches(node) if chain.nodes), None)
+    first = next((chain.nodes[0] for node in block for chain in node.added() if chain.nodes), None)
     scale = abs(first.scale) if isinstance(first, Scale) else 1.0
     return 1.0 / scale if 0 < scale < math.inf else 1.0
 
@@ -223,7 +223,7 @@ def _nodes(nodes: Any) -> Iterator[Node]:
 
 
 def _check_node(node: Node) -> None:
-    """Norms on both sides of their floor (or sqrt(eps)); activations over all of their range; rotations turn only."""
+    """ProvenNorms on both sides of their floor (or sqrt(eps)); activations over all of their range; rotations turn only."""
     generator = torch.Generator().manual_seed(2)
     if isinstance(node, Norm):
         weight = next(node.module.parameters(), None)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.weights import dequantized
 from lip_plugin.errors import CertificateError
+from lip_plugin.model.adapters import dequantized
 
 # Root mean square of a matrix's singular values (or of a vector's entries) up to which weights are taken as they are.
 _LARGE = 16.0

@@ -1,1 +1,1 @@
-"""TODO lip_plugin/certificate/diagnostics."""
+"""Proven facts besides the Lipschitz constant: rounding of the forward pass, ranges of activations."""

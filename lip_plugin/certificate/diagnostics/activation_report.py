@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.attention import Attention, smallest_entropy_lower
-from lip_plugin.certificate.graph.base import Norms, Watch, largest
+from lip_plugin.certificate.graph.base import ProvenNorms, Watch, largest
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import INF, add, mul, root, to_float, up
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
 from lip_plugin.certificate.input_radius import radius_of
-from lip_plugin.certificate.weight_norms import refuse_non_finite, weight_norms
+from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.errors import CertificateError
 from lip_plugin.linalg.norms import row_rms_max_upper
 
@@ -98,7 +99,7 @@ class _Reach:
 
 
 class _Notes:
-    def __init__(self, norms: Norms) -> None:
+    def __init__(self, norms: ProvenNorms) -> None:
         self.norms = norms
         self.rows: list[Activations] = []
         self.entropies: list[Entropy] = []
@@ -119,13 +120,13 @@ def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
     """
     with torch.no_grad():
         graph = build(model)
-        refuse_non_finite(graph.root)
+        refuse_non_finite_weights(graph.root)
         check_graph(graph)
         graph.entry.refuse_padding(inputs)
         notes = _Notes(weight_norms(graph))
         radius = up(to_float(radius_of(graph, "weights")))
         x = graph.embed(inputs, torch.float64)
-        _reach(graph.body, notes.add("embeddings", "sum", _Reach(radius, _entry(graph), x)), notes)
+        reach(graph.body, notes.add("embeddings", "sum", _Reach(radius, _entry(graph), x)), notes)
     return ActivationReport(tuple(notes.rows), tuple(notes.entropies), x.shape[1])
 
 
@@ -137,15 +138,18 @@ def _entry(graph: Graph) -> Decimal:
     return add(*(largest(table.read()) for table in entry.tables.values()))
 
 
-@singledispatch
-def _reach(node: Any, at: _Reach, notes: _Notes) -> _Reach:
-    raise CertificateError(
+def _missing(node: Any) -> CertificateError:
+    return CertificateError(
         f"{getattr(node, 'name', node)} is {type(node).__name__}: no bound on its entries is proven here."
     )
 
 
-@_reach.register
-def _(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
+# reach(node, at, notes): what leaves a node, bounded and as seen; notes it.
+reach = Analysis("reach of activations", _missing)
+
+
+@reach.rule(Linear)
+def linear_reach(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
     return notes.add(node.name, "linear", _linear(node, at, notes))
 
 
@@ -157,26 +161,26 @@ def _linear(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
     return _Reach(node.bound(at.radius, notes.norms).radius, entry, node.run(at.x))
 
 
-@_reach.register
-def _(node: Scale, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Scale)
+def scale_reach(node: Scale, at: _Reach, notes: _Notes) -> _Reach:
     s = up(abs(node.scale))
     return _Reach(mul(s, at.radius), mul(s, at.entry), node.run(at.x))
 
 
-@_reach.register
-def _(node: Norm, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Norm)
+def norm_reach(node: Norm, at: _Reach, notes: _Notes) -> _Reach:
     radius = node.bound(at.radius, notes.norms).radius
     return notes.add(node.name, "norm", _Reach(radius, mul(radius, root(up(at.x.shape[-1]))), node.run(at.x)))
 
 
-@_reach.register
-def _(node: Activation, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Activation)
+def activation_reach(node: Activation, at: _Reach, notes: _Notes) -> _Reach:
     f = node.factor
     return notes.add(node.name, "activation", _Reach(mul(f, at.radius), mul(f, at.entry), node.run(at.x)))
 
 
-@_reach.register
-def _(node: Gate, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Gate)
+def gate_reach(node: Gate, at: _Reach, notes: _Notes) -> _Reach:
     g = notes.add(node.gate.name, "linear", _linear(node.gate, at, notes))
     u = notes.add(node.up.name, "linear", _linear(node.up, at, notes))
     radius = node.bound(at.radius, notes.norms).radius
@@ -184,8 +188,8 @@ def _(node: Gate, at: _Reach, notes: _Notes) -> _Reach:
     return notes.add(node.name, "gated", _Reach(radius, entry, node.run(at.x)))
 
 
-@_reach.register
-def _(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Attention)
+def attention_reach(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
     inner: dict[int, _Reach] = {}
     for p in (node.q, node.k, node.v):
         if id(p.linear) not in inner:
@@ -203,35 +207,35 @@ def _(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
     return notes.add(node.name, "mixture", _Reach(node.bound(at.radius, notes.norms).radius, entry, y))
 
 
-@_reach.register
-def _(node: Chain, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Chain, AttentionOut, GatedMlp)
+def chain_reach(node: Chain, at: _Reach, notes: _Notes) -> _Reach:
     for part in node.nodes:
-        at = _reach(part, at, notes)
+        at = reach(part, at, notes)
     return at
 
 
-@_reach.register
-def _(node: Residual, at: _Reach, notes: _Notes) -> _Reach:
-    branch = _reach(node.branch, at, notes)
+@reach.rule(Residual, MlpResidual)
+def residual_reach(node: Residual, at: _Reach, notes: _Notes) -> _Reach:
+    branch = reach(node.branch, at, notes)
     radius = min(add(at.radius, branch.radius), node.bound(at.radius, notes.norms).radius)
     return notes.add(node.name, "residual", _Reach(radius, add(at.entry, branch.entry), at.x + branch.x))
 
 
-@_reach.register
-def _(node: Parallel, at: _Reach, notes: _Notes) -> _Reach:
-    parts = [_reach(branch, at, notes) for branch in node.branches]
+@reach.rule(Parallel)
+def parallel_reach(node: Parallel, at: _Reach, notes: _Notes) -> _Reach:
+    parts = [reach(branch, at, notes) for branch in node.branches]
     radius = min(add(at.radius, *(b.radius for b in parts)), node.bound(at.radius, notes.norms).radius)
     return notes.add(
         node.name, "residual", _Reach(radius, add(at.entry, *(b.entry for b in parts)), node.run(at.x))
     )
 
 
-@_reach.register
-def _(node: Softcap, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(Softcap)
+def softcap_reach(node: Softcap, at: _Reach, notes: _Notes) -> _Reach:
     cap = up(abs(node.cap))
     return notes.add(node.name, "softcap", _Reach(min(at.radius, cap), min(at.entry, cap), node.run(at.x)))
 
 
-@_reach.register
-def _(node: OneToken, at: _Reach, notes: _Notes) -> _Reach:
+@reach.rule(OneToken)
+def one_token_reach(node: OneToken, at: _Reach, notes: _Notes) -> _Reach:
     return _Reach(at.radius, at.entry, node.run(at.x))

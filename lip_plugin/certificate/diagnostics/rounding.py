@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import nn
 
+from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.attention import Attention
-from lip_plugin.certificate.graph.base import Norms, largest
+from lip_plugin.certificate.graph.base import ProvenNorms, largest
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import (
@@ -35,9 +35,10 @@ from lip_plugin.certificate.graph.decimals import (
     to_float,
     up,
 )
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
 from lip_plugin.certificate.input_radius import radius_of
-from lip_plugin.certificate.weight_norms import refuse_non_finite, weight_norms
+from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.linalg.norms import sum_rms_max_upper
@@ -83,7 +84,7 @@ def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) ->
         UnsupportedModelError: another dtype, or a node whose rounding has no rule here.
     """
     graph = build(model)
-    refuse_non_finite(graph.root)
+    refuse_non_finite_weights(graph.root)
     norms, arithmetic = weight_norms(graph), Arithmetic.of(dtype, tokens)
     r = radius_of(graph, "weights")
     error = _entry(graph, r, norms, arithmetic)
@@ -92,7 +93,7 @@ def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) ->
     return to_float(error)
 
 
-def _entry(graph: Graph, r: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+def _entry(graph: Graph, r: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     """Of what enters the first block: a sum of stored rows, of mapped ones, or of mapped patches."""
     entry = graph.entry
     rows = [up(sum_rms_max_upper([t.read()])) for t in entry.tables.values()]
@@ -106,82 +107,84 @@ def _entry(graph: Graph, r: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
     return error if entry.norm is None else rounding(entry.norm, add(*rows, r), error, norms, a)
 
 
-@singledispatch
-def rounding(node: Any, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
-    """Bound on computed minus exact output [RMS norm of a token].
-
-    `r` bounds the exact input's token norm, `e` how far the computed input is from it.
-    """
-    raise UnsupportedModelError(f"{node.name} ({type(node).__name__}): its rounding has no rule here.")
+def _missing(node: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{node.name} ({type(node).__name__}): its rounding has no rule here.")
 
 
-def _carried(node: Any, r: Decimal, e: Decimal, norms: Norms) -> tuple[Decimal, Decimal]:
+# rounding(node, r, e, norms, arithmetic): bound on computed minus exact output [RMS norm of a token]. `r` bounds the exact
+# input's token norm, `e` how far the computed input is from it.
+rounding = Analysis("rounding", _missing)
+
+
+def _carried(node: Any, r: Decimal, e: Decimal, norms: ProvenNorms) -> tuple[Decimal, Decimal]:
     """(error in the input as it comes out, radius out for the computed input)."""
     bound = node.bound(add(r, e), norms)
     return mul(bound.lipschitz, e), bound.radius
 
 
-@rounding.register
-def _(node: Linear, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Linear)
+def linear_rounding(node: Linear, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     # norm2(|W|) is at most norm_F(W), so at most sigma_max times the root of the smaller side
     spread = root(up(min(node.d_in, node.d_out)))
     return add(carried, mul(add(mul(a.sum_of(node.d_in + 1), spread), a.units(2)), radius))
 
 
-@rounding.register
-def _(node: Scale, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Scale)
+def scale_rounding(node: Scale, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     return add(carried, mul(a.units(2), radius))
 
 
-@rounding.register
-def _(node: Activation, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Activation)
+def activation_rounding(
+    node: Activation, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     carried, _ = _carried(node, r, e, norms)
     return add(carried, mul(a.units(2 * _FUNCTION + 6), add(r, e)))  # twice: a capped one computes two
 
 
-@rounding.register
-def _(node: Norm, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Norm)
+def norm_rounding(node: Norm, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     d = node.width
     centering = mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
     return add(carried, centering, mul(add(a.sum_of(d), a.units(_FUNCTION + 6)), radius))
 
 
-@rounding.register
-def _(node: Chain, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Chain, AttentionOut, GatedMlp)
+def chain_rounding(node: Chain, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     for inner in node.nodes:
         e, r = rounding(inner, r, e, norms, a), inner.bound(r, norms).radius
     return e
 
 
-@rounding.register
-def _(node: Residual, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Residual, MlpResidual)
+def residual_rounding(node: Residual, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     branch = rounding(node.branch, r, e, norms, a)
     radius = add(r, e, node.branch.bound(r, norms).radius, branch)
     return add(e, branch, mul(a.unit, radius))
 
 
-@rounding.register
-def _(node: Parallel, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Parallel)
+def parallel_rounding(node: Parallel, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     parts = [rounding(branch, r, e, norms, a) for branch in node.branches]
     radius = add(r, e, *parts, *(branch.bound(r, norms).radius for branch in node.branches))
     return add(e, *parts, mul(a.units(2 * len(parts)), radius))
 
 
-@rounding.register
-def _(node: Softcap, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Softcap)
+def softcap_rounding(node: Softcap, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     return add(e, mul(a.units(_FUNCTION + 4), add(r, e)))
 
 
-@rounding.register
-def _(node: OneToken, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(OneToken)
+def one_token_rounding(node: OneToken, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     return e
 
 
-@rounding.register
-def _(node: Gate, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Gate)
+def gate_rounding(node: Gate, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     gate, value = (rounding(n, r, e, norms, a) for n in (node.gate, node.up))
     gate = rounding(node.act, node.gate.bound(r, norms).radius, gate, norms, a)
     outer = add(r, e)
@@ -192,8 +195,8 @@ def _(node: Gate, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decima
     return add(moved, mul(a.units(2 * _FUNCTION + 10), add(node.bound(outer, norms).radius, moved)))
 
 
-@rounding.register
-def _(node: Attention, r: Decimal, e: Decimal, norms: Norms, a: Arithmetic) -> Decimal:
+@rounding.rule(Attention)
+def attention_rounding(node: Attention, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     """Per head in 2-norms: logits off by eps change every weight by at most the factor exp(2 eps)."""
     outer, heads, width = add(r, e), node.q.heads, root(up(node.d_head))
     sizes, errors = [], []

@@ -1,1 +1,1 @@
-"""TODO lip_plugin/certificate/drift."""
+"""How far fine-tuning can have moved a logit."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.drift.compatible import refuse_unlike_settings
 from lip_plugin.certificate.drift.rules import Sides, Streams, logit_step, rows_apart, step
-from lip_plugin.certificate.graph.base import LinearNorms, Norms
+from lip_plugin.certificate.graph.base import LinearNorms, ProvenNorms
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.decimals import INF, ZERO, add, mul, root, to_float, up
 from lip_plugin.certificate.graph.entry import Table
 from lip_plugin.certificate.graph.nodes import Linear, Scale, Softcap
 from lip_plugin.certificate.input_radius import radius_of
-from lip_plugin.certificate.weight_norms import matrix_norms, refuse_non_finite, weight_norms
+from lip_plugin.certificate.weight_norms import matrix_norms, refuse_non_finite_weights, weight_norms
 from lip_plugin.distributed.gather import has_shards, sharded_too
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.norms import row_rms_max_upper
@@ -179,7 +179,7 @@ def _disabled(model: nn.Module) -> Iterator[None]:
 def _bound(pair: _Pair) -> Drift:
     for graph, context in ((pair.base, pair.in_base), (pair.tuned, nullcontext)):
         with context():
-            refuse_non_finite(graph.root)
+            refuse_non_finite_weights(graph.root)
             check_graph(graph)
     sides = _sides(pair)
     with pair.in_base():
@@ -239,9 +239,9 @@ def _sides(pair: _Pair) -> Sides:
     return Sides(base, tuned, _widened(matrix_norms(pair.base, apart, pairs=False), slack))
 
 
-def _widened(norms: Norms, slack: dict[str, Decimal]) -> Norms:
-    """Norms of differences, each larger by what computing it may have cost; rows as measured by `matrix_norms`."""
-    out = Norms()
+def _widened(norms: ProvenNorms, slack: dict[str, Decimal]) -> ProvenNorms:
+    """ProvenNorms of differences, each larger by what computing it may have cost; rows as measured by `matrix_norms`."""
+    out = ProvenNorms()
     for name, n in norms.items():
         more = slack.get(name, ZERO)
         whole = {k: add(v, more) for k, v in n.whole.items()}

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.attention import Attention
-from lip_plugin.certificate.graph.base import Norms, largest, rms
+from lip_plugin.certificate.graph.base import ProvenNorms, largest, rms
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import (
     ONE,
@@ -34,6 +34,7 @@ from lip_plugin.certificate.graph.decimals import (
     root,
     up,
 )
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
@@ -45,9 +46,9 @@ _SLIP = 1 + Decimal("1e-15")
 class Sides:
     """Proven norms of the base, of the tuned model, and of the difference of each pair of matrices."""
 
-    base: Norms
-    tuned: Norms
-    diff: Norms
+    base: ProvenNorms
+    tuned: ProvenNorms
+    diff: ProvenNorms
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def step(b: Any, t: Any, at: Streams, sides: Sides) -> Streams:
     out_b, out_t = b.bound(at.base, sides.base).radius, t.bound(at.tuned, sides.tuned).radius
     big = at.radius
     options = [add(out_b, out_t)]
-    if isinstance(b, (Chain, Residual, Parallel)):
+    if type(b) in through.kinds():
         options.append(through(b, t, at, sides))
         own = through(b, t, Streams(big, big, ZERO), sides)
     else:
@@ -91,14 +92,18 @@ def _unlike(b: Any, t: Any, what: str = "") -> ConfigError:
     )
 
 
-@singledispatch
-def through(b: Any, t: Any, at: Streams, sides: Sides) -> Decimal:
-    """Difference behind a container, by walking it."""
-    raise UnsupportedModelError(f"{b.name} ({type(b).__name__}): its drift has no rule here.")
+def _missing(node: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{node.name} ({type(node).__name__}): its drift has no rule here.")
 
 
-@through.register
-def _(b: Chain, t: Any, at: Streams, sides: Sides) -> Decimal:
+# through(b, t, at, sides): difference behind a container, by walking it.
+through = Analysis("drift through a container", _missing)
+# eta(b, t, r, sides): bound on the token norm of b(x) - t(x), for inputs x of token norm at most r.
+eta = Analysis("drift of a node", _missing)
+
+
+@through.rule(Chain, AttentionOut, GatedMlp)
+def chain_through(b: Chain, t: Any, at: Streams, sides: Sides) -> Decimal:
     if len(b.nodes) != len(t.nodes):
         raise _unlike(b, t)
     for inner_b, inner_t in zip(b.nodes, t.nodes, strict=True):
@@ -106,21 +111,15 @@ def _(b: Chain, t: Any, at: Streams, sides: Sides) -> Decimal:
     return at.delta
 
 
-@through.register
-def _(b: Residual, t: Any, at: Streams, sides: Sides) -> Decimal:
+@through.rule(Residual, MlpResidual)
+def residual_through(b: Residual, t: Any, at: Streams, sides: Sides) -> Decimal:
     return add(at.delta, step(b.branch, t.branch, at, sides).delta)
 
 
-@through.register
-def _(b: Parallel, t: Any, at: Streams, sides: Sides) -> Decimal:
+@through.rule(Parallel)
+def parallel_through(b: Parallel, t: Any, at: Streams, sides: Sides) -> Decimal:
     pairs = zip(b.branches, t.branches, strict=True)
     return add(at.delta, *(step(x, y, at, sides).delta for x, y in pairs))
-
-
-@singledispatch
-def eta(b: Any, t: Any, r: Decimal, sides: Sides) -> Decimal:
-    """Bound on the token norm of b(x) - t(x), for inputs x of token norm at most r."""
-    raise UnsupportedModelError(f"{b.name} ({type(b).__name__}): its drift has no rule here.")
 
 
 def difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -137,14 +136,14 @@ def _bias(b: Any, t: Any) -> Decimal:
     return mul(rms(difference(t.bias(), b.bias())), _SLIP)
 
 
-@eta.register
-def _(b: Linear, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Linear)
+def linear_eta(b: Linear, t: Any, r: Decimal, sides: Sides) -> Decimal:
     n = mul(sides.diff[b.name].sigma, root(div(up(b.d_in), up(b.d_out))))
     return add(mul(n, r), _bias(b, t))
 
 
-@eta.register
-def _(b: Scale, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Scale)
+def scale_eta(b: Scale, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return mul(up(abs(Decimal(b.scale) - Decimal(t.scale))), _SLIP, r)
 
 
@@ -158,8 +157,8 @@ def _gain(b: Norm, t: Any) -> Decimal:
     )
 
 
-@eta.register
-def _(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Norm)
+def norm_eta(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if (b.eps, b.center, b.floor) != (t.eps, t.center, t.floor):
         raise _unlike(b, t, f"a norm with eps {b.eps:g} and floor {b.floor:g}")
     if (b.weight is None) != (t.weight is None):
@@ -171,22 +170,22 @@ def _(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return add(mul(gain, min(ONE, small)), mul(rms(difference(t.bias, b.bias)), _SLIP))
 
 
-@eta.register
-def _(b: Activation, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Activation)
+def activation_eta(b: Activation, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if (b.kind, b.cap, b.factor) != (t.kind, t.cap, t.factor):
         raise _unlike(b, t, f"{b.kind} (cap {b.cap})")
     return ZERO
 
 
-@eta.register
-def _(b: Softcap, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Softcap)
+def softcap_eta(b: Softcap, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if b.cap != t.cap:
         raise _unlike(b, t, f"a softcap of {b.cap:g}")
     return ZERO
 
 
-@eta.register
-def _(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(OneToken)
+def one_token_eta(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if b.index != t.index:
         raise _unlike(b, t)
     if b.padding != t.padding:
@@ -198,8 +197,8 @@ def _(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return ZERO
 
 
-@eta.register
-def _(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Gate)
+def gate_eta(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
     """a(G_t x) U_t x - a(G_b x) U_b x = [a(G_t x) - a(G_b x)] U_t x + a(G_b x) (U_t - U_b) x, entry by entry."""
     if b.cap != t.cap:
         raise _unlike(b, t, f"a gate with cap {b.cap}")
@@ -221,15 +220,15 @@ def _(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return add(first, min(mul(act_most, up_rms), mul(act_size, up_entry)))
 
 
-def _extent(linear: Linear, r: Decimal, norms: Norms, cap: float | None) -> tuple[Decimal, Decimal]:
+def _extent(linear: Linear, r: Decimal, norms: ProvenNorms, cap: float | None) -> tuple[Decimal, Decimal]:
     """(RMS norm, largest entry) of W x + b, behind a cap if there is one."""
     size = linear.bound(r, norms).radius
     most = add(mul(linear.entrywise(norms), r), largest(linear.bias()))
     return (size, most) if cap is None else (min(size, up(cap)), min(most, up(cap)))
 
 
-@eta.register
-def _(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
+@eta.rule(Attention)
+def attention_eta(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
     """Per head, in 2-norms: values differ by d_v; logits by at most S, which moves a mixture by at most 2 V tanh(S / 2)."""
     settings = ("tau", "d_head", "d_in", "whole_norms", "softcap", "causal", "window")
     if any(getattr(b, k) != getattr(t, k) for k in settings) or (b.rotary is None) != (t.rotary is None):

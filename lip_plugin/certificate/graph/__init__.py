@@ -1,1 +1,1 @@
-"""TODO lip_plugin/certificate/graph."""
+"""The executable graph: nodes that run what the model computes, and bound it."""

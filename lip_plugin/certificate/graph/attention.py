@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lip_plugin.certificate.graph.base import Bound, Node, Norms, Watch, rms
-from lip_plugin.certificate.graph.containers import Chain, branches
+from lip_plugin.certificate.graph.base import Bound, Node, ProvenNorms, Watch, rms
+from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.decimals import ONE, ZERO, add, below, div, mul, norm2, root, up
 from lip_plugin.certificate.graph.nodes import Linear, Norm, Scale
 from lip_plugin.model.position import OffsetBias
@@ -60,7 +60,7 @@ class Rotary:
 
 def attentions(nodes: Sequence[Node]) -> Iterator[tuple[Node, Attention]]:
     """(what is in front of it in its branch, attention) of every layer, in running order."""
-    for chain in (branch for node in nodes for branch in branches(node)):
+    for chain in (branch for node in nodes for branch in node.added()):
         for before, after in zip(chain.nodes, chain.nodes[1:], strict=False):
             first = after.nodes[0] if isinstance(after, Chain) else after
             if isinstance(first, Attention):
@@ -68,7 +68,7 @@ def attentions(nodes: Sequence[Node]) -> Iterator[tuple[Node, Attention]]:
 
 
 @dataclass
-class Projection:
+class HeadRows:
     """One of q, k, v: the rows [start, stop) of a linear map, cut into heads of equal size."""
 
     role: str
@@ -91,7 +91,7 @@ class Projection:
 
 
 @dataclass
-class Attention:
+class Attention(Node):
     """softmax(tau q k^T + mask) v for all heads, concatenated; q and k may be normed and rotated.
 
     Attributes:
@@ -102,9 +102,9 @@ class Attention:
     """
 
     name: str
-    q: Projection
-    k: Projection
-    v: Projection
+    q: HeadRows
+    k: HeadRows
+    v: HeadRows
     tau: float
     d_head: int
     d_in: int
@@ -159,7 +159,7 @@ class Attention:
         hidden = everything.triu(1) if self.causal else ~everything
         return hidden if self.window is None else hidden | everything.tril(-self.window)
 
-    def sizes(self, p: Projection, r: Decimal, norms: Norms, post: Norm | Scale | None) -> _Sizes:
+    def sizes(self, p: HeadRows, r: Decimal, norms: ProvenNorms, post: Norm | Scale | None) -> _Sizes:
         """2-norm bounds on one of q, k, v at input token norm r, each kv head repeated for its group."""
         table, width = norms[p.linear.name], root(up(self.d_head))
         radius = mul(root(up(self.d_in)), r)
@@ -200,7 +200,7 @@ class Attention:
         turned = float(getattr(self.rotary, "attention_scaling", 1.0))
         return mul(*(up(abs(f)) for f in (self.tau, turned, turned, *factors)))
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         q = self.sizes(self.q, r, norms, self.q_norm)
         k = self.sizes(self.k, r, norms, self.k_norm)
         v = self.sizes(self.v, r, norms, None)
@@ -226,7 +226,7 @@ class Attention:
         radius = mul(out, root(div(ONE, up(self.q.heads * self.d_head))))
         return Bound(radius, mul(min(apart, together), factor))
 
-    def logit_bound(self, r: Decimal, norms: Norms) -> Decimal:
+    def logit_bound(self, r: Decimal, norms: ProvenNorms) -> Decimal:
         """B such that all logits of every row lie, up to a common shift, in [-B, B], biases by position included."""
         q = self.sizes(self.q, r, norms, self.q_norm)
         k = self.sizes(self.k, r, norms, self.k_norm)

@@ -1,10 +1,11 @@
-"""TODO lip_plugin.certificate.graph.nodes.base."""
+"""What every node of the graph speaks: bounds, proven norms of matrices, and what is seen while the graph runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,14 @@ class LinearNorms:
     pairs: Decimal = INF
 
 
-class Norms(dict[str, LinearNorms]):
+class ProvenNorms(dict[str, LinearNorms]):
     """LinearNorms by the name of the linear map; in `joint`, what a node measured of several maps together."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.joint: dict[str, Any] = {}
 
-    def take(self, other: Norms) -> None:
+    def take(self, other: ProvenNorms) -> None:
         """Add everything that `other` holds."""
         self.update(other)
         self.joint.update(other.joint)
@@ -65,12 +66,29 @@ class Watch:
         self.smallest_entropy = min(self.smallest_entropy, float(entropy.amin()))
 
 
-class Node(Protocol):
+class Node:
+    """One step of the graph, which runs and bounds.
+
+    `run(x)` computes what the model computes, on x [batch, tokens, d] in x's own dtype. `bound(r)` gives, for inputs of
+    token norm (largest RMS norm of a token) at most r, a bound on the output's token norm and on the Lipschitz
+    constant between token norms on that ball.
+    """
+
     name: str
 
-    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor: ...
+    def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        raise NotImplementedError
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound: ...
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
+        raise NotImplementedError
+
+    def children(self) -> Sequence[Node]:
+        """The nodes inside, in running order."""
+        return ()
+
+    def added(self) -> Sequence[Node]:
+        """The chains inside whose outputs are added to the node's input; none for most nodes."""
+        return ()
 
 
 def rms(bias: Tensor | None) -> Decimal:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.attention import Attention, Projection, Rotary
+from lip_plugin.certificate.graph.attention import Attention, HeadRows, Rotary
 from lip_plugin.certificate.graph.base import Node
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.entry import Entry, entry_of
@@ -253,16 +253,16 @@ def _branch(
     return Chain(branch.module, chain)
 
 
-def _projections(root: nn.Module, names: Parts, branch: BranchParts, d_head: int) -> dict[str, Projection]:
+def _projections(root: nn.Module, names: Parts, branch: BranchParts, d_head: int) -> dict[str, HeadRows]:
     """q, k and v: rows of one fused map, or each of its own."""
     heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
     if "qkv" not in branch.linears:
         maps = {role: linear_of(root, role, branch.linears[role]) for role in heads}
-        return {r: Projection(r, maps[r], 0, count * d_head, count) for r, count in heads.items()}
+        return {r: HeadRows(r, maps[r], 0, count * d_head, count) for r, count in heads.items()}
     interleaved = names.n_heads if names.architecture.attention.interleaved else None
     fused, start, found = linear_of(root, "qkv", branch.linears["qkv"], interleaved), 0, {}
     for role, count in heads.items():
-        found[role] = Projection(role, fused, start, start + count * d_head, count)
+        found[role] = HeadRows(role, fused, start, start + count * d_head, count)
         start += count * d_head
     return found
 

@@ -1,4 +1,4 @@
-"""TODO lip_plugin.certificate.graph.nodes.containers."""
+"""Nodes that hold nodes: chains, residual sums, parallel branches; and how to walk them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from lip_plugin.certificate.graph.base import Bound, Node, Norms, Watch
+from lip_plugin.certificate.graph.base import Bound, Node, ProvenNorms, Watch
 from lip_plugin.certificate.graph.decimals import ONE, add, mul
-from lip_plugin.certificate.graph.nodes import Gate
 
 
 @dataclass
-class Parallel:
+class Parallel(Node):
     """x + sum of f_i(x): radius r + sum of r_i, constant 1 + sum of L_i."""
 
     name: str
     branches: Sequence[Chain]
+
+    def children(self) -> Sequence[Node]:
+        return self.branches
+
+    added = children
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         y = x
@@ -29,24 +33,27 @@ class Parallel:
             watch.activation(y)
         return y
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         bounds = [branch.bound(r, norms) for branch in self.branches]
         return Bound(add(r, *(b.radius for b in bounds)), add(ONE, *(b.lipschitz for b in bounds)))
 
 
 @dataclass
-class Chain:
+class Chain(Node):
     """Nodes one after another: constants multiply, radii are handed on."""
 
     name: str
     nodes: Sequence[Node]
+
+    def children(self) -> Sequence[Node]:
+        return self.nodes
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         for node in self.nodes:
             x = node.run(x, watch)
         return x
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         constant = ONE
         for node in self.nodes:
             b = node.bound(r, norms)
@@ -55,11 +62,16 @@ class Chain:
 
 
 @dataclass
-class Residual:
+class Residual(Node):
     """x + f(x): radius r + r_f, constant 1 + L_f."""
 
     name: str
     branch: Chain
+
+    def children(self) -> Sequence[Node]:
+        return (self.branch,)
+
+    added = children
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         y = x + self.branch.run(x, watch)
@@ -67,20 +79,13 @@ class Residual:
             watch.activation(y)
         return y
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         b = self.branch.bound(r, norms)
         return Bound(add(r, b.radius), add(ONE, b.lipschitz))
 
 
-def walk(nodes: Iterable[Any]) -> Iterator[Any]:
+def walk(nodes: Iterable[Node]) -> Iterator[Any]:
     """All nodes, whatever contains them, containers first."""
     for node in nodes:
         yield node
-        if isinstance(node, Gate):
-            yield from (node.gate, node.up, node.act)
-        yield from walk([*branches(node), *getattr(node, "nodes", [])])
-
-
-def branches(node: Any) -> Sequence[Chain]:
-    """The branches that a node adds to the residual stream; none for other nodes."""
-    return (node.branch,) if isinstance(node, Residual) else getattr(node, "branches", ())
+        yield from walk(node.children())

@@ -15,8 +15,8 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from lip_plugin.certificate.graph.attention import Attention, Projection
-from lip_plugin.certificate.graph.base import Bound, Norms, largest, rms
+from lip_plugin.certificate.graph.attention import Attention, HeadRows
+from lip_plugin.certificate.graph.base import Bound, ProvenNorms, largest, rms
 from lip_plugin.certificate.graph.containers import Chain, Residual, walk
 from lip_plugin.certificate.graph.decimals import ZERO, add, below, div, mul, norm2, root, up
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, Scale
@@ -72,7 +72,7 @@ class AttentionOut(Chain):
         assert isinstance(out, Linear)
         return attention, out
 
-    def measure(self, norms: Norms) -> tuple[HeadNorms, ...]:
+    def measure(self, norms: ProvenNorms) -> tuple[HeadNorms, ...]:
         """Proven norms of the weights as they are, for one to three choices of the heads' weights."""
         attention, out = self._parts()
         if isinstance(attention.q_norm, Norm) or isinstance(attention.k_norm, Norm):
@@ -80,7 +80,7 @@ class AttentionOut(Chain):
         heads = _Heads.of(attention, out)
         return tuple(heads.norms(w, norms) for w in heads.candidates())
 
-    def from_caps(self, norms: Norms) -> tuple[HeadNorms, ...]:
+    def from_caps(self, norms: ProvenNorms) -> tuple[HeadNorms, ...]:
         """The same from norms of single matrices."""
         attention, out = self._parts()
         if isinstance(attention.q_norm, Norm) or isinstance(attention.k_norm, Norm):
@@ -103,7 +103,7 @@ class AttentionOut(Chain):
             ),
         )
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         plain = super().bound(r, norms)
         attention, out = self._parts()
         d_in, d_out = root(up(attention.d_in)), root(up(out.d_out))
@@ -146,7 +146,7 @@ class _Heads:
                 choices.append(w / w.amax())
         return choices
 
-    def norms(self, w: Tensor, norms: Norms) -> HeadNorms:
+    def norms(self, w: Tensor, norms: ProvenNorms) -> HeadNorms:
         turned = self.attention.rotary is not None
         inverse = 1.0 / w  # as stored: both w and this are used as exact weights, so bound their mismatch
         values = (
@@ -220,7 +220,7 @@ class MlpResidual(Residual):
             return None  # no f(z) - z / 2 that is smaller and flatter than f
         return linears[0], act, linears[1], scales
 
-    def measure(self, norms: Norms) -> AffineNorms | None:
+    def measure(self, norms: ProvenNorms) -> AffineNorms | None:
         found = self._parts()
         if found is None:
             return None
@@ -236,7 +236,7 @@ class MlpResidual(Residual):
         constant = add(constant, mul(rms(second.bias()), root(up(second.d_out))))
         return AffineNorms(linear, mul(up(abs(g)), constant, _SLIP))
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         plain = super().bound(r, norms)
         affine, found = norms.joint.get(self.name), self._parts()
         if not isinstance(affine, AffineNorms) or found is None:
@@ -273,7 +273,7 @@ class GatedMlp(Chain):
         assert isinstance(down, Linear)
         return gate, down
 
-    def measure(self, norms: Norms) -> GateNorms | None:
+    def measure(self, norms: ProvenNorms) -> GateNorms | None:
         gate, down = self._parts()
         if down.d_in > _HADAMARD_UP_TO:
             return None
@@ -285,13 +285,13 @@ class GatedMlp(Chain):
         ]
         return GateNorms(min(pairs))
 
-    def from_caps(self, norms: Norms) -> GateNorms:
+    def from_caps(self, norms: ProvenNorms) -> GateNorms:
         """The same from norms of single matrices: an entrywise product has at most the product of two norms."""
         gate, down = self._parts()
         g, u, d = (norms[n.name] for n in (gate.gate, gate.up, down))
         return GateNorms(mul(d.sigma, min(mul(g.row, u.sigma), mul(g.sigma, u.row))))
 
-    def bound(self, r: Decimal, norms: Norms) -> Bound:
+    def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         plain = super().bound(r, norms)
         found = norms.joint.get(self.name)
         if not isinstance(found, GateNorms):
@@ -320,17 +320,17 @@ def linear_names(node: Chain | Residual) -> list[str]:
     return names
 
 
-def _rows(attention: Attention, p: Projection) -> Rounded:
+def _rows(attention: Attention, p: HeadRows) -> Rounded:
     rows = p.linear.weight()[p.start : p.stop].detach().unflatten(0, (p.heads, attention.d_head))
     return Rounded.of(rows.repeat_interleave(attention.q.heads // p.heads, 0))
 
 
-def _per_head(attention: Attention, p: Projection, norms: Norms) -> list[Decimal]:
+def _per_head(attention: Attention, p: HeadRows, norms: ProvenNorms) -> list[Decimal]:
     group = attention.q.heads // p.heads
     return [s for s in norms[p.linear.name].heads[p.role] for _ in range(group)]
 
 
-def _head_biases(attention: Attention, p: Projection) -> list[Decimal]:
+def _head_biases(attention: Attention, p: HeadRows) -> list[Decimal]:
     return [b for b in p.head_biases() for _ in range(attention.q.heads // p.heads)]
 
 

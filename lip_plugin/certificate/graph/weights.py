@@ -11,61 +11,13 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.graph.nodes import Linear
 from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.model.adapters import dequantized, layer_wrappers, runs_inside
 from lip_plugin.model.layers import is_linear, is_patches, is_transposed, rows_of
-
-# Readers of what a wrapped linear layer really multiplies with (an adapter's merged weight, stored
-# like the base layer's); they return None for a layer that is not theirs. With each, what it depends on besides weights.
-_WEIGHT_READERS: dict[Callable[[nn.Module], Tensor | None], Callable[[nn.Module], str]] = {}
-
-
-def register_weight_reader(
-    reader: Callable[[nn.Module], Tensor | None], facts: Callable[[nn.Module], str]
-) -> None:
-    """Have the certificate read the weight of wrapped linear layers by `reader(module)`.
-
-    `facts(module)` says in plain text what that weight depends on besides Parameters; empty for a layer that is not wrapped.
-    """
-    _WEIGHT_READERS[reader] = facts
-
-
-def adapter_facts(module: nn.Module) -> str:
-    """What a wrapped layer's weight depends on besides Parameters; empty for any other module."""
-    return next((text for facts in _WEIGHT_READERS.values() if (text := facts(module))), "")
-
-
-# Readers of a plain linear layer whose weight is not stored as a matrix: f(module) -> [d_out, d_in], or None if not theirs.
-_DEQUANTIZERS: list[Callable[[nn.Module], Tensor | None]] = []
-
-
-def register_dequantizer(read: Callable[[nn.Module], Tensor | None]) -> None:
-    """Have the certificate read the weight of quantized linear layers by `read(module)`, as the forward multiplies with it."""
-    if read not in _DEQUANTIZERS:
-        _DEQUANTIZERS.append(read)
-
-
-def dequantized(module: nn.Module) -> Tensor | None:
-    """The matrix [d_out, d_in] that a quantized linear layer multiplies with; None for any other module."""
-    return next((w for read in _DEQUANTIZERS if (w := read(module)) is not None), None)
-
-
-# What a wrapper runs in place of a layer (a copy that peft trains beside it): f(module) -> that module, or None if not theirs.
-_STAND_INS: list[Callable[[nn.Module], nn.Module | None]] = []
-
-
-def register_stand_in(find: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Have the certificate read, in place of a wrapper, the plain layer inside that it runs, by `find(module)`."""
-    if find not in _STAND_INS:
-        _STAND_INS.append(find)
-
-
-def run_in_place_of(module: nn.Module) -> nn.Module:
-    """The layer inside that a wrapper runs now; any other module itself."""
-    return next((inner for find in _STAND_INS if (inner := find(module)) is not None), module)
 
 
 def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
-    module = run_in_place_of(module)
+    module = runs_inside(module)
     _refuse_computed(module, name)
     if is_linear(module):
         return module, lambda: module.weight
@@ -76,11 +28,10 @@ def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
         read = partial(dequantized, module)
         return module, read
     base = getattr(module, "base_layer", None)
-    for reader in _WEIGHT_READERS:
-        plain = base is not None and (is_linear(base) or dequantized(base) is not None)
-        if plain and reader(module) is not None:
-            read = partial(reader, module)
-            return base, read
+    plain = base is not None and (is_linear(base) or dequantized(base) is not None)
+    for wrapper in layer_wrappers() if plain else ():
+        if wrapper.weight(module) is not None:
+            return base, partial(wrapper.weight, module)
     raise UnsupportedModelError(
         f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no proven "
         "rule here. Merge adapters (merge_and_unload) or take the wrapper off, then certify."

@@ -1,1 +1,1 @@
-"""TODO lip_plugin/certificate/robustness."""
+"""Around one given input: certified radii, certified accuracy, and the attacks beside them."""

@@ -1,6 +1,6 @@
 """Certified radius of predictions, and accuracy that is proven beside accuracy that survives an attack.
 
-Norms of the change, by the argument `norm`:
+ProvenNorms of the change, by the argument `norm`:
 
     "token"     token norm (largest RMS norm of a token) of the change of what enters the first block
     "pixel_l2"  2-norm of the change of a whole image, which may leave the range of pixels
@@ -23,7 +23,7 @@ from lip_plugin.certificate.graph.nodes import OneToken
 from lip_plugin.certificate.robustness.attack import attack
 from lip_plugin.certificate.robustness.balls import Ball, ball_of
 from lip_plugin.certificate.robustness.margins import Certifier
-from lip_plugin.certificate.weight_norms import refuse_non_finite
+from lip_plugin.certificate.weight_norms import refuse_non_finite_weights
 from lip_plugin.errors import ConfigError
 
 EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -163,7 +163,7 @@ def attacked_accuracy(
 def _checked(model: nn.Module) -> Graph:
     with torch.no_grad():
         graph = build(model)
-        refuse_non_finite(graph.root)
+        refuse_non_finite_weights(graph.root)
         check_graph(graph)
     return graph
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lip_plugin.certificate.graph.attention import Attention, Projection, _rotate
+from lip_plugin.certificate.graph.attention import Attention, HeadRows, _rotate
 from lip_plugin.certificate.graph.nodes import Norm, Scale
 from lip_plugin.certificate.robustness.movement import Key, Local, Matrix, Movement, Term, sum_of, weight
 from lip_plugin.certificate.robustness.rules import CURVATURE_UPPER, move, norm_rule, record
@@ -39,8 +39,10 @@ class _Part:
     joint: Tensor
 
 
-@move.register
-def _(node: Attention, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Attention)
+def attention_movement(
+    node: Attention, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     q, k, v = (_part(node, p, x, movement, local) for p in (node.q, node.k, node.v))
     hidden = _hidden(node, x.shape[-2], x.device)
     logits = node.tau * q.centre @ k.centre.mT
@@ -77,7 +79,7 @@ def _hidden(node: Attention, tokens: int, device: torch.device) -> Tensor:
     return hidden if node.window is None else hidden | seen.tril(-node.window)
 
 
-def _part(node: Attention, p: Projection, x: Tensor, movement: Movement, local: Local) -> _Part:
+def _part(node: Attention, p: HeadRows, x: Tensor, movement: Movement, local: Local) -> _Part:
     w, bias = weight(p.linear)[p.start : p.stop], p.bias()
     y = torch.nn.functional.linear(x, w, None if bias is None else bias.detach().double())
     post = {"q": node.q_norm, "k": node.k_norm}.get(p.role)
@@ -114,7 +116,7 @@ def _turning(cos: Tensor, sin: Tensor) -> float:
     return float((cos.double().square() + sin.double().square()).amax().sqrt()) * (1 + 1e-12)
 
 
-def _rows(p: Projection, w: Tensor, term: Term, local: Local, whole: bool = False) -> tuple[Key, Matrix, int]:
+def _rows(p: HeadRows, w: Tensor, term: Term, local: Local, whole: bool = False) -> tuple[Key, Matrix, int]:
     """(key, matrix, blocks) of a projection's rows times a term's matrix: arguments of `Local.sigma`."""
     key = (id(p), *term.key)
     return key, local.times(key, w, term), 1 if whole else p.heads

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.decimals import below, div, mul, root, to_float, up
 from lip_plugin.certificate.robustness.movement import Local, Matrix, Movement, Term
@@ -43,7 +43,7 @@ class TokenBall:
         size = eps.to(x.device)[:, None, None] * x.shape[-1] ** 0.5 * _UP
         return Movement.ball(size.expand(-1, *x.shape[:2]))
 
-    def token_norm(self, eps: float, norms: Norms) -> float:
+    def token_norm(self, eps: float, norms: ProvenNorms) -> float:
         """Bound on the token norm of the change of what enters the first block."""
         return eps
 
@@ -81,7 +81,7 @@ class PixelBall:
         matrix = Matrix(self.patches.weight().detach().double())
         return Movement((Term((id(self.patches),), matrix, size, size.amax(-1)),))
 
-    def token_norm(self, eps: float, norms: Norms) -> float:
+    def token_norm(self, eps: float, norms: ProvenNorms) -> float:
         moved = mul(norms[self.patches.name].sigma, up(eps))
         return to_float(div(moved, below(root(up(self.patches.d_out)))))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lip_plugin.certificate.robustness.attention_rule  # noqa: F401  its rule is registered on import
-from lip_plugin.certificate.graph.base import Norms
+from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.decimals import to_float, up
@@ -62,7 +62,7 @@ class Certifier:
         self.graph, self.ball, self.eps, self.refine = graph, ball, eps, refine
         self.head, self.body = nodes[-1], Chain("hidden", nodes[:-1])
         self.local = Local()
-        self.norms: Norms = weight_norms(graph)
+        self.norms: ProvenNorms = weight_norms(graph)
 
     def run(self, inputs: Tensor, labels: Tensor | None) -> Found:
         """How far down the grid each token's prediction is proven; a classifier has one token of logits."""

@@ -10,15 +10,16 @@ It also records, for each node that is not linear, a bound on what its lineariza
 from __future__ import annotations
 
 import math
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.base import largest
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import to_float
+from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import (
     Activation,
     Gate,
@@ -27,7 +28,7 @@ from lip_plugin.certificate.graph.nodes import (
     OneToken,
     Scale,
     Softcap,
-    capped,
+    within_cap,
 )
 from lip_plugin.certificate.robustness.kinks import Kinks
 from lip_plugin.certificate.robustness.movement import Local, Movement, Remainder, Term, sum_of
@@ -47,41 +48,43 @@ CURVATURE_UPPER = {
 }
 
 
-@singledispatch
-def move(node: Any, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
-    """(output at the centre, its movement). Raises CertificateError for a node without a proven rule."""
-    raise CertificateError(
+def _missing(node: Any) -> CertificateError:
+    return CertificateError(
         f"{getattr(node, 'name', node)} is {type(node).__name__}: no local rule is proven for it. "
         "certify(model) may still bound the model as a whole."
     )
 
 
-@move.register
-def _(node: Linear, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+# move(node, x, movement, local) -> (output at the centre, its movement)
+move = Analysis("local movement", _missing)
+
+
+@move.rule(Linear)
+def linear_movement(node: Linear, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     return node.run(x), movement.linear(node, local)
 
 
-@move.register
-def _(node: Scale, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Scale)
+def scale_movement(node: Scale, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     return node.run(x), movement.scaled(node.scale)
 
 
-@move.register
-def _(node: Chain, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Chain, AttentionOut, GatedMlp)
+def chain_movement(node: Chain, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     for part in node.nodes:
         x, movement = move(part, x, movement, local)
     return x, movement
 
 
-@move.register
-def _(node: Residual, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Residual, MlpResidual)
+def residual_movement(node: Residual, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     y, branch = move(node.branch, x, movement, local)
     both = movement.plus(branch)
     return x + y, both if local.products else both.collapsed(local)
 
 
-@move.register
-def _(node: Parallel, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Parallel)
+def parallel_movement(node: Parallel, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     y, total = x, movement
     for part in node.branches:
         branch, moved = move(part, x, movement, local)
@@ -89,14 +92,16 @@ def _(node: Parallel, x: Tensor, movement: Movement, local: Local) -> tuple[Tens
     return y, total if local.products else total.collapsed(local)
 
 
-@move.register
-def _(node: OneToken, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(OneToken)
+def one_token_movement(
+    node: OneToken, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     terms = tuple(Term(t.key, t.matrix, t.size[..., node.where]) for t in movement.terms)
     return node.run(x), Movement(terms)
 
 
-@move.register
-def _(node: Softcap, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Softcap)
+def softcap_movement(node: Softcap, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     y, size, cap = node.run(x), movement.total(local), abs(node.cap)
     width = math.sqrt(x.shape[-1])
     if local.remainders is not None:
@@ -105,8 +110,10 @@ def _(node: Softcap, x: Tensor, movement: Movement, local: Local) -> tuple[Tenso
     return y, Movement.ball(size.clamp_max(2.0 * cap * width * (1 + 1e-12)))
 
 
-@move.register
-def _(node: Activation, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Activation)
+def activation_movement(
+    node: Activation, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     y, slope = node.run(x), to_float(node.slope())
     size, entry = movement.total(local), movement.entry(local)
     if local.remainders is not None:
@@ -163,9 +170,9 @@ def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor,
     return half * entry * size, half * size.square()
 
 
-@move.register
-def _(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
-    g, u = node.gate.run(x), capped(node.up.run(x), node.cap)
+@move.rule(Gate)
+def gate_movement(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+    g, u = node.gate.run(x), within_cap(node.up.run(x), node.cap)
     f = node.act.run(g)
     y, slope = f * u, to_float(node.act.slope())
     moving_g, moving_u = movement.linear(node.gate, local), movement.linear(node.up, local)
@@ -183,8 +190,8 @@ def _(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, 
     return y, Movement.ball(size)
 
 
-@move.register
-def _(node: Norm, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+@move.rule(Norm)
+def norm_movement(node: Norm, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
     y = node.run(x)
     size, two = norm_rule(node, x, movement.total(local))
     if local.remainders is not None:
