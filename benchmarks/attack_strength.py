@@ -23,13 +23,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from families import FAMILIES, tiny
-from oracles import randomize_
-from worst_cases import layered_gpt2, one_head_gpt2
-
 from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
 from lip_plugin.certificate.attack.exhaustive import dense_search
 from lip_plugin.certificate.graph.build import build
+from tests.support.families import FAMILIES, tiny
+from tests.support.oracles import randomize_
+from tests.support.worst_cases import layered_gpt2, one_head_gpt2
 
 # From the first run, before the rewrite, on these weights.
 FIRST: dict[str, float] = {
@@ -94,7 +93,9 @@ def main() -> None:
     if options.smoke:
         options.restarts, options.steps = 1, 5
     rows: list[dict[str, Any]] = []
-    print(f"{'case':<30}{'proven':>11}{'attained':>11}{'ratio':>10}{'first':>11}{'gain':>9}{'s':>7}  start")
+    print(
+        f"{'case':<30}{'proven':>11}{'attained':>11}{'ratio':>10}{'first':>11}{'gain':>9}{'s':>7}  start"
+    )
     for label, make in cases(options.smoke):
         model, began = make(), time.perf_counter()
         found, upper = falsify(model, options.restarts, options.steps), certify(model).lipschitz
@@ -115,7 +116,9 @@ def main() -> None:
         truth = dense_search(
             build(model).body, 2, found.radius, tokens, points=200 if options.smoke else 4000
         )
-        rows.append({"case": f"dense, {tokens} tokens", "proven": truth, "attained": found.lower_bound})
+        rows.append(
+            {"case": f"dense, {tokens} tokens", "proven": truth, "attained": found.lower_bound}
+        )
         print(
             f"{f'dense search, {tokens} tokens':<30}{truth:>11.5g}{found.lower_bound:>11.5g}{found.lower_bound / truth:>10.5g}"
         )

@@ -89,8 +89,17 @@ def fresh(family: str, text: Text, smoke: bool, wide: bool = False) -> Any:
         "head_dim": width // 4,
         "intermediate_size": 4 * width if family == "bert" else 5 * width // 2,
     }
-    rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    nothing = {**dict.fromkeys(rates, 0.0), **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
+    rates = (
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+    )
+    nothing = {
+        **dict.fromkeys(rates, 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
     config = AutoConfig.for_model(FAMILIES[family], vocab_size=text.vocabulary, **shape, **nothing)
     auto = AutoModelForMaskedLM if text.masked else AutoModelForCausalLM
     return auto.from_config(config)
@@ -98,7 +107,9 @@ def fresh(family: str, text: Text, smoke: bool, wide: bool = False) -> Any:
 
 def train(model: Any, text: Text, steps: int, seed: int, lr: float, *, held: bool) -> None:
     """AdamW, warmed up and then falling to 0; `held`: under the model's caps."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
+    )
     if held:
         attach_projection(optimizer, model, "spectral_normalize")
     model.train()
@@ -149,12 +160,24 @@ def compare(family: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def families(args: argparse.Namespace) -> list[dict[str, Any]]:
-    heads = ("family", "quantile", "order", "before", "after", "repaired", "log10 L", "repaired", "s")
+    heads = (
+        "family",
+        "quantile",
+        "order",
+        "before",
+        "after",
+        "repaired",
+        "log10 L",
+        "repaired",
+        "s",
+    )
     print("{:<8} {:<8} {:<8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>6}".format(*heads))
     rows = []
     for family in args.families:
         for row in compare(family, args):
-            order = "-" if row["quantile"] is None else "in turn" if row["sequential"] else "at once"
+            order = (
+                "-" if row["quantile"] is None else "in turn" if row["sequential"] else "at once"
+            )
             numbers = [f"{row[k]:8.4f}" for k in ("before", "after", "repaired")]
             numbers += [f"{row[k]:8.1f}" for k in ("log10_after", "log10_repaired")]
             way = "keep" if row["quantile"] is None else f"{row['quantile']:g}"
@@ -178,9 +201,14 @@ def embedder(args: argparse.Namespace) -> list[dict[str, Any]]:
     lines = [line for line in Path(args.text).read_text().splitlines() if len(line) > 25]
 
     def encoded(part: list[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(part, padding=True, truncation=True, max_length=32, return_tensors="pt"))
+        return dict(
+            tokenizer(part, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        )
 
-    inputs, held = [encoded(lines[100 * i : 100 * i + 24]) for i in range(4)], encoded(lines[5000:5100])
+    inputs, held = (
+        [encoded(lines[100 * i : 100 * i + 24]) for i in range(4)],
+        encoded(lines[5000:5100]),
+    )
     own, counts = own_caps(model), held["attention_mask"][..., None].float()
 
     @torch.no_grad()
@@ -203,8 +231,13 @@ def embedder(args: argparse.Namespace) -> list[dict[str, Any]]:
             "cosine": float((before * embed(twin)).sum(-1).mean()),
         }
         rows.append({**row, "log10_lipschitz": certify(twin).log10_lipschitz})
-        way = "keep" if quantile is None else f"{quantile:g} {'in turn' if sequential else 'at once'}"
-        print(f"{way:<14} cosine {row['cosine']:.4f}, log10 L {rows[-1]['log10_lipschitz']:.1f}", flush=True)
+        way = (
+            "keep" if quantile is None else f"{quantile:g} {'in turn' if sequential else 'at once'}"
+        )
+        print(
+            f"{way:<14} cosine {row['cosine']:.4f}, log10 L {rows[-1]['log10_lipschitz']:.1f}",
+            flush=True,
+        )
     return rows
 
 
@@ -227,9 +260,13 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
                 model(**batch).loss.backward()
                 spent.append(time.perf_counter() - began)
         kept, floored = (statistics.median(t[1:]) for t in times)
-        rows.append({"family": family, "compiled": compiled, "keep_s": kept, "ratio": floored / kept})
+        rows.append(
+            {"family": family, "compiled": compiled, "keep_s": kept, "ratio": floored / kept}
+        )
         how = "compiled" if compiled else "eager"
-        print(f"{family:<8} {how:<9} keep {kept:.3f} s, floors {floored / kept:.3f} of it", flush=True)
+        print(
+            f"{family:<8} {how:<9} keep {kept:.3f} s, floors {floored / kept:.3f} of it", flush=True
+        )
     return rows
 
 
@@ -241,7 +278,9 @@ def main() -> None:
     parser.add_argument(
         "--families", nargs="*", choices=FAMILIES, default=["gpt2", "llama", "gemma3", "bert"]
     )
-    parser.add_argument("--quantiles", nargs="*", type=float, default=[0.0, 0.05, 0.25, 0.5, 0.9, 1.0])
+    parser.add_argument(
+        "--quantiles", nargs="*", type=float, default=[0.0, 0.05, 0.25, 0.5, 0.9, 1.0]
+    )
     parser.add_argument("--pretrain", type=int, default=900)
     parser.add_argument("--repair", type=int, default=100)
     parser.add_argument("--encoder", action="store_true")

@@ -35,14 +35,20 @@ from lip_plugin.certificate.fingerprint import fingerprint, stored_tensors
 from lip_plugin.integrations.huggingface.loading import certify_streamed
 from lip_plugin.linalg.norms import sigma_max_exact, sigma_max_upper
 
-SIZES = {"124M": (12, 768, 12), "355M": (24, 1024, 16), "1.3B": (24, 2048, 32)}  # layers, width, heads
+SIZES = {
+    "124M": (12, 768, 12),
+    "355M": (24, 1024, 16),
+    "1.3B": (24, 2048, 32),
+}  # layers, width, heads
 SMOKE = {"tiny": (2, 64, 4), "small": (6, 64, 4)}
 MIB = 1 << 20
 _HEAD_ROWS = 4096
 
 
 def config_of(layers: int, width: int, heads: int, vocabulary: int) -> GPT2Config:
-    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, n_positions=1024)
+    return GPT2Config(
+        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, n_positions=1024
+    )
 
 
 def memory(field: str) -> int:
@@ -69,7 +75,8 @@ def write_model(folder: Path, layers: int, width: int, heads: int, vocabulary: i
     generator = torch.Generator().manual_seed(0)
     for file, names in shards.items():
         values = {
-            n: (torch.randn(tensors[n].shape, generator=generator) * 0.02).to(torch.bfloat16) for n in names
+            n: (torch.randn(tensors[n].shape, generator=generator) * 0.02).to(torch.bfloat16)
+            for n in names
         }
         save_file(values, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
@@ -174,8 +181,13 @@ def case(arguments: list[str]) -> dict[str, Any]:
 
 
 def show(name: str, row: dict[str, Any]) -> None:
-    shown = "".join(f"{row[k]:>12.1f}" for k in ("wall_s", "cpu_s", "before_mib", "peak_mib", "over_mib"))
-    print(f"{name:<22}{row['parameters'] / 1e6:>10.1f}M{shown}{row['log10_lipschitz']:>10.2f}", flush=True)
+    shown = "".join(
+        f"{row[k]:>12.1f}" for k in ("wall_s", "cpu_s", "before_mib", "peak_mib", "over_mib")
+    )
+    print(
+        f"{name:<22}{row['parameters'] / 1e6:>10.1f}M{shown}{row['log10_lipschitz']:>10.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -183,9 +195,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--svd-layers", type=int, default=1, help="layers whose singular values are timed")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of streamed models")
-    parser.add_argument("--folder", help="where the temporary files go; default: the system's place")
+    parser.add_argument(
+        "--svd-layers", type=int, default=1, help="layers whose singular values are timed"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of streamed models"
+    )
+    parser.add_argument(
+        "--folder", help="where the temporary files go; default: the system's place"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny models, seconds")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -206,7 +224,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             parameters = write_model(Path(folder), *shape, vocabulary)
             layer = 12 * shape[1] ** 2 * 2 / MIB
-            row = {"parameters": parameters, "layer_mib": layer, **run_case(["stream", threads, folder])}
+            row = {
+                "parameters": parameters,
+                "layer_mib": layer,
+                **run_case(["stream", threads, folder]),
+            }
         results[f"stream {name}"] = row
         show(f"streamed {name}", row)
     svd = results["svdvals"] = run_case(["svdvals", threads, *plain, str(args.svd_layers)])
@@ -220,7 +242,11 @@ def main() -> None:
         f"{first} in memory: a later certificate {memory_row['again_cpu_s']:.2f} s, of which the fingerprint "
         f"{memory_row['fingerprint_s']:.2f} s; from caps {memory_row['caps_s']:.2f} s"
     )
-    print(json.dumps({"benchmark": "certificate_scale", "torch": torch.__version__, "date": date, **results}))
+    print(
+        json.dumps(
+            {"benchmark": "certificate_scale", "torch": torch.__version__, "date": date, **results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", help="a text file; the Python language reference without")
-    parser.add_argument("--model", help="a run folder of examples/train_char_lm.py, in place of training")
+    parser.add_argument(
+        "--model", help="a run folder of examples/train_char_lm.py, in place of training"
+    )
     parser.add_argument("--out", default="runs/certified_accuracy", help="folder of the figure")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     for name, default, text in (
@@ -77,7 +79,12 @@ def encoded(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, li
 
 
 def train(ids: torch.Tensor, vocabulary: int, options: argparse.Namespace) -> GPT2LMHeadModel:
-    sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
+    sizes = {
+        "n_embd": options.width,
+        "n_layer": options.layers,
+        "n_head": 4,
+        "n_positions": options.length,
+    }
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **nothing))
@@ -114,7 +121,9 @@ def main() -> None:
     batches = list(held_out[: options.sequences * options.length].view(-1, options.length).split(8))
     certified = certified_accuracy(model, batches, EPS, refine=options.refine)
     proven = time.perf_counter()
-    attacked = attacked_accuracy(model, batches, EPS, restarts=options.restarts, steps=options.attack_steps)
+    attacked = attacked_accuracy(
+        model, batches, EPS, restarts=options.restarts, steps=options.attack_steps
+    )
     seconds = {
         "training": trained - began,
         "certifying": proven - trained,
@@ -128,7 +137,9 @@ def main() -> None:
     print(f"{'eps':>8} {'certified':>10} {'attacked':>10}")
     for eps, low, high in zip(EPS, certified.accuracy, attacked.accuracy, strict=True):
         print(f"{eps:>8} {low:>10.1%} {high:>10.1%}")
-    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; figure in {out}")
+    print(
+        "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; figure in {out}"
+    )
     result = {
         "benchmark": "certified_accuracy",
         "options": {k: v for k, v in vars(options).items() if k not in ("text", "model", "out")},

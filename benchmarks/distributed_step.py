@@ -100,7 +100,9 @@ class Counter:
     def watching(self) -> Iterator[None]:
         exchange, gather = dist.all_to_all_single, ours._all_gather
 
-        def counted_exchange(out: Any, into: Any, received: Any, sent: Any, group: Any = None) -> Any:
+        def counted_exchange(
+            out: Any, into: Any, received: Any, sent: Any, group: Any = None
+        ) -> Any:
             away = sum(sent) - sent[dist.get_rank(group)]
             self.bytes += away * into.element_size()
             return exchange(out, into, received, sent, group=group)
@@ -145,7 +147,9 @@ def measured(how: str, options: argparse.Namespace, device: str) -> dict[str, An
         for n, p in models["AdamW"].named_parameters()
         if p.dim() == 2 and "embed_tokens" not in n
     )
-    share = (world - 1) / world * matrices / world if how == "fsdp" else (world - 1) * matrices / world
+    share = (
+        (world - 1) / world * matrices / world if how == "fsdp" else (world - 1) * matrices / world
+    )
     least = {"fsdp": 2 * share, "ddp": share}[how]
     medians = {k: statistics.median(v) for k, v in seconds.items()}
     return {

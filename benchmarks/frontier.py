@@ -43,13 +43,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", choices=("smoke", "quick", "small", "full"), default="small")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
-        "--only", nargs="+", default=["*"], help="names of runs, with * and ?; also for table and figure"
+        "--only",
+        nargs="+",
+        default=["*"],
+        help="names of runs, with * and ?; also for table and figure",
     )
     parser.add_argument("--results", type=Path, help="the file of JSON lines; in docs/ without")
-    parser.add_argument("--dataset", help="mlp: an image data set of the hub; scikit-learn's digits without")
+    parser.add_argument(
+        "--dataset", help="mlp: an image data set of the hub; scikit-learn's digits without"
+    )
     parser.add_argument("--text", help="char: a text file; the Python language reference without")
     parser.add_argument("--list", action="store_true", help="names, and which seeds are done")
-    parser.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
+    parser.add_argument(
+        "--figure", type=Path, help="draw this file from the results, train nothing"
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="a few steps of everything, into a temporary file"
     )
@@ -74,7 +81,9 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write((json.dumps(row) + "\n").encode())
 
 
-def done(rows: list[dict[str, Any]], options: argparse.Namespace, run: Run) -> dict[int, dict[str, Any]]:
+def done(
+    rows: list[dict[str, Any]], options: argparse.Namespace, run: Run
+) -> dict[int, dict[str, Any]]:
     """Rows of a run by seed. Raises SystemExit if the file holds another run of this name."""
     found = {}
     for row in rows:
@@ -136,7 +145,8 @@ def one(
             "lr": lr,
         },
         "tried": {
-            f"{r:g}": round(loss, 5) if math.isfinite(loss) else "diverged" for r, loss in tried.items()
+            f"{r:g}": round(loss, 5) if math.isfinite(loss) else "diverged"
+            for r, loss in tried.items()
         },
         **{
             k: _rounded(v) if k in ("certified", "attacked", "accuracy", "loss") else v
@@ -214,7 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(rows))
     print(
         json.dumps(
-            {"benchmark": "frontier", "task": options.task, "budget": options.budget, "rows": len(rows)}
+            {
+                "benchmark": "frontier",
+                "task": options.task,
+                "budget": options.budget,
+                "rows": len(rows),
+            }
         )
     )
 
@@ -229,7 +244,14 @@ def smoke(options: argparse.Namespace, folder: Path) -> None:
         draw(rows, folder / f"{options.task}.png")
         print(table(rows))
         print(
-            json.dumps({"benchmark": "frontier", "task": options.task, "budget": "smoke", "rows": len(rows)})
+            json.dumps(
+                {
+                    "benchmark": "frontier",
+                    "task": options.task,
+                    "budget": "smoke",
+                    "rows": len(rows),
+                }
+            )
         )
 
 

@@ -29,7 +29,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", help="a text file; the Python language reference without")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
-    for name, default in (("steps", 300), ("length", 64), ("width", 96), ("layers", 2), ("restarts", 4)):
+    for name, default in (
+        ("steps", 300),
+        ("length", 64),
+        ("width", 96),
+        ("layers", 2),
+        ("restarts", 4),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--w-max", type=float, default=1.4)
     options = parser.parse_args()
@@ -110,7 +116,11 @@ def main() -> None:
             f"{row['gate_max']!s:>8}  {row['loss']:>6.3f}  {row['log10_weights']:>20.2f}  "
             f"{row['log10_caps']:>9.2f}  {row['attained']:>17.3g}"
         )
-    where = {"device": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    where = {
+        "device": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(
         json.dumps(
             {

@@ -95,7 +95,9 @@ def main() -> None:
     if args.smoke:
         layers, d, heads, repeats = 1, 128, 4, 1
     name = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
     )
     date = datetime.date.today().isoformat()
     print(f"certified norms against float64 svdvals | {name} | torch {torch.__version__} | {date}")

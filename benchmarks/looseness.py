@@ -130,7 +130,11 @@ def by_rules(model: Any) -> dict[str, float]:
 
 
 def row(name: str, radius: float, proven: float, attained: float) -> dict[str, Any]:
-    values = {"constant_proven": proven, "constant_attained": attained, "ratio": ratio(proven, attained)}
+    values = {
+        "constant_proven": proven,
+        "constant_attained": attained,
+        "ratio": ratio(proven, attained),
+    }
     return {"name": name, "radius_in": radius, **values}
 
 
@@ -141,12 +145,17 @@ def show(rows: list[dict[str, Any]]) -> None:
     width = max(len(r["name"]) for r in rows)
     print(f"{'node':<{width}}" + "".join(f"{t:>11}" for t in titles))
     for r in rows:
-        print(f"{r['name']:<{width}}" + "".join(f"{r[k]:>11.4g}" if k in r else f"{'':>11}" for k in keys))
+        print(
+            f"{r['name']:<{width}}"
+            + "".join(f"{r[k]:>11.4g}" if k in r else f"{'':>11}" for k in keys)
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a folder written by save_pretrained; default: trained on the spot")
+    parser.add_argument(
+        "--model", help="a folder written by save_pretrained; default: trained on the spot"
+    )
     parser.add_argument("--restarts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--smoke", action="store_true")

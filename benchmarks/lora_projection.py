@@ -70,7 +70,9 @@ def batches(ids: Tensor, count: int, size: int, seed: int) -> Any:
 
 def loss_of(model: Any, ids: Tensor) -> float:
     with torch.no_grad():
-        return statistics.mean(float(model(input_ids=b, labels=b).loss) for b in batches(ids, 8, 32, 99))
+        return statistics.mean(
+            float(model(input_ids=b, labels=b).loss) for b in batches(ids, 8, 32, 99)
+        )
 
 
 def pretrained(text: Tensor, args: argparse.Namespace, size: int) -> Any:
@@ -156,7 +158,9 @@ def balance(model: Any) -> None:
         u, sizes, v = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
         k = a.shape[0]
         if float(sizes[0]) > 0:
-            floor = sizes[:k].clamp_min(1e-4 * float(sizes[0])).sqrt()  # a zero factor would never move again
+            floor = (
+                sizes[:k].clamp_min(1e-4 * float(sizes[0])).sqrt()
+            )  # a zero factor would never move again
             b.copy_(u[:, :k] * (sizes[:k] / floor))
             a.copy_(floor[:, None] * v[:k])
 
@@ -168,7 +172,13 @@ def budgeted(model: Any, balanced: bool) -> None:
 
 
 def run(
-    base: Any, way: str, w_max: float, text: Tensor, other: Tensor, seed: int, args: argparse.Namespace
+    base: Any,
+    way: str,
+    w_max: float,
+    text: Tensor,
+    other: Tensor,
+    seed: int,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     model = copy.deepcopy(base)
     set_caps_(model, None, w_max=w_max)
@@ -204,7 +214,9 @@ def run(
         seconds.append(time.perf_counter() - began)
         if last:
             pairs = list(zip(changes(model), wanted, strict=True))
-            share = sum(float((g * w).sum()) for g, w in pairs) / sum(float((w * w).sum()) for _, w in pairs)
+            share = sum(float((g * w).sum()) for g, w in pairs) / sum(
+                float((w * w).sum()) for _, w in pairs
+            )
     norms = [b.worst_over_cap for b in merged_block_norms(model) if not b.name.endswith("(change)")]
     return {
         "way": way,
@@ -219,7 +231,8 @@ def run(
 
 def changes(model: Any) -> list[Tensor]:
     return [
-        merged_weight(layer) - layer.base_layer.weight.detach().double() for _, layer in lora_layers(model)
+        merged_weight(layer) - layer.base_layer.weight.detach().double()
+        for _, layer in lora_layers(model)
     ]
 
 
@@ -279,8 +292,16 @@ def main() -> None:
         "budget": args.budget,
         "lr": args.lr,
     }
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    record |= {"machine": platform.machine(), "date": datetime.date.today().isoformat(), "smoke": args.smoke}
+    record |= {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    record |= {
+        "machine": platform.machine(),
+        "date": datetime.date.today().isoformat(),
+        "smoke": args.smoke,
+    }
     print(json.dumps(record))
 
 

@@ -57,7 +57,9 @@ def model_for(case: str, targets: str, r: int, args: argparse.Namespace) -> Any:
         from lip_plugin import set_caps_
 
         set_caps_(base, None, overrides=own)
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS[targets], fan_in_fan_out=True)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=TARGETS[targets], fan_in_fan_out=True
+    )
     model = peft.get_peft_model(base.to(args.device), config)
     if case == "budget":
         constrain_adapters(model, 0.05, relative=True)
@@ -68,7 +70,10 @@ def measure(case: str, targets: str, r: int, args: argparse.Namespace) -> dict[s
     model = model_for(case, targets, r, args)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(
-        0, model.config.vocab_size, (max(1, args.tokens // 512), min(512, args.tokens)), device=args.device
+        0,
+        model.config.vocab_size,
+        (max(1, args.tokens // 512), min(512, args.tokens)),
+        device=args.device,
     )
     began = time.perf_counter()
     project_before(model)
@@ -124,7 +129,8 @@ def kept(model: Any) -> int:
             total += norm.numel() * norm.element_size()
         for spectrum in peft_blocks._CACHE.get(layer, ((), []))[1]:
             total += sum(
-                t.numel() * t.element_size() for t in (spectrum.basis, spectrum.energy, spectrum.ceiling)
+                t.numel() * t.element_size()
+                for t in (spectrum.basis, spectrum.energy, spectrum.ceiling)
             )
     return total
 
@@ -156,9 +162,22 @@ def main() -> None:
                     f"{row['ratio']:>7.3f} {row['start_s']:>7.2f}s {row['kept_mib']:>6.1f} MiB {row['lora_mib']:>6.1f} MiB",
                     flush=True,
                 )
-    record = {"rows": rows, "tokens": args.tokens, "device": args.device, "threads": torch.get_num_threads()}
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    record |= {"machine": platform.machine(), "date": datetime.date.today().isoformat(), "smoke": args.smoke}
+    record = {
+        "rows": rows,
+        "tokens": args.tokens,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+    }
+    record |= {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    record |= {
+        "machine": platform.machine(),
+        "date": datetime.date.today().isoformat(),
+        "smoke": args.smoke,
+    }
     print(json.dumps(record))
 
 

@@ -30,7 +30,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, activation_report, certify, retrofit
 
-FORMATS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+FORMATS = {
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
 RATES = (1e-3, 3e-3)
 
 
@@ -57,7 +61,12 @@ def parse() -> argparse.Namespace:
 
 
 def fresh(vocabulary: int, options: argparse.Namespace) -> GPT2LMHeadModel:
-    sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
+    sizes = {
+        "n_embd": options.width,
+        "n_layer": options.layers,
+        "n_head": 4,
+        "n_positions": options.length,
+    }
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     config = GPT2Config(vocab_size=vocabulary, **sizes, **nothing, tie_word_embeddings=False)
@@ -68,7 +77,10 @@ def fresh(vocabulary: int, options: argparse.Namespace) -> GPT2LMHeadModel:
 
 
 def train(
-    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, ids: Tensor, options: argparse.Namespace
+    model: GPT2LMHeadModel,
+    optimizer: torch.optim.Optimizer,
+    ids: Tensor,
+    options: argparse.Namespace,
 ) -> GPT2LMHeadModel:
     """The same batches for every model; the rate falls to zero."""
     generator = torch.Generator().manual_seed(1)
@@ -105,7 +117,9 @@ def linears(model: nn.Module) -> Iterator[nn.Module]:
 def rounding(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within: every linear layer's weight and input pass through `cast`."""
     kept = [(m, m.weight.detach().clone()) for m in linears(model)]
-    handles = [m.register_forward_pre_hook(lambda m, args: (cast(args[0]), *args[1:])) for m, _ in kept]
+    handles = [
+        m.register_forward_pre_hook(lambda m, args: (cast(args[0]), *args[1:])) for m, _ in kept
+    ]
     try:
         with torch.no_grad():
             for module, weight in kept:
@@ -151,7 +165,9 @@ def main() -> None:
     index = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = torch.tensor([index[c] for c in text])
     cut = int(0.9 * len(ids))
-    held_out = ids[cut : cut + options.sequences * options.length].view(-1, options.length).split(32)
+    held_out = (
+        ids[cut : cut + options.sequences * options.length].view(-1, options.length).split(32)
+    )
     batches = list(held_out)
     constrained = fresh(len(index), options)
     config = LipschitzConfig(
@@ -166,7 +182,9 @@ def main() -> None:
     stock = []
     for rate in RATES:
         model = fresh(len(index), options)
-        stock.append(train(model, torch.optim.AdamW(model.parameters(), lr=rate), ids[:cut], options))
+        stock.append(
+            train(model, torch.optim.AdamW(model.parameters(), lr=rate), ids[:cut], options)
+        )
     twins = {"constrained": constrained, "stock": min(stock, key=lambda m: loss_of(m, batches))}
     results = {}
     for name, model in twins.items():
@@ -188,7 +206,8 @@ def report(results: dict[str, dict], options: argparse.Namespace, seconds: float
         print(f"{key:<34}" + "".join(f"{r[key]:>14.4g}" for r in results.values()))
     for key in next(iter(results.values()))["added"]:
         print(
-            f"{'loss added by ' + key:<34}" + "".join(f"{r['added'][key]:>14.5f}" for r in results.values())
+            f"{'loss added by ' + key:<34}"
+            + "".join(f"{r['added'][key]:>14.5f}" for r in results.values())
         )
     print(
         json.dumps(

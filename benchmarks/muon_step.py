@@ -87,7 +87,9 @@ def pytorch_optimizers(model: torch.nn.Module) -> Any:
 
 def pytorch_optimizers_gram(model: torch.nn.Module) -> Any:
     groups = [{"params": trainable(model), "use_muon": True}]
-    return importlib.import_module("pytorch_optimizer").Muon(groups, lr=0.02, ns_method="gram_newton_schulz")
+    return importlib.import_module("pytorch_optimizer").Muon(
+        groups, lr=0.02, ns_method="gram_newton_schulz"
+    )
 
 
 REFERENCE = "torch.optim.Muon, no projection"
@@ -183,7 +185,9 @@ def shares_of_peak() -> dict[str, float]:
         shares[f"orthogonalize {shape}"] = (
             rate_of(lambda b=blocks: orthogonalize(b, steps=5, check_finite=False)) / peak
         )
-        shares[f"soft cap {shape}"] = rate_of(lambda b=blocks: project(b, 1.0, norm_upper=1.02)) / peak
+        shares[f"soft cap {shape}"] = (
+            rate_of(lambda b=blocks: project(b, 1.0, norm_upper=1.02)) / peak
+        )
     return shares
 
 
@@ -192,7 +196,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--peers", action="store_true", help="compare peers that are installed, too")
+    parser.add_argument(
+        "--peers", action="store_true", help="compare peers that are installed, too"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
@@ -203,7 +209,9 @@ def parse() -> argparse.Namespace:
 
 def timed(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """(wall, CPU) seconds of each optimizer's steps, alternately."""
-    models = {n: matrices(options.width, options.layers, options.device) for n in chosen(options.peers)}
+    models = {
+        n: matrices(options.width, options.layers, options.device) for n in chosen(options.peers)
+    }
     optimizers = {n: make(models[n]) for n, make in chosen(options.peers).items()}
     gradients = {n: [p.grad for p in trainable(model)] for n, model in models.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in optimizers}
@@ -222,7 +230,9 @@ def timed(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
 def main() -> None:
     options = parse()
     seconds = timed(options)
-    medians = {name: statistics.median(wall for wall, _ in values) for name, values in seconds.items()}
+    medians = {
+        name: statistics.median(wall for wall, _ in values) for name, values in seconds.items()
+    }
     cpu = {name: statistics.median(used for _, used in values) for name, values in seconds.items()}
     peaks = {}
     context = multiprocessing.get_context("spawn")
@@ -247,7 +257,11 @@ def main() -> None:
     shares = shares_of_peak() if options.device == "cuda" else {}
     for name, share in shares.items():
         print(f"{name}: {share:.3f}")
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or 'cpu'}"
+    where = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"{platform.processor() or 'cpu'}"
+    )
     result = {
         "benchmark": "muon_step",
         "ratios": ratios,

@@ -46,10 +46,18 @@ from lip_plugin import attach_projection
 
 
 def train(
-    model: Any, task: Task, steps: int, seed: int, each: Callable[[int, Any], None], attach: bool, lr: float
+    model: Any,
+    task: Task,
+    steps: int,
+    seed: int,
+    each: Callable[[int, Any], None],
+    attach: bool,
+    lr: float,
 ) -> None:
     """AdamW with a linear warm-up and decay; `each(step, optimizer)` before every step."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
+    )
     if attach:
         attach_projection(optimizer, model, "spectral_normalize")
     model.train()
@@ -92,7 +100,14 @@ def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, 
         schedule.apply_(model, None, 1.0)
     end = task.judge(model)
     curve.append((task.steps, end[0]))
-    row = {"task": task.name, "way": way, "before": before, "after": after, "repaired": end, "curve": curve}
+    row = {
+        "task": task.name,
+        "way": way,
+        "before": before,
+        "after": after,
+        "repaired": end,
+        "curve": curve,
+    }
     row |= {
         "log10_start": log10_start,
         "log10_end": proven(model, way),
@@ -103,7 +118,11 @@ def run(base: Any, way: str, task: Task, args: argparse.Namespace) -> dict[str, 
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.startswith('{"task"')]
+    return [
+        json.loads(line)
+        for line in Path(path).read_text().splitlines()
+        if line.startswith('{"task"')
+    ]
 
 
 def table(path: str) -> None:
@@ -111,7 +130,9 @@ def table(path: str) -> None:
         "| way | before | right after | after training on | log10 L right after | at the end |\n|---|---|---|---|---|---|"
     )
     for row in rows_of(path):
-        cells = [f"{row[k][0]:.3f}, {100 * row[k][1]:.1f} %" for k in ("before", "after", "repaired")]
+        cells = [
+            f"{row[k][0]:.3f}, {100 * row[k][1]:.1f} %" for k in ("before", "after", "repaired")
+        ]
         print(f"| {' | '.join([row['way'], *cells, *ends(row)])} |")
 
 
@@ -135,7 +156,9 @@ def figure(path: str, files: list[str]) -> None:
             )
             axis.plot(steps, losses, style, label=row["way"])
         low = min(row["repaired"][0] for row in rows)
-        axis.set(xlabel="steps after", ylabel="validation loss", title=rows[0]["task"], yscale="log")
+        axis.set(
+            xlabel="steps after", ylabel="validation loss", title=rows[0]["task"], yscale="log"
+        )
         axis.set_ylim(0.95 * low, 3.5 * low)
         axis.legend(fontsize=8, ncol=2)
     figure_.tight_layout()

@@ -57,7 +57,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
 class Turns(TrainerCallback):
     """Lets one of two Trainers run at a time, `block` steps each, and times its steps."""
 
-    def __init__(self, number: int, block: int, turn: list[int], changed: threading.Condition) -> None:
+    def __init__(
+        self, number: int, block: int, turn: list[int], changed: threading.Condition
+    ) -> None:
         self.number, self.block, self.turn, self.changed = number, block, turn, changed
         self.seconds: list[tuple[float, float]] = []
         self.began = (0.0, 0.0)
@@ -85,7 +87,9 @@ class Turns(TrainerCallback):
             self.changed.notify_all()
 
 
-def trainer(kind: str, tokens: int, steps: int, options: argparse.Namespace, folder: str) -> Trainer:
+def trainer(
+    kind: str, tokens: int, steps: int, options: argparse.Namespace, folder: str
+) -> Trainer:
     length = min(tokens, options.length)
     torch.manual_seed(0)
     config = GPT2Config(
@@ -99,7 +103,9 @@ def trainer(kind: str, tokens: int, steps: int, options: argparse.Namespace, fol
         eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
-    ids = torch.randint(options.vocabulary, (64, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        options.vocabulary, (64, length), generator=torch.Generator().manual_seed(0)
+    )
     data = [{"input_ids": row, "labels": row} for row in ids]
     args = TrainingArguments(
         folder,
@@ -149,9 +155,13 @@ def interleaved(
         if failures:
             raise failures[0]
     history = trainers[1].state.log_history
-    certifying = max((float(entry.get("lip/seconds_certifying", 0.0)) for entry in history), default=0.0)
+    certifying = max(
+        (float(entry.get("lip/seconds_certifying", 0.0)) for entry in history), default=0.0
+    )
     # the first block is a warm-up
-    return {kind: its.seconds[options.block :] for kind, its in zip(KINDS, turns, strict=True)}, certifying
+    return {
+        kind: its.seconds[options.block :] for kind, its in zip(KINDS, turns, strict=True)
+    }, certifying
 
 
 class Peak(TrainerCallback):
@@ -164,16 +174,22 @@ class Peak(TrainerCallback):
         if self.on_device:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+            Path("/proc/self/clear_refs").write_text(
+                "5"
+            )  # VmHWM starts again from what is resident now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.on_device:
             self.mib = torch.cuda.max_memory_allocated() / 2**20
         else:
-            self.mib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+            self.mib = (
+                int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+            )
 
 
-def peak_mib(kind: str, tokens: int, options: argparse.Namespace, queue: multiprocessing.Queue) -> None:
+def peak_mib(
+    kind: str, tokens: int, options: argparse.Namespace, queue: multiprocessing.Queue
+) -> None:
     """Put the MiB that the third step takes at most into the queue: not the retrofit, nor the certificate at the end."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +267,9 @@ def main() -> None:
         "layers": options.layers,
         "width": options.width,
         "vocabulary": options.vocabulary,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else platform.processor() or "cpu",
         "threads": options.threads,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),

@@ -94,7 +94,9 @@ def base_of(options: argparse.Namespace, vocabulary: list[str], english: Dataset
     return model
 
 
-def tune(folder: Path, budget: float, new: Any, old: Any, options: argparse.Namespace) -> dict[str, float]:
+def tune(
+    folder: Path, budget: float, new: Any, old: Any, options: argparse.Namespace
+) -> dict[str, float]:
     """One budget: LoRA on the base that lies in `folder`, with its losses, its drift and its certificate."""
     set_seed(1)
     base = GPT2LMHeadModel.from_pretrained(folder)
@@ -147,11 +149,16 @@ def main() -> None:
     base = base_of(options, vocabulary, old[0])
     folder = Path(options.base or Path(options.out, "base"), "model")
     judge = Trainer(
-        base, TrainingArguments(str(options.out), report_to="none", use_cpu=not torch.cuda.is_available())
+        base,
+        TrainingArguments(
+            str(options.out), report_to="none", use_cpu=not torch.cuda.is_available()
+        ),
     )
     start = {"new": judge.evaluate(new[1])["eval_loss"], "old": judge.evaluate(old[1])["eval_loss"]}
     rows = [tune(folder, budget, new, old, options) for budget in options.budgets]
-    Path(options.out, "results.json").write_text(json.dumps({"before": start, "rows": rows}, indent=1))
+    Path(options.out, "results.json").write_text(
+        json.dumps({"before": start, "rows": rows}, indent=1)
+    )
     plot_budgets(rows, start, Path(options.out, "figure.png"))
     columns = ("budget", "new", "old", "drift_upper", "drift_lower", "certificate")
     print(" ".join(f"{c:>11}" for c in columns))

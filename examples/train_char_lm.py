@@ -18,7 +18,14 @@ from pydoc_data import topics
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from lip_plugin import LipschitzCallback, LipschitzConfig, certify, falsify
 from lip_plugin.integrations.plots import plot_run
@@ -55,7 +62,9 @@ def bigram_accuracy(train: str, validation: str) -> float:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())}
+    return {
+        "accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -86,7 +95,12 @@ def main() -> None:
     train, validation, vocabulary, held_out = encode(text, options.length)
     validation = validation.select(range(min(len(validation), 8 if options.smoke else 600)))
     bigram = bigram_accuracy(text[: -len(held_out)], held_out[: len(validation) * options.length])
-    sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
+    sizes = {
+        "n_embd": options.width,
+        "n_layer": options.layers,
+        "n_head": 4,
+        "n_positions": options.length,
+    }
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, **nothing))
@@ -129,7 +143,9 @@ def finish(trainer: Trainer, out: Path, vocabulary: list[str], bigram: float, sm
     model.eval()
     start = torch.tensor([[vocabulary.index("\n")]], device=model.device)
     length = model.config.n_positions - 1
-    sample = model.generate(start, max_new_tokens=length, do_sample=True, top_k=None, pad_token_id=0)
+    sample = model.generate(
+        start, max_new_tokens=length, do_sample=True, top_k=None, pad_token_id=0
+    )
     certificate, attack = certify(model), falsify(model, restarts=4, steps=10 if smoke else 60)
     last = [row for row in history if "eval_accuracy" in row][-1]
     print("".join(vocabulary[i] for i in sample[0]))

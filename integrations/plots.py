@@ -47,11 +47,15 @@ def plot_run(
     middle.plot(*series("lip/log10_certificate"), label="from the weights")
     middle.plot(*series("lip/log10_certificate_caps"), "--", label="from the caps")
     middle.set(
-        xlabel="step", ylabel="log10 of the bound", title="proven Lipschitz bound, embeddings to logits"
+        xlabel="step",
+        ylabel="log10 of the bound",
+        title="proven Lipschitz bound, embeddings to logits",
     )
     middle.legend(fontsize=8)
     norms = block_norms(model)
-    right.barh([n.name.removeprefix("transformer.") for n in norms], [n.worst_over_cap for n in norms])
+    right.barh(
+        [n.name.removeprefix("transformer.") for n in norms], [n.worst_over_cap for n in norms]
+    )
     right.axvline(1.0, color="tab:red", linestyle="--")
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=7)
@@ -83,12 +87,22 @@ def plot_certified_accuracy(
     for i, (name, (certified, attacked)) in enumerate(curves.items()):
         color, label = f"C{i}", f"{name}: " if name else ""
         axes.plot(certified.eps, certified.accuracy, "o-", color=color, label=f"{label}proven")
-        axes.plot(attacked.eps, attacked.accuracy, "s--", color=color, label=f"{label}survives the attack")
-        axes.axhline(
-            attacked.clean, color=color, alpha=0.4, linewidth=1, label=f"{label}clean {attacked.clean:.1%}"
+        axes.plot(
+            attacked.eps, attacked.accuracy, "s--", color=color, label=f"{label}survives the attack"
         )
-        if len(curves) == 1 and certified.eps == attacked.eps:  # of several the areas would hide each other
-            axes.fill_between(certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12)
+        axes.axhline(
+            attacked.clean,
+            color=color,
+            alpha=0.4,
+            linewidth=1,
+            label=f"{label}clean {attacked.clean:.1%}",
+        )
+        if (
+            len(curves) == 1 and certified.eps == attacked.eps
+        ):  # of several the areas would hide each other
+            axes.fill_between(
+                certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12
+            )
     for name, value in (baselines or {}).items():
         axes.axhline(value, color="gray", linestyle=":", label=name)
     axes.set(
@@ -120,9 +134,17 @@ def plot_budgets(rows: list[dict[str, float]], start: dict[str, float], path: st
     for key, colour in (("new", "tab:green"), ("old", "tab:blue")):
         left.plot(budgets, [row[key] for row in rows], "o-", color=colour, label=f"{key} text")
         left.axhline(start[key], color=colour, linestyle=":", label=f"{key} text, base")
-    left.set(xscale="log", xlabel="budget: share of the base's own norms", title="validation loss (nats)")
+    left.set(
+        xscale="log", xlabel="budget: share of the base's own norms", title="validation loss (nats)"
+    )
     right.plot(budgets, [row["drift_upper"] for row in rows], "o-", color="tab:red", label="proven")
-    right.plot(budgets, [row["drift_lower"] for row in rows], "s--", color="gray", label="found by an attack")
+    right.plot(
+        budgets,
+        [row["drift_lower"] for row in rows],
+        "s--",
+        color="gray",
+        label="found by an attack",
+    )
     right.set(
         xscale="log",
         yscale="log",
@@ -153,7 +175,9 @@ def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: 
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.plot(*series("eval_loss"), "o-", label="while floors rise and caps tighten")
-    for (name, value), colour in zip(marks.items(), ("black", "tab:red", "tab:orange"), strict=False):
+    for (name, value), colour in zip(
+        marks.items(), ("black", "tab:red", "tab:orange"), strict=False
+    ):
         left.axhline(value, color=colour, linestyle=":", label=f"{name}: {value:.2f}")
     left.set(xlabel="step", title="validation loss (nats)")
     left.legend(fontsize=8)

@@ -20,9 +20,7 @@ METHOD_NAMES = (
     "spectral_weight_decay",
     "weight_decay",
 )
-LOGIT_SCALE = (
-    10.0  # see docs/LOG.md, 2026-11-24: between the best accuracy (40 and more) and the widest margins (3)
-)
+LOGIT_SCALE = 10.0  # see docs/LOG.md, 2026-11-24: between the best accuracy (40 and more) and the widest margins (3)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHOD_NAMES,
     "granularity": ("head", "matrix"),
@@ -146,10 +144,14 @@ class LipschitzConfig:
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
         if not isinstance(self.untie_head, bool):
-            raise ConfigError(f"LipschitzConfig(untie_head={self.untie_head!r}): must be True or False.")
+            raise ConfigError(
+                f"LipschitzConfig(untie_head={self.untie_head!r}): must be True or False."
+            )
         for layer, cap in self.overrides.items():
             if not isinstance(layer, str) or not layer:
-                raise ConfigError(f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer.")
+                raise ConfigError(
+                    f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer."
+                )
             _check_positive(f"overrides[{layer!r}]", cap)
         object.__setattr__(self, "overrides", dict(self.overrides))
         if self.gate_max is not None:
@@ -166,7 +168,9 @@ class LipschitzConfig:
 
     def _check_floors(self) -> None:
         if not isinstance(self.norm_floors, Mapping):
-            raise ConfigError("LipschitzConfig(norm_floors=...) takes a mapping {norm slot: number}.")
+            raise ConfigError(
+                "LipschitzConfig(norm_floors=...) takes a mapping {norm slot: number}."
+            )
         if self.norm_floors and self.norms != "calibrated":
             raise ConfigError(
                 f"LipschitzConfig(norm_floors=...) needs norms='calibrated', not {self.norms!r}."
@@ -223,7 +227,9 @@ class LipschitzConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LipschitzConfig:
         """Inverse of `to_dict`; unknown keys raise ConfigError, so no setting is lost in silence."""
         if not isinstance(values, Mapping):
-            raise ConfigError(f"not a LipschitzConfig: expected a mapping, got {type(values).__name__}")
+            raise ConfigError(
+                f"not a LipschitzConfig: expected a mapping, got {type(values).__name__}"
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -246,7 +252,9 @@ class LipschitzConfig:
 def _check_residual(residual: Any) -> None:
     weights = residual if isinstance(residual, tuple) else (residual,)
     if isinstance(residual, tuple) and len(residual) != 2:
-        raise ConfigError(f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP).")
+        raise ConfigError(
+            f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP)."
+        )
     for a in weights:
         is_number = isinstance(a, (int, float)) and not isinstance(a, bool)
         if not is_number or not 0 < a < 1:

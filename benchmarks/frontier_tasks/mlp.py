@@ -67,7 +67,8 @@ def constrain(model: Images, config: LipschitzConfig, *, capped: bool = True) ->
     def give(on: bool) -> None:
         for name, linear in zip(model.names(), model.maps, strict=True):
             constrain_(
-                linear, one_block("dense", linear.weight.shape[0], cap_of(name, config) if on else None)
+                linear,
+                one_block("dense", linear.weight.shape[0], cap_of(name, config) if on else None),
             )
 
     give(True)
@@ -96,7 +97,9 @@ def graph_of(model: Images) -> Graph:
         nodes.append(Activation("act", model.act, "relu"))
     family = Family(architecture, matches=lambda m: m is model)
     found = Parts(architecture, layers=(), knobs=(), n_heads=1, n_kv_heads=1)
-    return Graph(model, family, found, Entry({}), Chain("model", nodes[:-1]))  # no tables, no patches
+    return Graph(
+        model, family, found, Entry({}), Chain("model", nodes[:-1])
+    )  # no tables, no patches
 
 
 class InputBall:
@@ -169,7 +172,9 @@ def _hub(dataset: str, split: str) -> tuple[Tensor, Tensor]:
     return pixels.flatten(1).float() / 127.5 - 1.0, torch.tensor(found[label])
 
 
-def train(run: Run, lr: float, seed: int, split: Split, options: Any, steps: int) -> Iterator[Images]:
+def train(
+    run: Run, lr: float, seed: int, split: Split, options: Any, steps: int
+) -> Iterator[Images]:
     """Yields the model after every step (the same object)."""
     torch.manual_seed(seed)
     x, y = split.train

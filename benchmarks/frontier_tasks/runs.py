@@ -19,13 +19,24 @@ from lip_plugin.optim.groups import POSITION_RATE
 
 CAPS = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
 # The learning rates that are tried: LipschitzMuon's in RMS->RMS norm per step, torch.optim.Muon's in spectral norm.
-RATES = {"lipschitz_muon": (0.02, 0.06, 0.2), "muon": (0.02, 0.06, 0.2), "adamw": (1e-3, 4e-3, 1.6e-2)}
+RATES = {
+    "lipschitz_muon": (0.02, 0.06, 0.2),
+    "muon": (0.02, 0.06, 0.2),
+    "adamw": (1e-3, 4e-3, 1.6e-2),
+}
 # What a budget is, task by task. `quick` of char is 0.41 M characters, in bf16 autocast (scored and proven in float32):
 # two minutes a run, for maps of many. `small` of char is 3.07 M characters. `full` of char has the batch and the model of
 # arXiv 2507.13338's released Shakespeare sweeps (batch 64, length 256); 2000 steps are 32.8 M characters.
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {
-        "smoke": {"steps": 3, "batch": 32, "widths": (16,), "examples": 20, "refine": 1, "attack": (1, 3)},
+        "smoke": {
+            "steps": 3,
+            "batch": 32,
+            "widths": (16,),
+            "examples": 20,
+            "refine": 1,
+            "attack": (1, 3),
+        },
         "quick": {
             "steps": 40,
             "batch": 128,
@@ -119,7 +130,11 @@ class Run:
 
     def plain(self) -> dict[str, Any]:
         """JSON types, as a results file holds them; the plain loss is left out."""
-        values = {**vars(self), "config": self.config and dict(self.config), "options": dict(self.options)}
+        values = {
+            **vars(self),
+            "config": self.config and dict(self.config),
+            "options": dict(self.options),
+        }
         values["loss"] = dict(self.loss)
         if not self.loss:
             del values["loss"]
@@ -178,7 +193,9 @@ def position_runs() -> list[Run]:
     """Attention by position alone, absolute values: by training temperature, then one choice undone at a time."""
     options = {"embedding_lr": 0.05}
 
-    def run(name: str, temperature: float, loss: Mapping[str, float] | None = None, **changes: Any) -> Run:
+    def run(
+        name: str, temperature: float, loss: Mapping[str, float] | None = None, **changes: Any
+    ) -> Run:
         config = {**POSITION, **changes}
         key = f"position, {name}/lipschitz_muon/{config.get('w_max', 1.0):g}"
         return Run(key, config, "lipschitz_muon", (0.1,), None, temperature, options, loss or {})
@@ -197,7 +214,9 @@ def position_runs() -> list[Run]:
         "margin 0.5": {"loss": {"margin": 0.5}},
         "margin 1": {"loss": {"margin": 1.0}},
     }
-    return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
+    return runs + [
+        run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()
+    ]
 
 
 def position_map() -> list[Run]:
@@ -219,7 +238,8 @@ class Steps:
     def __init__(self, run: Run, model: nn.Module, lr: float, steps: int) -> None:
         self.optimizers = _optimizers(run, model, lr)
         self.schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda s: max(0.0, 1.0 - s / steps)) for o in self.optimizers
+            torch.optim.lr_scheduler.LambdaLR(o, lambda s: max(0.0, 1.0 - s / steps))
+            for o in self.optimizers
         ]
 
     def take(self, loss: torch.Tensor) -> None:
@@ -239,7 +259,9 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
         return [
             LipschitzMuon(model, lr=lr, **options)
         ]  # projects by itself, and knows the rate of position tables
-    offsets = [m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad]
+    offsets = [
+        m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad
+    ]
     named = [
         (n, p)
         for n, p in model.named_parameters()
@@ -248,7 +270,9 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
     if run.optimizer == "adamw":
         found: list[Any] = [
             torch.optim.AdamW(
-                [p for _, p in named], lr=lr, **{"weight_decay": 0.0, "betas": (0.9, 0.99), **options}
+                [p for _, p in named],
+                lr=lr,
+                **{"weight_decay": 0.0, "betas": (0.9, 0.99), **options},
             )
         ]
     elif run.optimizer == "muon":
@@ -256,14 +280,22 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         matrices = [p for _, p in named if p.dim() == 2 and id(p) not in tables]
         rest = [p for _, p in named if p.dim() != 2 or id(p) in tables]
-        found = [torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.99))] if rest else []
+        found = (
+            [torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.99))]
+            if rest
+            else []
+        )
         found.append(
-            torch.optim.Muon(matrices, lr=lr, **{"weight_decay": 0.0, "adjust_lr_fn": "original", **options})
+            torch.optim.Muon(
+                matrices, lr=lr, **{"weight_decay": 0.0, "adjust_lr_fn": "original", **options}
+            )
         )
     else:
         raise ValueError(f"optimizer {run.optimizer!r}: choose one of {', '.join(RATES)}")
     if offsets:  # at the rate that LipschitzMuon gives them in these runs
-        found.insert(0, torch.optim.AdamW(offsets, lr=_OFFSET_RATE, weight_decay=0.0, betas=(0.9, 0.99)))
+        found.insert(
+            0, torch.optim.AdamW(offsets, lr=_OFFSET_RATE, weight_decay=0.0, betas=(0.9, 0.99))
+        )
     if run.config is not None:
         attach_projection(found[-1], model)
     return found

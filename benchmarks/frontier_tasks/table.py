@@ -62,10 +62,14 @@ def _point(name: str, rows: list[dict[str, Any]]) -> Point:
         return sum(r[key] for r in rows) / len(rows)
 
     def means(key: str) -> tuple[float, ...]:
-        return tuple(sum(values) / len(rows) for values in zip(*(r[key] for r in rows), strict=True))
+        return tuple(
+            sum(values) / len(rows) for values in zip(*(r[key] for r in rows), strict=True)
+        )
 
     def bound(source: str) -> float:
-        stated = [r.get("log10_bound") or {k: math.log10(v) for k, v in r["bound"].items()} for r in rows]
+        stated = [
+            r.get("log10_bound") or {k: math.log10(v) for k, v in r["bound"].items()} for r in rows
+        ]
         return max(s.get(source, math.nan) for s in stated)
 
     return Point(
@@ -90,14 +94,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "no results yet"
     found = points(rows)
     eps = found[0].eps
-    first, last = f"{'method':<28} {'optimizer':<14}", "".join(f"{'c ' + format(e, 'g'):>8}" for e in eps)
+    first, last = (
+        f"{'method':<28} {'optimizer':<14}",
+        "".join(f"{'c ' + format(e, 'g'):>8}" for e in eps),
+    )
     lines = [
         "best accuracy (%) at a proven bound, from weights, of at most ...; best certified accuracy (%) at eps (c ...)",
         first + "".join(f"{limit:>7g}" for limit in LIMITS) + f"{'any':>7}" + last,
     ]
     for method, optimizer in dict.fromkeys((p.method, p.optimizer) for p in found):
         mine = [p for p in found if (p.method, p.optimizer) == (method, optimizer)]
-        cells = [_best(p.accuracy for p in mine if p.bound <= math.log10(limit)) for limit in LIMITS]
+        cells = [
+            _best(p.accuracy for p in mine if p.bound <= math.log10(limit)) for limit in LIMITS
+        ]
         cells.append(_best(p.accuracy for p in mine))
         proven = [_best(p.certified[i] for p in mine) for i in range(len(eps))]
         lines.append(
@@ -124,7 +133,9 @@ def _by_cap(found: list[Point]) -> list[str]:
         at = {p.cap: p for p in found if (p.method, p.optimizer) == (method, optimizer)}
         cells = [f"{100 * p.accuracy:.1f} /{100 * p.certified[middle]:5.1f}" for p in at.values()]
         by_cap = dict(zip(at, cells, strict=True))
-        lines.append(f"{_short(method)} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps))
+        lines.append(
+            f"{_short(method)} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps)
+        )
     return lines
 
 
@@ -178,17 +189,25 @@ def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
             axis.plot(10**x, y, "*", color=color, markersize=15, markeredgecolor="black", zorder=4)
             if p.bound > edge:
                 label = f"10^{p.bound:.1f} $\\rightarrow$"
-                axis.annotate(label, (10**x, y), (-8, -3), textcoords="offset points", fontsize=7, ha="right")
+                axis.annotate(
+                    label, (10**x, y), (-8, -3), textcoords="offset points", fontsize=7, ha="right"
+                )
             continue
         marker = MARKERS[methods.index(p.projection) % len(MARKERS)]
         aside = ASIDE[p.optimizer]
         axis.plot(10**p.bound * aside, y, marker, color=color, markersize=5, alpha=0.8)
-        axis.plot(10**p.caps * aside, y, marker, color=color, markersize=8, alpha=0.4, fillstyle="none")
+        axis.plot(
+            10**p.caps * aside, y, marker, color=color, markersize=8, alpha=0.4, fillstyle="none"
+        )
     if what == "accuracy":
         for optimizer, color in COLORS.items():
             line = front(p for p in found if p.constrained and p.optimizer == optimizer)
             axis.step(
-                [10**p.bound for p in line], [p.accuracy for p in line], color=color, where="post", alpha=0.6
+                [10**p.bound for p in line],
+                [p.accuracy for p in line],
+                color=color,
+                where="post",
+                alpha=0.6,
             )
         _stretch(axis, max(p.accuracy for p in found))
     handles = [axis.plot([], [], "o", color=c, label=o)[0] for o, c in COLORS.items()]
@@ -197,19 +216,29 @@ def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
         for i, m in enumerate(methods)
     ]
     handles += [
-        axis.plot([], [], "*", color="white", markeredgecolor="black", markersize=12, label="no constraint")[
-            0
-        ]
+        axis.plot(
+            [],
+            [],
+            "*",
+            color="white",
+            markeredgecolor="black",
+            markersize=12,
+            label="no constraint",
+        )[0]
     ]
     handles += [
-        axis.plot([], [], "o", color="gray", fillstyle="none", label="from caps (filled: from weights)")[0]
+        axis.plot(
+            [], [], "o", color="gray", fillstyle="none", label="from caps (filled: from weights)"
+        )[0]
     ]
     if what == "loss":
         axis.set_yscale("log")
         axis.legend(handles=handles, fontsize=7)
     shifted = ", ".join(f"{o} x {by:g}" for o, by in ASIDE.items() if by != 1)
     axis.set(xscale="log", ylabel=what)
-    axis.set_xlabel(f"proven Lipschitz bound, RMS norm to RMS norm\n(points drawn to the right: {shifted})")
+    axis.set_xlabel(
+        f"proven Lipschitz bound, RMS norm to RMS norm\n(points drawn to the right: {shifted})"
+    )
     axis.set_title(f"held-out {what} against the proven bound")
 
 
@@ -219,7 +248,9 @@ def _stretch(axis: Any, best: float) -> None:
         axis.set_ylim(0.0, best * 1.1)
         return
     room = 1.01  # so that 1 is on the axis
-    axis.set_yscale("function", functions=(lambda y: -_log10(room - y), lambda v: room - 10.0 ** (-v)))
+    axis.set_yscale(
+        "function", functions=(lambda y: -_log10(room - y), lambda v: room - 10.0 ** (-v))
+    )
     axis.set_ylim(0.5, 0.997)
     ticks = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99]
     axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -247,7 +278,9 @@ def _curves(axis: Any, found: list[Point]) -> None:
         color = COLORS[p.optimizer] if p.constrained else "black"
         color = f"C{index}" if len(found) <= _FEW else color
         marker = MARKERS[index % len(MARKERS)]
-        axis.plot(eps, p.certified, f"{marker}-", color=color, label=p.name, alpha=0.85, markersize=5)
+        axis.plot(
+            eps, p.certified, f"{marker}-", color=color, label=p.name, alpha=0.85, markersize=5
+        )
         axis.plot(eps, p.attacked, f"{marker}:", color=color, alpha=0.5, markersize=4)
     axis.set(
         xscale="log",

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 
 @dataclass
@@ -58,7 +64,11 @@ def text_task(args: argparse.Namespace) -> Task:
             else {"n_embd": 96, "n_layer": 4, "n_head": 4}
         )
         config = GPT2Config(
-            vocab_size=len(vocabulary), n_positions=length, bos_token_id=None, eos_token_id=None, **shape
+            vocab_size=len(vocabulary),
+            n_positions=length,
+            bos_token_id=None,
+            eos_token_id=None,
+            **shape,
         )
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
         return GPT2LMHeadModel(config)
@@ -72,7 +82,9 @@ def text_task(args: argparse.Namespace) -> Task:
 
     validation = list(cut_out(ids[cut:], 2 if args.smoke else 12, 99))
     steps = (3, 3) if args.smoke else (args.pretrain or 2000, args.steps or 300)
-    return Task("text", fresh, lambda n, seed: cut_out(ids[:cut], n, seed), validation, *steps, 2e-3)
+    return Task(
+        "text", fresh, lambda n, seed: cut_out(ids[:cut], n, seed), validation, *steps, 2e-3
+    )
 
 
 def sentiment_task(args: argparse.Namespace) -> Task:
@@ -95,7 +107,9 @@ def sentiment_task(args: argparse.Namespace) -> Task:
     def draw(count: int, seed: int) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
-            yield batch(order[held:][torch.randint(0, len(order) - held, (size,), generator=generator)])
+            yield batch(
+                order[held:][torch.randint(0, len(order) - held, (size,), generator=generator)]
+            )
 
     def fresh() -> Any:
         torch.manual_seed(0)

@@ -45,7 +45,9 @@ class Affine(torch.nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def replace_naively(model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]) -> None:
+def replace_naively(
+    model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]
+) -> None:
     """Put Affine where norms were: with c = 1, or sum(s) / sum(s^2) over the tokens, each behind those that are replaced."""
     for slot in slots:
         norm, c = model.get_submodule(slot), 1.0
@@ -59,7 +61,9 @@ def replace_naively(model: Any, way: str, slots: list[str], batches: list[dict[s
                     model(**batch)
             handle.remove()
             masks = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
-            s = torch.cat([(x if m is None else x[m]).flatten() for x, m in zip(seen, masks, strict=True)])
+            s = torch.cat(
+                [(x if m is None else x[m]).flatten() for x, m in zip(seen, masks, strict=True)]
+            )
             c = float(s.sum() / s.square().sum())
         model.set_submodule(slot, Affine(norm, c))
 

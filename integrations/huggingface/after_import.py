@@ -35,7 +35,9 @@ def _register() -> None:
 class _AfterImport(MetaPathFinder):
     """Waits for the import of transformers' table of quantizers."""
 
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != _TABLE:
             return None
         sys.meta_path.remove(self)

@@ -48,7 +48,9 @@ def check_arguments(
             "the Trainer, Trainer(..., optimizers=(optimizer, None)), and is then kept."
         )
     if not (optimizer is None or (isinstance(optimizer, str) and optimizer in ("muon", "keep"))):
-        raise ConfigError(f"LipschitzCallback(optimizer={optimizer!r}): choose 'muon', 'keep' or None.")
+        raise ConfigError(
+            f"LipschitzCallback(optimizer={optimizer!r}): choose 'muon', 'keep' or None."
+        )
     for name, value in {"lr": lr, "adapter_budget": adapter_budget}.items():
         if value is not None and not _positive(value):
             raise ConfigError(
@@ -81,7 +83,9 @@ def _check_muon(config: Any, muon: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} is a field of LipschitzConfig: LipschitzCallback({made}).")
         if name not in MUON:
             known = [
-                n for n in inspect.signature(_callback().__init__).parameters if n not in ("self", "muon")
+                n
+                for n in inspect.signature(_callback().__init__).parameters
+                if n not in ("self", "muon")
             ]
             hint = did_you_mean(name, [*known, *MUON, *_FIELDS])
             raise ConfigError(
@@ -177,7 +181,9 @@ def _count(value: Any) -> bool:
 
 def _pair(value: Any) -> bool:
     return (
-        isinstance(value, (tuple, list)) and len(value) == 2 and all(_number(v) and 0 <= v < 1 for v in value)
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(_number(v) and 0 <= v < 1 for v in value)
     )
 
 

@@ -3,7 +3,7 @@
 Decoders are described here, encoders in hf_encoders.py; the rows at the end say which class is which family.
 
 To add a family: say what its parts are called (about fifteen lines, most families are LLAMA with a
-change), append a row to _ROWS, and run `pytest tests/test_families.py`, which drives the whole
+change), append a row to _ROWS, and run `pytest tests/integrations/test_families.py`, which drives the whole
 contract from this table. A wrong name is an error at retrofit; a wrong structure is caught when the
 certificate's graph is compared with the model.
 """
@@ -27,15 +27,26 @@ from lip_plugin.integrations.huggingface.encoders import (
     VIT,
 )
 from lip_plugin.model.activations import register_activation_classes
-from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp, model_logits, register_family
+from lip_plugin.model.architecture import (
+    Architecture,
+    Attention,
+    Family,
+    Mlp,
+    model_logits,
+    register_family,
+)
 from lip_plugin.model.layers import register_layer_class
 from lip_plugin.model.normalization import NormFacts, plain_norm_class, register_norm
 
 # ---- classes whose forward was read -------------------------------------------------------------------
 
 register_layer_class("transformers.pytorch_utils.Conv1D", transposed=True)
-register_layer_class("transformers.models.opt.modeling_opt.OPTLearnedPositionalEmbedding")  # an offset
-register_layer_class("transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding")  # a factor
+register_layer_class(
+    "transformers.models.opt.modeling_opt.OPTLearnedPositionalEmbedding"
+)  # an offset
+register_layer_class(
+    "transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding"
+)  # a factor
 register_layer_class("transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding")
 register_activation_classes(
     "transformers.activations",
@@ -90,7 +101,9 @@ LLAMA = Architecture(
 )
 MISTRAL = replace(LLAMA, name="mistral")
 QWEN2 = replace(LLAMA, name="qwen2")
-QWEN3 = replace(LLAMA, name="qwen3", attention=replace(LLAMA.attention, q_norm="q_norm", k_norm="k_norm"))
+QWEN3 = replace(
+    LLAMA, name="qwen3", attention=replace(LLAMA.attention, q_norm="q_norm", k_norm="k_norm")
+)
 GRANITE = replace(
     LLAMA,
     name="granite",
@@ -119,7 +132,9 @@ GEMMA2 = replace(
     attention=replace(
         LLAMA.attention, branch_norm="post_attention_layernorm", softcap="attn_logit_softcapping"
     ),
-    mlp=replace(LLAMA.mlp, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"),
+    mlp=replace(
+        LLAMA.mlp, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"
+    ),
 )
 # its attention holds a softcap too, which its forward never passes on
 GEMMA3 = replace(
@@ -133,7 +148,11 @@ OLMO2 = replace(
     LLAMA,
     name="olmo2",
     attention=replace(
-        LLAMA.attention, norm=None, branch_norm="post_attention_layernorm", q_norm="q_norm", k_norm="k_norm"
+        LLAMA.attention,
+        norm=None,
+        branch_norm="post_attention_layernorm",
+        q_norm="q_norm",
+        k_norm="k_norm",
     ),
     mlp=replace(LLAMA.mlp, norm=None, branch_norm="post_feedforward_layernorm"),
 )
@@ -147,7 +166,11 @@ GPT_NEOX = Architecture(
     kv_heads=None,
     parallel=True,
     attention=Attention(
-        module="attention", norm="input_layernorm", qkv="query_key_value", interleaved=True, out="dense"
+        module="attention",
+        norm="input_layernorm",
+        qkv="query_key_value",
+        interleaved=True,
+        out="dense",
     ),
     mlp=Mlp(
         module="mlp",
@@ -167,11 +190,21 @@ OPT = Architecture(
     head="lm_head",
     kv_heads=None,
     attention=Attention(
-        module="self_attn", norm="self_attn_layer_norm", q="q_proj", k="k_proj", v="v_proj", out="out_proj"
+        module="self_attn",
+        norm="self_attn_layer_norm",
+        q="q_proj",
+        k="k_proj",
+        v="v_proj",
+        out="out_proj",
     ),
     # its MLP is no module of its own: what can be scaled without touching a linear map is the activation
     mlp=Mlp(
-        module="", norm="final_layer_norm", up="fc1", down="fc2", act="activation_fn", scale="activation_fn"
+        module="",
+        norm="final_layer_norm",
+        up="fc1",
+        down="fc2",
+        act="activation_fn",
+        scale="activation_fn",
     ),
 )
 OPT_POST = replace(
@@ -221,7 +254,11 @@ class _Row:
     def matches(self, model: nn.Module) -> bool:
         """Whether a model is of transformers' class, or of a subclass that keeps its name in its bases."""
         config = getattr(model, "config", None)
-        bases = [base.__name__ for base in type(model).__mro__ if base.__module__.startswith("transformers.")]
+        bases = [
+            base.__name__
+            for base in type(model).__mro__
+            if base.__module__.startswith("transformers.")
+        ]
         return (
             self.cls in bases
             and getattr(config, "model_type", None) == self.model_type
@@ -230,7 +267,9 @@ class _Row:
 
 
 def _encoder(architecture: Architecture, model_type: str, cls: str) -> _Row:
-    return _Row(architecture, model_type, cls, lambda config: not config.is_decoder, "is_decoder=False")
+    return _Row(
+        architecture, model_type, cls, lambda config: not config.is_decoder, "is_decoder=False"
+    )
 
 
 def _opt(architecture: Architecture, before: bool, projected: bool) -> _Row:

@@ -26,13 +26,25 @@ from lip_plugin.certificate.result import Certificate
 from lip_plugin.certificate.streaming import Progress, certify_layers
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import CheckpointError, ConfigError, LipschitzError, UnsupportedModelError
-from lip_plugin.integrations.huggingface.shards import CONFIG, Shards, check_keys, first_line, read_json
+from lip_plugin.integrations.huggingface.shards import (
+    CONFIG,
+    Shards,
+    check_keys,
+    first_line,
+    read_json,
+)
 from lip_plugin.model.architecture import find_family
 from lip_plugin.model.parts import parts
 from lip_plugin.surgery.retrofit import retrofit
 
 # The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
-_TWIN_SIZES = {"vocab_size": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128, "hidden_dim": 128}
+_TWIN_SIZES = {
+    "vocab_size": 64,
+    "intermediate_size": 128,
+    "n_inner": 128,
+    "ffn_dim": 128,
+    "hidden_dim": 128,
+}
 
 
 def load_saved_model(folder: str | Path) -> nn.Module:
@@ -49,7 +61,10 @@ def load_saved_model(folder: str | Path) -> nn.Module:
     try:
         with _quiet():
             model, info = cls.from_pretrained(
-                str(shards.folder), output_loading_info=True, local_files_only=True, use_safetensors=True
+                str(shards.folder),
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
             )
     except LipschitzError:
         raise
@@ -96,7 +111,9 @@ def read_config(folder: Path) -> tuple[Any, Any]:
             raise UnsupportedModelError(
                 f"{folder}: model_type {kind!r} is not known to transformers."
             ) from error
-        raise CheckpointError(f"{folder / CONFIG} is not a model's config: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} is not a model's config: {first_line(error)}"
+        ) from error
     names = values.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     cls = getattr(transformers, str(name), None)
@@ -105,7 +122,9 @@ def read_config(folder: Path) -> tuple[Any, Any]:
             f"{folder}: architecture {name!r} is not a model class of transformers. Save the model with save_pretrained."
         )
     if cls.config_class is not type(config):
-        raise CheckpointError(f"{folder / CONFIG}: {name} is no model of model_type {kind!r}; restore it.")
+        raise CheckpointError(
+            f"{folder / CONFIG}: {name} is no model of model_type {kind!r}; restore it."
+        )
     return config, cls
 
 
@@ -126,13 +145,17 @@ def _skeleton(cls: Any, config: Any) -> nn.Module:
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{CONFIG} describes no {cls.__name__}: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{CONFIG} describes no {cls.__name__}: {first_line(error)}"
+        ) from error
     saved = _saved_retrofit(config)
     if saved is not None:
         try:
             retrofit(model, saved, _loading=True)
         except ConfigError as error:
-            raise CheckpointError(f"{CONFIG}: its retrofit does not fit its model: {error}") from error
+            raise CheckpointError(
+                f"{CONFIG}: its retrofit does not fit its model: {error}"
+            ) from error
     return model.eval()
 
 
@@ -155,7 +178,9 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     """A small random model of the same config: one layer of every kind, at least two; few tokens, narrow MLPs."""
     small = copy.deepcopy(config)
     count = config.num_hidden_layers
-    by_layer = {k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == count}
+    by_layer = {
+        k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == count
+    }
     kinds: dict[str, int] = {}
     for i in range(count):
         kinds.setdefault(repr([v[i] for v in by_layer.values()]), i)
@@ -176,7 +201,11 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     twin = cls(small)
     saved = _saved_retrofit(config)
     if saved is not None:
-        plain = {**saved.to_dict(), "overrides": {}, "init": "keep"}  # caps do not change what it computes
+        plain = {
+            **saved.to_dict(),
+            "overrides": {},
+            "init": "keep",
+        }  # caps do not change what it computes
         if saved.norm_floors:
             plain["norm_floors"] = _floors_of(twin, chosen, saved.norm_floors)
         retrofit(twin, LipschitzConfig.from_dict(plain))

@@ -117,7 +117,9 @@ def _seen(model: nn.Module, ids: torch.Tensor, certificate: Certificate | None) 
     with torch.no_grad():
         x = graph.embed(ids, torch.float32)
         graph.body.run(x, watch)
-    windows = [attention.window for _, attention in attentions(graph.body.nodes) if attention.window]
+    windows = [
+        attention.window for _, attention in attentions(graph.body.nodes) if attention.window
+    ]
     visible = min([x.shape[1], *windows])  # of the last token: all others, or a window of them
     values = {
         "lip/largest_activation": watch.largest_activation,

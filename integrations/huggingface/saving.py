@@ -66,14 +66,22 @@ class LipschitzPersistenceConfig(QuantizationConfigMixin):
         self.settings = dict(settings or {})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "lipschitz": dict(self.lipschitz), "settings": dict(self.settings)}
+        return {
+            "quant_method": METHOD,
+            "lipschitz": dict(self.lipschitz),
+            "settings": dict(self.settings),
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
 
 def _before(lipschitz: Any) -> Any:
-    return {"logit_scale": 1.0, **lipschitz} if isinstance(lipschitz, Mapping) and lipschitz else lipschitz
+    return (
+        {"logit_scale": 1.0, **lipschitz}
+        if isinstance(lipschitz, Mapping) and lipschitz
+        else lipschitz
+    )
 
 
 class LipschitzLoader(HfQuantizer):

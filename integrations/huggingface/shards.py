@@ -53,7 +53,9 @@ class Shards:
         index = read_json(self.folder / INDEX)
         names = index.get("weight_map")
         if not isinstance(names, dict):
-            raise CheckpointError(f"{self.folder / INDEX} has no weight_map: copy the checkpoint anew.")
+            raise CheckpointError(
+                f"{self.folder / INDEX} has no weight_map: copy the checkpoint anew."
+            )
         return [self.folder / Path(name).name for name in sorted({str(v) for v in names.values()})]
 
     @contextmanager
@@ -151,7 +153,9 @@ def _hint(folder: Path) -> str:
     """What a folder without a config may want to say."""
     steps = [p for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file()]
     if steps:
-        last = max(steps, key=lambda p: int(p.name.rpartition("-")[2]) if p.name[11:].isdigit() else -1)
+        last = max(
+            steps, key=lambda p: int(p.name.rpartition("-")[2]) if p.name[11:].isdigit() else -1
+        )
         return f", but {len(steps)} checkpoints inside: give one of them, {last}."
     if (folder / "model" / CONFIG).is_file():
         return f", but a model inside: give {folder / 'model'}."

@@ -18,14 +18,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.training_args import ParallelMode
 
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.distributed.gather import has_shards
 from lip_plugin.errors import TrainerError
-from lip_plugin.integrations.huggingface.arguments import check_arguments, refuse_second, refuse_stack
-from lip_plugin.integrations.huggingface.metrics import CERTIFICATE, certificate_or_reason, measured, probe
+from lip_plugin.integrations.huggingface.arguments import (
+    check_arguments,
+    refuse_second,
+    refuse_stack,
+)
+from lip_plugin.integrations.huggingface.metrics import (
+    CERTIFICATE,
+    certificate_or_reason,
+    measured,
+    probe,
+)
 from lip_plugin.integrations.huggingface.optimizer import OPTIM_NAME, optim_args, register_optimizer
 from lip_plugin.integrations.huggingface.refusals import refuse_without_effect
 from lip_plugin.integrations.peft.budget import constrain_adapters, has_budget
@@ -90,7 +105,9 @@ class LipschitzCallback(TrainerCallback):
         adapter_budget: float | None = None,
         **muon: Any,
     ) -> None:
-        check_arguments(config, optimizer, lr, probe_tokens, schedule, calibration, adapter_budget, muon)
+        check_arguments(
+            config, optimizer, lr, probe_tokens, schedule, calibration, adapter_budget, muon
+        )
         self.config = config
         self.optimizer = optimizer
         self.lr = lr
@@ -111,7 +128,9 @@ class LipschitzCallback(TrainerCallback):
         # behind Trainer's own, which says whether a step logs, evaluates and saves
         order = (DefaultFlowCallback, LipschitzCallback)
         callbacks.sort(
-            key=lambda c: next((i for i, kind in enumerate(order) if isinstance(c, kind)), len(order))
+            key=lambda c: next(
+                (i for i, kind in enumerate(order) if isinstance(c, kind)), len(order)
+            )
         )
 
     def on_init_end(
@@ -121,7 +140,9 @@ class LipschitzCallback(TrainerCallback):
         refuse_stack(args, model, kwargs.get("optimizer"), self.config)
         refuse_second(control, self)
         found = find_retrofit(model)
-        config = chosen_config(self.config, model if found is None else found[0], "LipschitzCallback(")
+        config = chosen_config(
+            self.config, model if found is None else found[0], "LipschitzCallback("
+        )
         refuse_without_effect(args, model, config, self.schedule, self.calibration)
         report = self._constrain(model, config)
         self._began_with_trainer = True
@@ -159,7 +180,9 @@ class LipschitzCallback(TrainerCallback):
         if self.optimizer is not None:
             return self.optimizer == "muon"
         default = type(args).__dataclass_fields__["optim"].default
-        untouched = str(getattr(args.optim, "value", args.optim)) == str(getattr(default, "value", default))
+        untouched = str(getattr(args.optim, "value", args.optim)) == str(
+            getattr(default, "value", default)
+        )
         return not hasattr(model, "peft_config") and (untouched or args.optim == OPTIM_NAME)
 
     def on_train_begin(
@@ -202,7 +225,9 @@ class LipschitzCallback(TrainerCallback):
         if self.schedule is not None and state.global_step % self.schedule.every == 0:
             self._follow(args, state, kwargs["model"], kwargs["optimizer"])
 
-    def _follow(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def _follow(
+        self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any
+    ) -> None:
         if self.schedule is not None:
             follow(self.schedule, state, model, optimizer, _replicas(args, model))
 
@@ -235,7 +260,9 @@ class LipschitzCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step >= state.max_steps:  # before the last evaluation and the last checkpoint
+        if (
+            state.global_step >= state.max_steps
+        ):  # before the last evaluation and the last checkpoint
             self._follow(args, state, kwargs["model"], kwargs["optimizer"])
         if control.should_save and state.is_world_process_zero:
             _make_way(_checkpoint(args, state))

@@ -28,23 +28,31 @@ def load_nanogpt(path: str | Path, directory: str | Path) -> nn.Module:
     path, folder = Path(path), Path(directory).resolve()
     path = path / CHECKPOINT if path.is_dir() else path
     if not (folder / "model.py").is_file():
-        raise ConfigError(f"{folder} has no model.py: --nanogpt-dir takes the folder of a nanoGPT checkout.")
+        raise ConfigError(
+            f"{folder} has no model.py: --nanogpt-dir takes the folder of a nanoGPT checkout."
+        )
     stored, options = _read(path), _settings(path.with_name(SETTINGS))
     with _inside(folder, ["model.py"]):
         module = importlib.import_module("model")
     if not hasattr(module, "GPT") or not hasattr(module, "GPTConfig"):
-        raise UnsupportedModelError(f"{folder / 'model.py'} has no GPT and GPTConfig: that is not nanoGPT.")
+        raise UnsupportedModelError(
+            f"{folder / 'model.py'} has no GPT and GPTConfig: that is not nanoGPT."
+        )
     try:
         model = module.GPT(module.GPTConfig(**stored["model_args"]))
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its model_args describe no GPT of {folder}: {error}") from error
+        raise CheckpointError(
+            f"{path}: its model_args describe no GPT of {folder}: {error}"
+        ) from error
     if options is not None:
         _retrofit(model, options.config)
     weights = {k.removeprefix("_orig_mod."): v for k, v in stored["model"].items()}
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its own model_args and {SETTINGS}: {error}") from error
+        raise CheckpointError(
+            f"{path} does not fit its own model_args and {SETTINGS}: {error}"
+        ) from error
     return model.eval()
 
 

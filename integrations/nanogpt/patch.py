@@ -47,7 +47,11 @@ class Options:
             rate = getattr(self, name)
             if rate is None and name != "lr":
                 continue
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            if (
+                isinstance(rate, bool)
+                or not isinstance(rate, (int, float))
+                or not 0 < rate < math.inf
+            ):
                 raise ConfigError(f"{name}={rate!r}: a rate must be a finite number above 0.")
         if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum!r}: must lie in [0, 1).")
@@ -94,7 +98,9 @@ def install(
 ) -> Callable[[], None]:
     """Patch the class; `current` is asked at each construction, `built` is told of each model."""
     if getattr(gpt_class.__init__, "lip_patched", False):
-        raise ConfigError(f"{gpt_class.__name__} is patched already. Call what patch() returned first.")
+        raise ConfigError(
+            f"{gpt_class.__name__} is patched already. Call what patch() returned first."
+        )
     names = ("__init__", "configure_optimizers", "from_pretrained")
     originals = {name: gpt_class.__dict__[name] for name in names if name in gpt_class.__dict__}
     loading_pretrained = False
@@ -120,8 +126,13 @@ def install(
             model = originals["from_pretrained"].__func__(cls, *args, **kwargs)
         finally:
             loading_pretrained = False
-        _retrofit(model, dataclasses.replace(config, init="keep" if config.init == "auto" else config.init))
-        project_(model, "hard_cap")  # of all maps to within the caps, the one that moves the weights least
+        _retrofit(
+            model,
+            dataclasses.replace(config, init="keep" if config.init == "auto" else config.init),
+        )
+        project_(
+            model, "hard_cap"
+        )  # of all maps to within the caps, the one that moves the weights least
         built(model)
         return model
 

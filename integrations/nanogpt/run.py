@@ -31,10 +31,18 @@ from torch import nn
 from lip_plugin.certificate.certify import certify
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.files import write_whole
-from lip_plugin.integrations.nanogpt.checkout import CERTIFICATE, CHECKPOINT, SCRIPTS, SETTINGS, inside
+from lip_plugin.integrations.nanogpt.checkout import (
+    CERTIFICATE,
+    CHECKPOINT,
+    SCRIPTS,
+    SETTINGS,
+    inside,
+)
 from lip_plugin.integrations.nanogpt.patch import OPTION_PREFIX, Options, install
 
-logger = logging.getLogger("lip_plugin.integrations.nanogpt.run")  # __name__ is "__main__" under python -m
+logger = logging.getLogger(
+    "lip_plugin.integrations.nanogpt.run"
+)  # __name__ is "__main__" under python -m
 
 
 class _Run:
@@ -64,7 +72,8 @@ class _Run:
             # at no moment may a certificate lie beside weights that it was not computed from
             (folder / CERTIFICATE).unlink(missing_ok=True)
             write_whole(
-                folder / SETTINGS, json.dumps(self.options.to_dict(), indent=2, sort_keys=True) + "\n"
+                folder / SETTINGS,
+                json.dumps(self.options.to_dict(), indent=2, sort_keys=True) + "\n",
             )
             save(obj, f, *args, **kwargs)
             self._certify(self.model, folder)
@@ -104,7 +113,9 @@ class _Run:
             )
         try:
             # runs from before the option existed had no logit_scale
-            stored = Options.from_dict({"logit_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))})
+            stored = Options.from_dict(
+                {"logit_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))}
+            )
         except (ValueError, TypeError, AttributeError) as error:
             cure = f"Restore the one that was written with {CHECKPOINT}."
             raise ConfigError(f"{path} cannot be read: {error}. {cure}") from error
@@ -112,7 +123,9 @@ class _Run:
         given = Options.from_dict(self.given).to_dict()
         wrong = [k for k in self.given if values[k] != given[k]]
         if wrong:
-            told = ", ".join(f"{OPTION_PREFIX}{k}={self.given[k]} (it has {values[k]})" for k in wrong)
+            told = ", ".join(
+                f"{OPTION_PREFIX}{k}={self.given[k]} (it has {values[k]})" for k in wrong
+            )
             raise ConfigError(
                 f"{checkpoint} was made with other options than {told}. Leave them out: they are read from "
                 f"{SETTINGS}. To change the rates of a resumed run, change nanoGPT's learning_rate: all of "
@@ -155,7 +168,9 @@ def run(
     with inside(folder, [script, *arguments]):
         gpt_class = getattr(importlib.import_module("model"), "GPT", None)
         if gpt_class is None:
-            raise UnsupportedModelError(f"{folder / 'model.py'} has no class GPT: that is not nanoGPT.")
+            raise UnsupportedModelError(
+                f"{folder / 'model.py'} has no class GPT: that is not nanoGPT."
+            )
         undo = install(gpt_class, lambda: state.options, state.built)
         try:
             with state.beside_checkpoints():
@@ -178,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Meanings: LipschitzConfig's documentation, and for the rates Options in this module.",
         allow_abbrev=False,
     )
-    parser.add_argument("--nanogpt-dir", required=True, metavar="DIR", help="folder of the checkout")
+    parser.add_argument(
+        "--nanogpt-dir", required=True, metavar="DIR", help="folder of the checkout"
+    )
     for name, default in Options().to_dict().items():
         parser.add_argument(
             OPTION_PREFIX + name,

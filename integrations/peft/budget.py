@@ -67,17 +67,29 @@ def constrain_adapters(
         TrainerError: adapters are merged. Nothing was changed.
     """
     require_module(model, "constrain_adapters")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
-        raise ConfigError(f"constrain_adapters(budget={budget!r}): must be a finite number above 0.")
+    if (
+        isinstance(budget, bool)
+        or not isinstance(budget, (int, float))
+        or not 0 < budget < math.inf
+    ):
+        raise ConfigError(
+            f"constrain_adapters(budget={budget!r}): must be a finite number above 0."
+        )
     if granularity not in ("head", "matrix"):
-        raise ConfigError(f"constrain_adapters(granularity={granularity!r}): choose 'head' or 'matrix'.")
+        raise ConfigError(
+            f"constrain_adapters(granularity={granularity!r}): choose 'head' or 'matrix'."
+        )
     plan, roles = Plan(), _roles(model)
     for name, layer in _adapted(model):
-        layout = _layout(name, layer, float(budget), roles.get(name.replace(".base_layer", "")), granularity)
+        layout = _layout(
+            name, layer, float(budget), roles.get(name.replace(".base_layer", "")), granularity
+        )
         if relative:
             layout = _relative(name, layout, layer)
         kinds = ", ".join(f"{s.count} x {s.role} <= {s.cap:.4g}" for s in layout.segments)
-        plan.add(name, f"change {kinds}", lambda la=layer, lo=layout: la.__dict__.__setitem__(BUDGET, lo))  # type: ignore[misc]
+        plan.add(
+            name, f"change {kinds}", lambda la=layer, lo=layout: la.__dict__.__setitem__(BUDGET, lo)
+        )  # type: ignore[misc]
     if not plan.steps:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no LoRA layer. Call get_peft_model(model, LoraConfig(...)) first. (OFT and HRA keep "
@@ -108,7 +120,11 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
             continue
         base = layer.base_layer
         plain = is_linear(base) or dequantized(base) is not None
-        if not plain or len(getattr(layer, "lora_embedding_A", ())) or hasattr(layer, "parameter_name"):
+        if (
+            not plain
+            or len(getattr(layer, "lora_embedding_A", ()))
+            or hasattr(layer, "parameter_name")
+        ):
             raise UnsupportedModelError(
                 f"{name}: LoRA on {type(base).__name__}, where a change has no rule here. Leave it out of target_modules."
             )
@@ -160,7 +176,9 @@ def _relative(name: str, layout: Layout, layer: Any) -> Layout:
     """The budgets as shares of the base's norms now."""
     segments = []
     weight = base_weight(layer)
-    for segment, blocks in layout.views(weight.float() if weight.dtype != torch.float64 else weight):
+    for segment, blocks in layout.views(
+        weight.float() if weight.dtype != torch.float64 else weight
+    ):
         size = float(rms_to_rms_upper(blocks).max())
         if not 0 < size < math.inf:
             raise ConfigError(
@@ -197,7 +215,9 @@ def clip_to_budget_(factors: list[Factors]) -> None:
             s = squares.clamp_min(1e-300).sqrt()
             keep = (aim * budget / s).clamp(max=1.0)
             inner = f.into @ (v * keep[:, None, :]) @ v.mT @ f.back
-            rows = f.b(slice(segment.start, segment.stop)).unflatten(0, (segment.count, segment.d_out))
+            rows = f.b(slice(segment.start, segment.stop)).unflatten(
+                0, (segment.count, segment.d_out)
+            )
             f.write_blocks(segment, at, rows[at] @ inner)
         open_ = [entry for entry, _ in above]
 
@@ -207,12 +227,18 @@ def shorten_to_budget_(factors: list[Factors]) -> None:
     for f in factors:
         f.coordinates()
         caps = budgets_of(f)
-        for (segment, budget), size in zip(caps, change_sizes([(f, s) for s, _ in caps]), strict=True):
+        for (segment, budget), size in zip(
+            caps, change_sizes([(f, s) for s, _ in caps]), strict=True
+        ):
             at = (size > budget * (1.0 + 0.5 * (ACCEPT - 1.0))).nonzero()[:, 0]
             if len(at):
-                rows = f.b(slice(segment.start, segment.stop)).unflatten(0, (segment.count, segment.d_out))
+                rows = f.b(slice(segment.start, segment.stop)).unflatten(
+                    0, (segment.count, segment.d_out)
+                )
                 # by a little more, for what rounding to bf16 may lengthen
-                f.write_blocks(segment, at, rows[at] * (budget / size[at] * (1 - 2**-8))[:, None, None])
+                f.write_blocks(
+                    segment, at, rows[at] * (budget / size[at] * (1 - 2**-8))[:, None, None]
+                )
 
 
 def _above(
@@ -224,4 +250,8 @@ def _above(
     sizes = change_sizes([(f, s) for f, s, _ in open_])
     over = [size > c * ACCEPT for size, (_, _, c) in zip(sizes, open_, strict=True)]
     flags = torch.stack([o.any() for o in over]).tolist()
-    return [(entry, o.nonzero()[:, 0]) for entry, o, flag in zip(open_, over, flags, strict=True) if flag]
+    return [
+        (entry, o.nonzero()[:, 0])
+        for entry, o, flag in zip(open_, over, flags, strict=True)
+        if flag
+    ]

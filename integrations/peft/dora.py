@@ -55,11 +55,15 @@ def hold_magnitudes_(f: Factors, base_norms: list[Tensor], *, near: bool) -> Non
     wanted = torch.minimum(torch.maximum(now, least), most)
     if f.budget is None:  # m may be negative: a row turned around is as long, but far from W0's
         wanted = torch.where(now < 0, torch.maximum(now, -most), wanted)
-    off = (wanted - now).abs() > 0.5 * _SLACK * now.abs()  # less is what rounding m to its dtype leaves
+    off = (
+        wanted - now
+    ).abs() > 0.5 * _SLACK * now.abs()  # less is what rounding m to its dtype leaves
     if bool(off.any()):
         rounded = wanted.to(m.dtype)
         down = (wanted * (1.0 - torch.finfo(m.dtype).eps)).to(m.dtype)
-        m.copy_(torch.where(off, torch.where(rounded.double().abs() > most, down, rounded), m.detach()))
+        m.copy_(
+            torch.where(off, torch.where(rounded.double().abs() > most, down, rounded), m.detach())
+        )
 
 
 def _put(rows: Tensor, segment: Any, per_block: Tensor) -> None:
@@ -90,7 +94,10 @@ def rows_of(f: Factors, *, refuse: bool = True) -> tuple[Tensor, Tensor]:
     own = e.square().sum(1)
     size = (known[1].sqrt() + own.sqrt()).square()
     squares = known[1] + 2.0 * cross + own
-    low, high = (squares - 1e-6 * size).clamp_min(0.0).sqrt(), (squares + 1e-6 * size).clamp_min(0.0).sqrt()
+    low, high = (
+        (squares - 1e-6 * size).clamp_min(0.0).sqrt(),
+        (squares + 1e-6 * size).clamp_min(0.0).sqrt(),
+    )
     if refuse and bool((low == 0).any()):
         row = int((low == 0).nonzero()[0])
         raise UnsupportedModelError(

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.errors import ConfigError
-from lip_plugin.integrations.peft.budget import clip_to_budget_, has_budget, limits, shorten_to_budget_
+from lip_plugin.integrations.peft.budget import (
+    clip_to_budget_,
+    has_budget,
+    limits,
+    shorten_to_budget_,
+)
 from lip_plugin.integrations.peft.dora import hold_magnitudes_, rows_of
 from lip_plugin.integrations.peft.factors import Factors, change_sizes
 from lip_plugin.integrations.peft.layers import (
@@ -90,7 +95,9 @@ def find_adapters(model: nn.Module) -> list[Factors]:
     for name, layer, kind in wrapped_layers(model):
         if kind in TURNING:
             refuse_merged(name, layer)
-            named += [(f"{name}.{n}", t) for a in active(layer) for n, t in parameters_of(layer, a, kind)]
+            named += [
+                (f"{name}.{n}", t) for a in active(layer) for n, t in parameters_of(layer, a, kind)
+            ]
             continue
         factors = Factors(name, layer)
         named += factors.named
@@ -108,7 +115,9 @@ def _near(found: list[Factors], bases: list[list[Tensor]]) -> list[Factors]:
     asked, flags = [], []
     for f, norms in zip(found, bases, strict=True):
         caps = limits(f.layout, f.factors[0][0].shape[1]) if f.layout is not None else []
-        asked += [(f, segment, norm, cap) for (segment, cap), norm in zip(caps, norms, strict=False)]
+        asked += [
+            (f, segment, norm, cap) for (segment, cap), norm in zip(caps, norms, strict=False)
+        ]
     if not asked:
         return []
     sizes = change_sizes([(f, segment) for f, segment, _, _ in asked])
@@ -131,7 +140,9 @@ def _base_norms(f: Factors) -> list[Tensor]:
         weight = f.weight()
         layout = f.layout or f.budget
         assert layout is not None
-        views = list(capped_blocks(layout, weight.float() if weight.dtype != torch.float64 else weight))
+        views = list(
+            capped_blocks(layout, weight.float() if weight.dtype != torch.float64 else weight)
+        )
         norms = [sigma_max_upper(w) for _, w in views]
         for (segment, w), norm in zip(views, norms, strict=True) if f.layout is not None else ():
             _refuse_above(f.name, segment, w, norm)

@@ -50,7 +50,9 @@ class Factors:
         names = active(layer)
         self.movable = [a for a in names if layer.lora_B[a].weight.requires_grad] or names
         self.fixed = [a for a in names if a not in self.movable]
-        self.named = [(f"{name}.{n}", t) for a in names for n, t in parameters_of(layer, a, str(self.kind))]
+        self.named = [
+            (f"{name}.{n}", t) for a in names for n, t in parameters_of(layer, a, str(self.kind))
+        ]
         for _, tensor in [*self.named, (name, layer.base_layer.weight)]:
             refuse_sharded(tensor)
         pairs = {a: (layer.lora_A[a].weight, layer.lora_B[a].weight) for a in self.movable}
@@ -59,7 +61,9 @@ class Factors:
     @property
     def magnitude(self) -> Tensor | None:
         """DoRA's m [d_out]; None of a LoRA."""
-        return self.layer.lora_magnitude_vector[self.movable[0]].weight if self.kind == DORA else None
+        return (
+            self.layer.lora_magnitude_vector[self.movable[0]].weight if self.kind == DORA else None
+        )
 
     def rows(self) -> Tensor:
         """A of all movable adapters below each other [k, d_in]."""
@@ -108,15 +112,24 @@ class Factors:
         """W0 with the frozen adapters, in storage orientation, in its own dtype or float32."""
         weight = base_weight(self.layer)
         if self.fixed:
-            return with_deltas(self.layer, self.fixed, torch.promote_types(weight.dtype, torch.float32))
+            return with_deltas(
+                self.layer, self.fixed, torch.promote_types(weight.dtype, torch.float32)
+            )
         return weight
 
     def sources(self) -> tuple:
         """What `weight` depends on, as a value to compare."""
         base = self.layer.base_layer
-        tensors = [base.weight, *(t for a in self.fixed for _, t in parameters_of(self.layer, a, "lora"))]
+        tensors = [
+            base.weight,
+            *(t for a in self.fixed for _, t in parameters_of(self.layer, a, "lora")),
+        ]
         scales = tuple(self.layer.scaling[a] for a in self.fixed)
-        return self.layout, scales, *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+        return (
+            self.layout,
+            scales,
+            *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors),
+        )
 
 
 def change_sizes(found: list[tuple[Factors, Segment]]) -> list[Tensor]:
@@ -133,7 +146,11 @@ def change_sizes(found: list[tuple[Factors, Segment]]) -> list[Tensor]:
     for i, gram in enumerate(grams):
         groups[(gram.shape[-1], gram.device)].append(i)
     for members in groups.values():  # one call for all of one rank: the calls are what costs
-        tops = torch.linalg.eigvalsh(torch.cat([grams[i] for i in members]))[:, -1].clamp_min(0.0).sqrt()
+        tops = (
+            torch.linalg.eigvalsh(torch.cat([grams[i] for i in members]))[:, -1]
+            .clamp_min(0.0)
+            .sqrt()
+        )
         parts = tops.split([len(grams[i]) for i in members])
         for i, part in zip(members, parts, strict=True):
             sizes[i] = part

@@ -127,7 +127,9 @@ def active(layer: Any) -> list[str]:
 def refuse_merged(name: str, layer: Any) -> None:
     """Raise TrainerError for a layer whose adapters are merged into W0."""
     if layer.merged:
-        raise TrainerError(f"{name}: adapters are merged into W0. Call model.unmerge_adapter() first.")
+        raise TrainerError(
+            f"{name}: adapters are merged into W0. Call model.unmerge_adapter() first."
+        )
 
 
 def parameters_of(layer: Any, adapter: str, kind: str) -> list[tuple[str, Tensor]]:
@@ -138,7 +140,9 @@ def parameters_of(layer: Any, adapter: str, kind: str) -> list[tuple[str, Tensor
         return [(f"hra_u.{adapter}", layer.hra_u[adapter])]
     found = [(f"lora_{x}.{adapter}", getattr(layer, f"lora_{x}")[adapter].weight) for x in "AB"]
     if kind == DORA:
-        found.append((f"lora_magnitude_vector.{adapter}", layer.lora_magnitude_vector[adapter].weight))
+        found.append(
+            (f"lora_magnitude_vector.{adapter}", layer.lora_magnitude_vector[adapter].weight)
+        )
     return found
 
 
@@ -153,7 +157,9 @@ def with_deltas(layer: Any, adapters: list[str], dtype: torch.dtype) -> Tensor:
     """W0 + sum of s B A over these LoRA adapters, in storage orientation."""
     weight, transposed = base_weight(layer).to(dtype), is_transposed(layer.base_layer)
     for a in adapters:
-        delta = layer.lora_B[a].weight.detach().to(dtype) @ layer.lora_A[a].weight.detach().to(dtype)
+        delta = layer.lora_B[a].weight.detach().to(dtype) @ layer.lora_A[a].weight.detach().to(
+            dtype
+        )
         weight = weight + (delta.T if transposed else delta) * layer.scaling[a]
     return weight
 
@@ -212,19 +218,29 @@ def _turn(layer: Any, adapter: str, kind: str, dtype: torch.dtype) -> Tensor:
 def saved_module(module: nn.Module) -> nn.Module | None:
     """Of modules_to_save (a classifier's head, say): the copy that runs now, or the original; None for any other module."""
     wrapper: Any = module
-    if f"{type(module).__module__}.{type(module).__qualname__}" != "peft.utils.other.ModulesToSaveWrapper":
+    if (
+        f"{type(module).__module__}.{type(module).__qualname__}"
+        != "peft.utils.other.ModulesToSaveWrapper"
+    ):
         return None
     if wrapper.disable_adapters or not wrapper.active_adapters:
         return wrapper.original_module
     held = wrapper.modules_to_save  # of other adapters, perhaps
-    return next((held[name] for name in wrapper.active_adapters[:1] if name in held), wrapper.original_module)
+    return next(
+        (held[name] for name in wrapper.active_adapters[:1] if name in held),
+        wrapper.original_module,
+    )
 
 
 def adapter_facts(module: nn.Module) -> str:
     """What the merged weight of an adapted layer depends on besides Parameters; empty for any other module."""
     layer: Any = module
     if saved_module(module) is not None:
-        return f"saved copy of {layer.active_adapters}" if not layer.disable_adapters else "the original"
+        return (
+            f"saved copy of {layer.active_adapters}"
+            if not layer.disable_adapters
+            else "the original"
+        )
     try:
         kind = kind_of(layer)
     except UnsupportedModelError:
@@ -261,7 +277,9 @@ def read_weight(module: nn.Module) -> Tensor | None:
     refuse_function(layer)
     if entry_cap(layer.base_layer) is not None:
         _refuse_place("this layer", layer, held=True)
-    biased = hasattr(layer, "lora_B") and any(layer.lora_B[a].bias is not None for a in active(layer))
+    biased = hasattr(layer, "lora_B") and any(
+        layer.lora_B[a].bias is not None for a in active(layer)
+    )
     if biased and not (layer.merged or layer.disable_adapters):
         raise UnsupportedModelError(
             "A LoRA with lora_bias=True adds to the bias, which is not certified yet."

@@ -50,7 +50,9 @@ def _pieces(f: Factors) -> list[_Piece]:
     y = None
     if any(v.shape[-2] <= v.shape[-1] for _, v in views):
         y = _times(f.layout.matrix(weight).to(wide), q.to(wide)).double()
-    return [_Piece(f, s, v, spectrum, q, y) for (s, v), spectrum in zip(views, spectra, strict=True)]
+    return [
+        _Piece(f, s, v, spectrum, q, y) for (s, v), spectrum in zip(views, spectra, strict=True)
+    ]
 
 
 def _times(w: Tensor, x: Tensor) -> Tensor:
@@ -62,7 +64,13 @@ class _Piece:
     """The blocks of one segment of one layer: Y = W0 Q, E = the change, Z = Y + E; hat as LowRankProblem asks."""
 
     def __init__(
-        self, owner: Factors, segment: Segment, w: Tensor, spectrum: Spectrum, q: Tensor, y: Tensor | None
+        self,
+        owner: Factors,
+        segment: Segment,
+        w: Tensor,
+        spectrum: Spectrum,
+        q: Tensor,
+        y: Tensor | None,
     ) -> None:
         self.owner, self.segment, self.spectrum = owner, segment, spectrum
         self.wide = spectrum.basis.dtype
@@ -121,7 +129,9 @@ class _Piece:
 
     def shorten(self, at: Tensor, factor: float) -> None:
         """Multiply B of blocks number `at`."""
-        self.owner.write_blocks(self.segment, at, self._blocks(self.owner.b(self.rows))[at] * factor)
+        self.owner.write_blocks(
+            self.segment, at, self._blocks(self.owner.b(self.rows))[at] * factor
+        )
 
 
 def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:

@@ -24,7 +24,9 @@ def adapter_summary(model: nn.Module, **attack: Any) -> str:
     root, _ = constraints_of(model)
     names = {name for name, _, _ in wrapped_layers(root)}
     norms = merged_block_norms(root)
-    parts = [f"adapters: {len(names)} layers, {sum(n.count for n in norms if n.name in names)} capped blocks"]
+    parts = [
+        f"adapters: {len(names)} layers, {sum(n.count for n in norms if n.name in names)} capped blocks"
+    ]
     for what, found in (
         ("merged norms <= {:.4g} of their caps", [n for n in norms if n.name in names]),
         ("change <= {:.4g} of its budget", [n for n in norms if n.name not in names]),

@@ -26,12 +26,16 @@ _BASE_TUNER = "peft.tuners.tuners_utils.BaseTuner"
 
 def _is_peft_model(module: nn.Module) -> bool:
     cls = type(module)
-    return cls.__module__ in ("peft.peft_model", "peft.mixed_model") and cls.__name__.startswith("Peft")
+    return cls.__module__ in ("peft.peft_model", "peft.mixed_model") and cls.__name__.startswith(
+        "Peft"
+    )
 
 
 def _inside_peft_model(module: nn.Module) -> nn.Module:
     model: Any = module
-    kinds = {name: config for name, config in model.peft_config.items() if config.is_prompt_learning}
+    kinds = {
+        name: config for name, config in model.peft_config.items() if config.is_prompt_learning
+    }
     if kinds:
         name, config = next(iter(kinds.items()))
         kind = str(getattr(config.peft_type, "value", config.peft_type))

@@ -21,7 +21,12 @@ from lip_plugin.certificate.graph.decimals import INF, ONE, log10, mul, root, to
 from lip_plugin.certificate.graph.nodes import Linear, Scale
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.result import NORM, Certificate, LayerBound, check_within_caps
-from lip_plugin.certificate.weight_norms import CAP_SLACK, cap_norms, refuse_non_finite_weights, weight_norms
+from lip_plugin.certificate.weight_norms import (
+    CAP_SLACK,
+    cap_norms,
+    refuse_non_finite_weights,
+    weight_norms,
+)
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import ConfigError
 from lip_plugin.model.adapters import BlockNorms
@@ -112,7 +117,9 @@ def bound_of(
 def _width(nodes: Iterable[Any], side: str) -> int:
     """`d_in` of the first linear map, or `d_out` of the first in a reversed list."""
     return next(
-        int(getattr(n, side)) for n in walk(nodes) if isinstance(n, (Linear, Attention)) and hasattr(n, side)
+        int(getattr(n, side))
+        for n in walk(nodes)
+        if isinstance(n, (Linear, Attention)) and hasattr(n, side)
     )
 
 

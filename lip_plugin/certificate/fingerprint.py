@@ -41,8 +41,21 @@ _NO_EFFECT = frozenset(
             "quantization_config",
             "vocab_size",
         ),
-        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
-        *("id2label", "label2id", "problem_type", "task_specific_params", "initializer_range", "auto_map"),
+        *(
+            "use_cache",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict",
+            "chunk_size_feed_forward",
+        ),
+        *(
+            "id2label",
+            "label2id",
+            "problem_type",
+            "task_specific_params",
+            "initializer_range",
+            "auto_map",
+        ),
         *("dropout", "keys_to_ignore_at_inference"),
     }
 )

@@ -38,9 +38,7 @@ def _facts(graph: Graph) -> Iterator[tuple[str, str]]:
     entry = graph.entry
     for role, table in sorted(entry.tables.items()):
         yield table.name, f"{role} rows from {table.offset}, times {table.scale!r}"
-    inputs = (
-        f"patch={entry.patch} image={entry.image} pixel_max={entry.pixel_max!r} padding={entry.padding!r}"
-    )
+    inputs = f"patch={entry.patch} image={entry.image} pixel_max={entry.pixel_max!r} padding={entry.padding!r}"
     yield "inputs", inputs
     if entry.norm is not None:
         yield entry.norm.name, _text(entry.norm)

@@ -28,7 +28,12 @@ from lip_plugin.surgery.retrofit import retrofit
 from lip_plugin.surgery.state import find_retrofit
 
 _SMALLEST, _LARGEST = 1e-3, 1e3  # where w_max is looked for
-_FREE = ("w_max", "overrides", "method", "init")  # what another config of a retrofitted model may change
+_FREE = (
+    "w_max",
+    "overrides",
+    "method",
+    "init",
+)  # what another config of a retrofitted model may change
 _TOLERANCE = 1e-4  # of log10 w_max
 
 
@@ -92,7 +97,9 @@ def _check(model: nn.Module, present: LipschitzConfig | None, config: LipschitzC
         check_model(model, names, config, pretrained=family.is_pretrained(model))
         return
     wanted = replace(config, norms=config.norms or "remove")
-    changed = [f.name for f in fields(config) if getattr(present, f.name) != getattr(wanted, f.name)]
+    changed = [
+        f.name for f in fields(config) if getattr(present, f.name) != getattr(wanted, f.name)
+    ]
     fixed = [name for name in changed if name not in _FREE]
     if fixed:
         raise ConfigError(
@@ -109,7 +116,9 @@ def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
     memo: dict[int, Any] = {}
     for p in root.parameters():
         if p.dim() > 1 and id(p) not in tables:
-            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+            memo[id(p)] = nn.Parameter(
+                torch.empty_like(p, device="meta"), requires_grad=p.requires_grad
+            )
     twin = copy.deepcopy(root, memo)
     if found is None:
         fresh = not find_family(root).is_pretrained(root) and config.recipe

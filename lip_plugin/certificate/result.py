@@ -220,7 +220,9 @@ class Certificate:
     def to_json(self) -> str:
         """JSON text with a digest, which `from_json` checks. Infinities are written as strings."""
         body = _encode(asdict(self))
-        return json.dumps({"format": FORMAT, "digest": _digest(body), "certificate": body}, indent=1)
+        return json.dumps(
+            {"format": FORMAT, "digest": _digest(body), "certificate": body}, indent=1
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
@@ -237,7 +239,9 @@ class Certificate:
                 "nothing tells which weights it belongs to: write a new one with certify(model).to_json()."
             )
         if not isinstance(outer, Mapping) or outer.get("format") != FORMAT:
-            raise CertificateError(f"not a certificate of this version: its format is not {FORMAT!r}.")
+            raise CertificateError(
+                f"not a certificate of this version: its format is not {FORMAT!r}."
+            )
         body = outer.get("certificate")
         if not isinstance(body, Mapping) or outer.get("digest") != _digest(body):
             raise CertificateError(
@@ -261,9 +265,15 @@ class Certificate:
             f"{line.log10_total:>11.3f}"
             for line in self.layers
         ]
-        value = f"{self.lipschitz:.6g}" if math.isfinite(self.lipschitz) else f"10^{self.log10_lipschitz:.2f}"
+        value = (
+            f"{self.lipschitz:.6g}"
+            if math.isfinite(self.lipschitz)
+            else f"10^{self.log10_lipschitz:.2f}"
+        )
         last = f"Lipschitz <= {value} from {self.source}, on token norm <= {self.radius:.4g} ({self.model})"
-        pairs = f"any difference of two logits moves at most {self.logit_difference:.6g} times as far"
+        pairs = (
+            f"any difference of two logits moves at most {self.logit_difference:.6g} times as far"
+        )
         return "\n".join([head, "-" * len(head), *rows, "-" * len(head), last, pairs])
 
 

@@ -120,7 +120,10 @@ def _check_kinds(whole: Graph, small: Graph) -> None:
 def _kind(graph: Graph, index: int) -> list[tuple[str, str]]:
     """Classes of all modules inside one layer, by their names relative to it."""
     container = graph.root.get_submodule(graph.parts.layers[index].name)
-    return [(name, f"{type(m).__module__}.{type(m).__qualname__}") for name, m in container.named_modules()]
+    return [
+        (name, f"{type(m).__module__}.{type(m).__qualname__}")
+        for name, m in container.named_modules()
+    ]
 
 
 class _Shelf:
@@ -143,7 +146,9 @@ class _Shelf:
         meta = self.tensors[name]
         value = self._read(name)
         if value.numel() and not all(bool(torch.isfinite(part).all()) for part in _parts(value)):
-            raise NonFiniteError(f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint.")
+            raise NonFiniteError(
+                f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint."
+            )
         for alias in self.homes[name]:
             if alias in self._capped:
                 self._fingerprint.add_capped(alias, value, self._capped[alias])

@@ -30,7 +30,9 @@ def refuse_non_finite_weights(root: nn.Module) -> None:
     extremes = [torch.stack(torch.aminmax(p)).abs().amax().double().cpu() for _, p in named]
     for (name, _), extreme in zip(named, extremes, strict=True):
         if not bool(torch.isfinite(extreme)):
-            raise NonFiniteError(f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint.")
+            raise NonFiniteError(
+                f"{name} holds nan or inf: nothing can be proven. Load a sound checkpoint."
+            )
 
 
 def weight_norms(graph: Graph) -> ProvenNorms:
@@ -135,12 +137,18 @@ def cap_norms(graph: Graph) -> ProvenNorms:
         # of a fused map with a node for each part, the segments of this part; else all of them
         segments = [s for s in layout.segments if s.role == role] or list(layout.segments)
         # a block's cap in RMS->RMS norm is a cap on sigma_max of cap * sqrt(d_out / d_in)
-        sigma = {s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in segments}
-        counts = {r: sum(s.count for s in segments if s.role == r) for r in sigma}  # heads may be interleaved
+        sigma = {
+            s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in segments
+        }
+        counts = {
+            r: sum(s.count for s in segments if s.role == r) for r in sigma
+        }  # heads may be interleaved
         whole = {r: norm2([sigma[r]] * count) for r, count in counts.items()}
         per_head = {r: [sigma[r]] * s.count for r, s in heads.items() if r in sigma}
         total = norm2(whole.values())
-        norms[name] = LinearNorms(total, max(sigma.values()), whole, per_head, mul(root(up(2)), total))
+        norms[name] = LinearNorms(
+            total, max(sigma.values()), whole, per_head, mul(root(up(2)), total)
+        )
     for node in walk(graph.body.nodes):
         if hasattr(node, "from_caps"):
             norms.joint[node.name] = node.from_caps(norms)

@@ -49,7 +49,10 @@ def lines(
         dashed: labels drawn with dashes.
         from_zero: let the y axis begin at 0.
     """
-    kept = {k: [(x, y) for x, y in v if math.isfinite(x) and math.isfinite(y)] for k, v in series.items()}
+    kept = {
+        k: [(x, y) for x, y in v if math.isfinite(x) and math.isfinite(y)]
+        for k, v in series.items()
+    }
     kept = {k: v for k, v in kept.items() if v}
     if not kept:
         return ""
@@ -65,7 +68,9 @@ def lines(
     body = [_text(_LEFT, 14, title, "start", "title")]
     for y in ticks(y0, y1):
         _, v = at(x0, y)
-        body.append(f'<line stroke="#e5e7eb" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>')
+        body.append(
+            f'<line stroke="#e5e7eb" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>'
+        )
         body.append(_text(_LEFT - 6, v + 4, number(round(y, 12)), "end"))
     for x in ticks(x0, x1, 6):
         h, _ = at(x, y0)
@@ -84,7 +89,10 @@ def lines(
 
 
 def bars(
-    rows: Sequence[tuple[str, float]], title: str, limit: tuple[str, float] | None = None, log: bool = False
+    rows: Sequence[tuple[str, float]],
+    title: str,
+    limit: tuple[str, float] | None = None,
+    log: bool = False,
 ) -> str:
     """Horizontal bars from 0, a label and a value each; values that are not finite are drawn in full.
 
@@ -102,7 +110,9 @@ def bars(
         y = 26 + row * i
         length = room * (min(1.0, max(0.0, value / top)) if math.isfinite(value) else 1.0)
         body.append(_text(left - 6, y + 11, label[-40:], "end"))
-        body.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{row - 5}" fill="{COLORS[0]}"/>')
+        body.append(
+            f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{row - 5}" fill="{COLORS[0]}"/>'
+        )
         shown = ("10^" + f"{value:.2f}") if log and math.isfinite(value) else number(value)
         # beyond the limit's line, which would go through the number otherwise
         end = left + max(length, room * limit[1] / top if limit else 0.0)
@@ -149,7 +159,11 @@ def _legend(labels: Sequence[str], dashed: Sequence[str]) -> list[str]:
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
-    style = 'font-size="13" font-weight="600" fill="#111827"' if kind else 'font-size="11" fill="#374151"'
+    style = (
+        'font-size="13" font-weight="600" fill="#111827"'
+        if kind
+        else 'font-size="11" fill="#374151"'
+    )
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text {place} font-family="system-ui, sans-serif" {style}>{escape(text)}</text>'
 

@@ -19,7 +19,15 @@ from lip_plugin.certificate.attack.falsify import Falsification, falsify
 from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.result import Certificate, check_same
 from lip_plugin.cli.report import Report, bound_text, render
-from lip_plugin.cli.saved import CERTIFICATE, beside, folder_of, has_weights, history, load, model_of_run
+from lip_plugin.cli.saved import (
+    CERTIFICATE,
+    beside,
+    folder_of,
+    has_weights,
+    history,
+    load,
+    model_of_run,
+)
 from lip_plugin.errors import (
     CertificateError,
     ConfigError,
@@ -60,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, text = {"error": {"kind": type(error).__name__, "message": str(error)}}, ""
         sys.stderr.write(f"error: {error}\n")
     result = {"command": args.command, "exit_code": code, **result}
-    sys.stdout.write((json.dumps(_plain(result)) if args.json else text) + "\n" if args.json or text else "")
+    sys.stdout.write(
+        (json.dumps(_plain(result)) if args.json else text) + "\n" if args.json or text else ""
+    )
     return code
 
 
@@ -88,35 +98,53 @@ def _parser() -> _Parser:
     parser = _Parser("lip-plugin", description=__doc__, epilog=EXIT_CODES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., Any], path: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES, formatter_class=raw)
+    def command(
+        name: str, run: Callable[..., Any], path: str, text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=raw
+        )
         sub.set_defaults(run=run)
-        sub.add_argument("path", type=Path, metavar=path.partition(":")[0], help=path.partition(": ")[2])
+        sub.add_argument(
+            "path", type=Path, metavar=path.partition(":")[0], help=path.partition(": ")[2]
+        )
         sub.add_argument(
             "--nanogpt-dir", type=Path, metavar="DIR", help="checkout whose model.py made a ckpt.pt"
         )
-        sub.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
+        sub.add_argument(
+            "--json", action="store_true", help="one JSON object on stdout, and nothing else"
+        )
         sub.add_argument("--debug", action="store_true", help="show where an error was raised")
         return sub
 
-    model = (
-        "PATH: folder of save_pretrained or of a Trainer checkpoint, nanoGPT's ckpt.pt, or a certificate.json"
-    )
+    model = "PATH: folder of save_pretrained or of a Trainer checkpoint, nanoGPT's ckpt.pt, or a certificate.json"
     sub = command(
-        "certify", _certify, model, "prove a Lipschitz bound, and check the certificate beside the weights"
+        "certify",
+        _certify,
+        model,
+        "prove a Lipschitz bound, and check the certificate beside the weights",
     )
     sub.add_argument(
-        "--source", choices=("weights", "caps"), default="weights", help="what the bound is computed from"
+        "--source",
+        choices=("weights", "caps"),
+        default="weights",
+        help="what the bound is computed from",
     )
     sub.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="layer by layer; default: above 1 GiB"
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="layer by layer; default: above 1 GiB",
     )
     sub.add_argument(
-        "--renew", action="store_true", help="write a new certificate.json, whatever the old one says"
+        "--renew",
+        action="store_true",
+        help="write a new certificate.json, whatever the old one says",
     )
     sub = command("falsify", _falsify, model, "attack a claimed bound from below")
     sub.add_argument(
-        "--claim", type=float, help="the bound; default: certificate.json's, or the one that is proven now"
+        "--claim",
+        type=float,
+        help="the bound; default: certificate.json's, or the one that is proven now",
     )
     _attack_options(sub)
     run = "RUN: output folder of a run, or any folder with a model"
@@ -130,8 +158,12 @@ def _attack_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--rounds", type=_count, default=2, help=f"rounds of {_RESTARTS} starts each (default 2)"
     )
-    sub.add_argument("--steps", type=_count, default=60, help="ascent steps of each start (default 60)")
-    sub.add_argument("--tokens", type=_count, default=17, help="length of the sequences (default 17)")
+    sub.add_argument(
+        "--steps", type=_count, default=60, help="ascent steps of each start (default 60)"
+    )
+    sub.add_argument(
+        "--tokens", type=_count, default=17, help="length of the sequences (default 17)"
+    )
 
 
 def _count(text: str) -> int:
@@ -170,7 +202,9 @@ def _prove(args: argparse.Namespace, folder: Path) -> Certificate:
     hugging_face = (folder / "config.json").is_file()
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     if args.stream and not hugging_face:
-        raise ConfigError("--stream reads folders of save_pretrained; a ckpt.pt is loaded as a whole.")
+        raise ConfigError(
+            "--stream reads folders of save_pretrained; a ckpt.pt is loaded as a whole."
+        )
     if hugging_face and (size >= _STREAM_FROM if args.stream is None else args.stream):
         from lip_plugin.integrations.huggingface.loading import certify_streamed
 

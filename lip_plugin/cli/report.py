@@ -38,14 +38,25 @@ _CHARTS: tuple[tuple[str, dict[str, str], tuple[str, float] | None, tuple[str, .
     ("loss (nats)", {"training": "loss", "validation": "eval_loss"}, None, ()),
     (
         "log10 of the proven Lipschitz bound",
-        {"from the weights": "lip/log10_certificate", "from the caps": "lip/log10_certificate_caps"},
+        {
+            "from the weights": "lip/log10_certificate",
+            "from the caps": "lip/log10_certificate_caps",
+        },
         None,
         ("from the caps",),
     ),
-    ("largest block norm over its cap", {"norm / cap": "lip/worst_norm_over_cap"}, ("cap", 1.0), ()),
+    (
+        "largest block norm over its cap",
+        {"norm / cap": "lip/worst_norm_over_cap"},
+        ("cap", 1.0),
+        (),
+    ),
     (
         "attention entropy of a full row (nats)",
-        {"smallest seen": "lip/attention_entropy_seen", "proven lower bound": "lip/attention_entropy_proven"},
+        {
+            "smallest seen": "lip/attention_entropy_seen",
+            "proven lower bound": "lip/attention_entropy_proven",
+        },
         None,
         ("proven lower bound",),
     ),
@@ -125,7 +136,9 @@ def _proven(report: Report) -> str:
         caps = f"There is no bound from caps: {escape(report.caps)}"
     assumptions = list(c.assumptions)
     if isinstance(report.caps, Certificate):
-        assumptions += [f"(from caps) {a}" for a in report.caps.assumptions if a not in c.assumptions]
+        assumptions += [
+            f"(from caps) {a}" for a in report.caps.assumptions if a not in c.assumptions
+        ]
     return (
         f'<h2>What is proven</h2><p class="big">Lipschitz constant, embeddings to logits: at most '
         f"<b>{bound_text(c)}</b></p>"
@@ -165,7 +178,9 @@ def _attack(report: Report) -> str:
     logs = [(label, math.log10(value)) for label, value in rows if 0 < value < math.inf]
     floor = min((v for _, v in logs), default=0.0)
     chart = bars(logs, "the true constant lies between these two", log=True) if floor > 0 else ""
-    return f'<h2>Attacked from below</h2>{verdict}<p class="note">{escape(report.effort)}</p>{chart}'
+    return (
+        f'<h2>Attacked from below</h2>{verdict}<p class="note">{escape(report.effort)}</p>{chart}'
+    )
 
 
 def _layers(certificate: Certificate) -> str:
@@ -209,5 +224,7 @@ def _is_number(value: Any) -> bool:
 def _identity(report: Report) -> str:
     rows = [*report.versions.items(), ("fingerprint of the weights", report.certificate.weights)]
     rows += [(f"setting {k}", str(v)) for k, v in report.certificate.settings.items()]
-    body = "".join(f"<tr><td>{escape(k)}</td><td><code>{escape(v)}</code></td></tr>" for k, v in rows)
+    body = "".join(
+        f"<tr><td>{escape(k)}</td><td><code>{escape(v)}</code></td></tr>" for k, v in rows
+    )
     return f'<h2>What this is about</h2><table class="id"><tbody>{body}</tbody></table>'

@@ -47,7 +47,11 @@ def on_first_process(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
 
 def together(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
     """`function` on the first process, of the model or of a plain copy of a sharded one; its result, or error, on all."""
-    return on_first_process(model, function) if has_shards(model) else on_first(lambda: function(model))
+    return (
+        on_first_process(model, function)
+        if has_shards(model)
+        else on_first(lambda: function(model))
+    )
 
 
 def sharded_too(function: Callable[P, T]) -> Callable[P, T]:
@@ -136,6 +140,8 @@ def _is_distributed(hook: Any) -> bool:
     inner = getattr(hook, "__wrapped__", hook)
     owner = getattr(inner, "__self__", inner)
     module = (
-        getattr(type(owner), "__module__", "") if owner is not inner else getattr(inner, "__module__", "")
+        getattr(type(owner), "__module__", "")
+        if owner is not inner
+        else getattr(inner, "__module__", "")
     )
     return str(module).startswith(_OURS)

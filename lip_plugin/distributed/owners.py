@@ -69,7 +69,9 @@ def on_first(function: Callable[[], T]) -> T:
         except Exception as error:
             answer = [
                 None,
-                DistributedError(f"{answer[1] or answer[0]!r} cannot be sent to other processes: {error!r}"),
+                DistributedError(
+                    f"{answer[1] or answer[0]!r} cannot be sent to other processes: {error!r}"
+                ),
             ]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
@@ -96,7 +98,9 @@ def home_of(tensor: Tensor, replicas: Any = None) -> Home:
     Raises UnsupportedModelError for a DTensor that is not plainly cut along one of its axes.
     """
     if not is_sharded(tensor):
-        return Home(replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None)
+        return Home(
+            replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
+        )
     mesh, cut = tensor.device_mesh, []  # type: ignore[attr-defined]
     for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
         if placement.is_replicate() or mesh.size(axis) == 1:
@@ -122,9 +126,9 @@ def home_of(tensor: Tensor, replicas: Any = None) -> Home:
 def pieces_of(length: int, processes: int) -> list[int]:
     """How many rows each process has of `length`, as torch.chunk cuts them: the last may have fewer, or none."""
     chunk = -(-length // processes)
-    return [max(0, min(chunk, length - start)) for start in range(0, chunk * processes, chunk or 1)][
-        :processes
-    ]
+    return [
+        max(0, min(chunk, length - start)) for start in range(0, chunk * processes, chunk or 1)
+    ][:processes]
 
 
 def owners(costs: Sequence[float], processes: int) -> list[int]:
@@ -195,7 +199,9 @@ def on_owners(
             if mine and failure is None:
                 try:
                     work(mine, wholes, extras)
-                except Exception as error:  # told when all are through: nobody is left waiting in an exchange
+                except (
+                    Exception
+                ) as error:  # told when all are through: nobody is left waiting in an exchange
                     failure = error
             if write:
                 _give_back(home, likes, owner, wholes)
@@ -210,12 +216,16 @@ def _shares(
         yield members, [0] * len(members)
         return
     sizes = [tensors[i].numel() for i in members]
-    owner = owners([float(sizes[k] if costs is None else costs[i]) for k, i in enumerate(members)], home.size)
+    owner = owners(
+        [float(sizes[k] if costs is None else costs[i]) for k, i in enumerate(members)], home.size
+    )
     for part in _rounds(sizes, owner, home.size):
         yield [members[k] for k in part], [owner[k] for k in part]
 
 
-def _raise_together(failure: BaseException | None, groups: list[Any], tensors: Sequence[Tensor]) -> None:
+def _raise_together(
+    failure: BaseException | None, groups: list[Any], tensors: Sequence[Tensor]
+) -> None:
     """Raise on every process if one has failed. On CUDA, where asking would cost a synchronization, only there."""
     failed = torch.tensor([float(failure is not None)])
     if groups and local(tensors[0]).device.type == "cpu":
@@ -243,7 +253,9 @@ def groups_of(tensors: Sequence[Tensor], replicas: Any = None) -> list[Any]:
     for tensor in tensors:
         if is_sharded(tensor):
             mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-            found |= {mesh.get_group(axis): None for axis in range(mesh.ndim) if mesh.size(axis) > 1}
+            found |= {
+                mesh.get_group(axis): None for axis in range(mesh.ndim) if mesh.size(axis) > 1
+            }
         elif home_of(tensor, replicas).group is not None:
             found[replicas] = None
     return list(found)
@@ -277,19 +289,26 @@ def _gathered(
         return [part for part, of in zip(parts, owner, strict=True) if of == home.rank]
     rows = [pieces_of(t.shape[home.dim], home.size) for t in tensors]
     send = [[p for p, of in zip(parts, owner, strict=True) if of == r] for r in range(home.size)]
-    flat = [torch.cat([_flat(p, home.dim) for p in to]) if to else parts[0].new_empty(0) for to in send]
+    flat = [
+        torch.cat([_flat(p, home.dim) for p in to]) if to else parts[0].new_empty(0) for to in send
+    ]
     mine = [i for i, of in enumerate(owner) if of == home.rank]
     widths = [tensors[i].numel() // max(1, tensors[i].shape[home.dim]) for i in mine]
-    counts = [sum(rows[i][s] * w for i, w in zip(mine, widths, strict=True)) for s in range(home.size)]
+    counts = [
+        sum(rows[i][s] * w for i, w in zip(mine, widths, strict=True)) for s in range(home.size)
+    ]
     received = torch.empty(sum(counts), dtype=parts[0].dtype, device=parts[0].device)
-    dist.all_to_all_single(received, torch.cat(flat), counts, [len(f) for f in flat], group=home.group)
+    dist.all_to_all_single(
+        received, torch.cat(flat), counts, [len(f) for f in flat], group=home.group
+    )
     pieces: list[list[Tensor]] = [[] for _ in mine]
     for source, block in enumerate(received.split(counts)):
         lengths = [rows[i][source] * w for i, w in zip(mine, widths, strict=True)]
         for k, piece in enumerate(block.split(lengths)):
             pieces[k].append(piece)
     return [
-        _shaped(torch.cat(found), tensors[i].shape, home.dim) for i, found in zip(mine, pieces, strict=True)
+        _shaped(torch.cat(found), tensors[i].shape, home.dim)
+        for i, found in zip(mine, pieces, strict=True)
     ]
 
 
@@ -308,11 +327,17 @@ def _give_back(home: Home, tensors: list[Tensor], owner: list[int], wholes: list
     ]
     parts = [local(t) for t in tensors]
     send = [
-        torch.cat([c[r].flatten() for c in cut]) if cut else parts[0].new_empty(0) for r in range(home.size)
+        torch.cat([c[r].flatten() for c in cut]) if cut else parts[0].new_empty(0)
+        for r in range(home.size)
     ]
-    counts = [sum(p.numel() for p, of in zip(parts, owner, strict=True) if of == s) for s in range(home.size)]
+    counts = [
+        sum(p.numel() for p, of in zip(parts, owner, strict=True) if of == s)
+        for s in range(home.size)
+    ]
     received = torch.empty(sum(counts), dtype=parts[0].dtype, device=parts[0].device)
-    dist.all_to_all_single(received, torch.cat(send), counts, [len(s) for s in send], group=home.group)
+    dist.all_to_all_single(
+        received, torch.cat(send), counts, [len(s) for s in send], group=home.group
+    )
     for source, block in enumerate(received.split(counts)):
         start = 0
         for part, of in zip(parts, owner, strict=True):

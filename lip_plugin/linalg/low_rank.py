@@ -27,7 +27,9 @@ class Spectrum:
 
     basis: Tensor  # [count, n, n] eigenvectors of W0 W0^T, or of W0^T W0 for tall blocks
     energy: Tensor  # [count, n] their eigenvalues, float64
-    ceiling: Tensor  # [count] c^2, in the l2 norm; the block's own norm where that is above by rounding
+    ceiling: (
+        Tensor  # [count] c^2, in the l2 norm; the block's own norm where that is above by rounding
+    )
 
 
 @dataclass
@@ -41,14 +43,17 @@ class LowRankProblem:
     tall: bool
 
     def __getitem__(self, at: Tensor) -> LowRankProblem:
-        return LowRankProblem(self.hat[at], self.gram[at], self.energy[at], self.ceiling[at], self.tall)
+        return LowRankProblem(
+            self.hat[at], self.gram[at], self.energy[at], self.ceiling[at], self.tall
+        )
 
     @classmethod
     def stack(cls, problems: list[LowRankProblem]) -> LowRankProblem:
         """One batch of all their blocks."""
         keys = ("hat", "gram", "energy", "ceiling")
         return cls(
-            **{key: torch.cat([getattr(p, key) for p in problems]) for key in keys}, tall=problems[0].tall
+            **{key: torch.cat([getattr(p, key) for p in problems]) for key in keys},
+            tall=problems[0].tall,
         )
 
     def form(self, shift: Tensor | None = None) -> Tensor:
@@ -65,7 +70,9 @@ class LowRankProblem:
         gap = mu - self.energy
         if not self.tall:
             return self._weighted(gap**-2)
-        return self.gram / mu[:, :, None] ** 2 + self._weighted((2.0 * mu - self.energy) / (mu * gap) ** 2)
+        return self.gram / mu[:, :, None] ** 2 + self._weighted(
+            (2.0 * mu - self.energy) / (mu * gap) ** 2
+        )
 
     def _mu(self, shift: Tensor | None) -> Tensor:
         return (self.ceiling if shift is None else self.ceiling + shift)[:, None]
@@ -98,7 +105,10 @@ class LowRankProblem:
         high = (self.ceiling * size).sqrt()
         low = torch.minimum(high, 1e-9 * self.ceiling)
         inside_top, g = self.solve(high)
-        below, above = (top.rsqrt() - 1.0).clamp_max(-1e-9), inside_top.clamp_min(1e-200).rsqrt() - 1.0
+        below, above = (
+            (top.rsqrt() - 1.0).clamp_max(-1e-9),
+            inside_top.clamp_min(1e-200).rsqrt() - 1.0,
+        )
         side = torch.zeros_like(high)
         for step in range(_EVALUATIONS):
             done = (inside_top >= 1.0 - _NEAR) | (high <= low * (1.0 + _NEAR))

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from lip_plugin.errors import ConfigError, NonFiniteError
-from lip_plugin.linalg.spectrum import SLACK, U, gamma, gram_iteration, lambda_max_upper, proven_lambda_max
+from lip_plugin.linalg.spectrum import (
+    SLACK,
+    U,
+    gamma,
+    gram_iteration,
+    lambda_max_upper,
+    proven_lambda_max,
+)
 
 _ROWS, _ROWS_ADDED = (
     1024,
@@ -196,7 +203,9 @@ def sigma_max_upper_gram(w: Tensor, rounds: int = 12) -> Tensor:
     return _times_power_of_two(upper, e).reshape(w.shape[:-2])
 
 
-def sigma_max_lower(w: Tensor, rounds: int = 20, generator: torch.Generator | None = None) -> Tensor:
+def sigma_max_lower(
+    w: Tensor, rounds: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
     """Attained lower bound of sigma_max (l2 -> l2): norm2(W x) / norm2(x) after power iteration.
 
     Less the rounding of that quotient, so never above the truth. `generator` (on the CPU) makes the
@@ -253,7 +262,9 @@ def rms_to_rms_upper(w: Tensor) -> Tensor:
     return sigma_max_upper(w) * (_rms_factor(w) * SLACK)
 
 
-def rms_to_rms_lower(w: Tensor, rounds: int = 20, generator: torch.Generator | None = None) -> Tensor:
+def rms_to_rms_lower(
+    w: Tensor, rounds: int = 20, generator: torch.Generator | None = None
+) -> Tensor:
     """Attained lower bound of the RMS->RMS norm, float64 [...]: see `sigma_max_lower`."""
     return sigma_max_lower(w, rounds, generator) * (_rms_factor(w) / SLACK)
 
@@ -316,7 +327,10 @@ def sum_rms_max_upper(tables: list[Tensor]) -> float:
         rows = _times_power_of_two(part.double()[None], -e)[0]
         squares = rows.square().sum(-1)
         sums = (rows @ twice.mT).add_(squares_a).add_(squares[:, None])
-        largest, longest = torch.maximum(largest, sums.amax()), torch.maximum(longest, squares.amax())
+        largest, longest = (
+            torch.maximum(largest, sums.amax()),
+            torch.maximum(longest, squares.amax()),
+        )
     product = float(squares_a.amax().sqrt() * longest.sqrt()) * SLACK
     # |a|^2 + 2 |a.b| + |b|^2 is at most largest + 4 product; each sum is off by gamma_(d + 3) of it
     rounding = (float(largest) + product) * gamma(4 * d + 16)

@@ -20,14 +20,14 @@ from lip_plugin.linalg.precision import without_autocast
 from lip_plugin.linalg.symmetric import product, symmetric_product
 
 Quintic = tuple[float, float, float]
-_STEP_SLACK = 1e-2  # how far rounding may lift a singular value before each step; see `output_range`
+_STEP_SLACK = (
+    1e-2  # how far rounding may lift a singular value before each step; see `output_range`
+)
 _MIN_INPUT = 1e-3  # the lower ends of the ranges below hold for singular values from here to 1
 _GRAM_ASPECT = 1.5  # from here on three steps on the Gram matrix cost less than on X itself
 _GRAM_STEPS = 3  # float32 Gram noise (1e-7) grows by 2e4 in the three steepest steps: restart then
 _GRAM_STEPS_HALF = 2  # the same in bf16 and fp16; see `_segments`
-_NOISE = (
-    0.75  # times the rms eigenvalue of p, times eps: what rounding p may add to sigma_max; see `_segments`
-)
+_NOISE = 0.75  # times the rms eigenvalue of p, times eps: what rounding p may add to sigma_max; see `_segments`
 _SHIFT = 2.0**-8  # of the Gram matrix's range, in bf16 and fp16; see `_segments`
 
 
@@ -197,7 +197,9 @@ def _segments(name: str, steps: int, dtype: torch.dtype, gram: bool) -> tuple[_S
         part = quintics[start : start + length]
         top = output_range(name, start)[1] ** 2 if start else 1.0
         shifted = dtype.itemsize < 4 and len(part) > 1
-        segments.append(_Segment(part, _SHIFT * 2.0 ** math.ceil(math.log2(top)) if shifted else 0.0))
+        segments.append(
+            _Segment(part, _SHIFT * 2.0 ** math.ceil(math.log2(top)) if shifted else 0.0)
+        )
         start += len(part)
     return tuple(segments)
 
@@ -231,7 +233,9 @@ def _iterate(x: Tensor, segments: tuple[_Segment, ...], divide_by: float) -> Ten
         assert p is not None  # a segment has at least one step
         if segment.shift:
             noise = torch.linalg.vector_norm(p.float(), dim=(-2, -1), keepdim=True)
-            p = p / (1.0 + noise * (_NOISE * torch.finfo(p.dtype).eps / p.shape[-1] ** 0.5)).to(p.dtype)
+            p = p / (1.0 + noise * (_NOISE * torch.finfo(p.dtype).eps / p.shape[-1] ** 0.5)).to(
+                p.dtype
+            )
         if scale is not None:
             p = p / scale.to(p.dtype)
         if number + 1 == len(segments):
@@ -243,7 +247,10 @@ def _iterate(x: Tensor, segments: tuple[_Segment, ...], divide_by: float) -> Ten
 def _scaled(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(g / s^2, g^2 / s^4, s), s = norm_F(g^2)^(1/4)."""
     g2 = symmetric_product(g, g)
-    scale = torch.linalg.vector_norm(g2, dim=(-2, -1), keepdim=True, dtype=_wide(g2)).clamp_min(1e-30) ** 0.25
+    scale = (
+        torch.linalg.vector_norm(g2, dim=(-2, -1), keepdim=True, dtype=_wide(g2)).clamp_min(1e-30)
+        ** 0.25
+    )
     return g / (scale**2).to(g.dtype), g2 / (scale**4).to(g.dtype), scale
 
 

@@ -13,7 +13,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def without_autocast(fn: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+def without_autocast(
+    fn: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
     """Run `fn(blocks, ...)` with autocast off: it would compute float32 products in bfloat16.
 
     Measured without it, on an `optimizer.step()` inside torch.autocast("cpu", torch.bfloat16): weights became inf.

@@ -193,7 +193,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "stiefel": Method(_stiefel, math.inf, 1e-6, "1, for s above 1e-3 of the largest"),
         "spectral_hammer": Method(_spectral_hammer, 1.0, 1e-2, "the largest becomes 1"),
         "hard_cap": Method(_hard_cap, math.inf, 1e-5, "min(1, s), exactly"),
-        "soft_cap": Method(_soft_cap, math.inf, 1e-5, "p2(p1(s)), least alpha for the input's norm"),
+        "soft_cap": Method(
+            _soft_cap, math.inf, 1e-5, "p2(p1(s)), least alpha for the input's norm"
+        ),
     }
 )
 
@@ -293,5 +295,9 @@ def project(
     if blocks.dtype != master:
         new = _stored(new, call.scale, blocks.dtype)
     if in_place:
-        return blocks if new.data_ptr() == blocks.data_ptr() else blocks.copy_(new.reshape(blocks.shape))
+        return (
+            blocks
+            if new.data_ptr() == blocks.data_ptr()
+            else blocks.copy_(new.reshape(blocks.shape))
+        )
     return (new.clone() if new is w else new).reshape(blocks.shape)

@@ -65,7 +65,9 @@ class Rounded:
         # entries stay near 1, or squares of them would underflow in the next Frobenius norm
         factors, exponent = _near_one(factors.to(self.value))
         largest = float(factors.abs().amax())
-        error = (self.error * largest + U * self.frobenius_upper() * largest) * (1.0 + 16 * U) + _UNDERFLOW
+        error = (self.error * largest + U * self.frobenius_upper() * largest) * (
+            1.0 + 16 * U
+        ) + _UNDERFLOW
         return Rounded(self.value * factors.reshape(shape), error, self.exponent + exponent)
 
     def entrywise(self, other: Rounded) -> Rounded:
@@ -131,4 +133,6 @@ def _scaled(value: float, exponent: int) -> Decimal:
     if not math.isfinite(value):
         return Decimal("Infinity")
     power = _DECIMAL.power(Decimal(2), Decimal(exponent))
-    return _DECIMAL.multiply(_DECIMAL.multiply(Decimal(value), power), Decimal("1.0000000000000000000000001"))
+    return _DECIMAL.multiply(
+        _DECIMAL.multiply(Decimal(value), power), Decimal("1.0000000000000000000000001")
+    )

@@ -27,7 +27,9 @@ def row_distance_max_upper(w: Tensor) -> float:
     root_d = math.sqrt(w.shape[1]) * SLACK
     if len(w) <= _ALL_PAIRS_UP_TO:
         return sum_rms_max_upper([w, -w]) * root_d
-    centre = w.mean(0, dtype=torch.float64)  # any point will do: only the rounding of the difference matters
+    centre = w.mean(
+        0, dtype=torch.float64
+    )  # any point will do: only the rounding of the difference matters
     farthest, size = 0.0, float(row_rms_max_upper(w) + row_rms_max_upper(centre[None]))
     for rows in w.split(_ROWS):
         farthest = max(farthest, float(row_rms_max_upper(rows.double() - centre)))

@@ -107,7 +107,9 @@ def lambda_max_upper(g: Tensor, slack: Tensor) -> Tensor:
             bound[at] = lambda_max_upper_slow(g[at], slack[at], 1.0019 * guess[at])
     # no positive trace, so nothing but rounding: norm_F, with the n^2 roundings of its sum
     n = g.shape[-1]
-    return torch.where(zero, torch.linalg.matrix_norm(g) * ((1.0 + gamma(n * n + 8)) * SLACK) + slack, bound)
+    return torch.where(
+        zero, torch.linalg.matrix_norm(g) * ((1.0 + gamma(n * n + 8)) * SLACK) + slack, bound
+    )
 
 
 def lambda_max_upper_slow(g: Tensor, slack: Tensor, wide: Tensor) -> Tensor:

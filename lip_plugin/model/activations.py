@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lip_plugin.errors import UnsupportedModelError
 
-# Largest slopes, rounded up at the last digit; tests/test_modules.py recomputes them in float64.
+# Largest slopes, rounded up at the last digit; tests/model/test_layers.py recomputes them in float64.
 # gelu (erf): at x = sqrt(2); gelu (tanh form): near x = 1.4; silu: near x = 2.4.
 SLOPE_UPPER = {
     "relu": 1.0,
@@ -81,7 +81,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # The classes whose source was read, by module. A look-alike (a clipped or trainable one) is not here; the integrations
 # register those of their libraries.
-_ACTIVATION_CLASSES: dict[str, set[str]] = {"torch.nn.modules.activation": {"ReLU", "Tanh", "GELU", "SiLU"}}
+_ACTIVATION_CLASSES: dict[str, set[str]] = {
+    "torch.nn.modules.activation": {"ReLU", "Tanh", "GELU", "SiLU"}
+}
 
 
 def register_activation_classes(module: str, *names: str) -> None:
@@ -103,10 +105,14 @@ def activation_kind(act: Any) -> str | None:
             return kind
     if cls.__name__ not in _ACTIVATION_CLASSES.get(cls.__module__, ()):
         return None
-    probe = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64, device="cpu")  # also within a meta context
+    probe = torch.linspace(
+        -30.0, 30.0, 961, dtype=torch.float64, device="cpu"
+    )  # also within a meta context
     with torch.no_grad():
         values = act(probe)
     for kind, reference in ACTIVATIONS.items():
-        if kind not in REPLACEMENTS and torch.allclose(values, reference(probe), rtol=0.0, atol=1e-9):
+        if kind not in REPLACEMENTS and torch.allclose(
+            values, reference(probe), rtol=0.0, atol=1e-9
+        ):
             return kind
     return None

@@ -88,7 +88,9 @@ def runs_inside(layer: nn.Module) -> nn.Module:
 
 def dequantized(layer: nn.Module) -> Tensor | None:
     """The matrix [d_out, d_in] that a quantized layer multiplies with; None for any other layer."""
-    return next((found for w in layer_wrappers() if (found := w.dequantized(layer)) is not None), None)
+    return next(
+        (found for w in layer_wrappers() if (found := w.dequantized(layer)) is not None), None
+    )
 
 
 def wrapper_facts(layer: nn.Module) -> str:

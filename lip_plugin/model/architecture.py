@@ -203,7 +203,9 @@ def find_family(model: nn.Module) -> Family:
 
 def _known() -> str:
     """The classes of all known families, for a message."""
-    return ", ".join(dict.fromkeys(f.cls or f.architecture.name for f in _FAMILIES.values())) or "none"
+    return (
+        ", ".join(dict.fromkeys(f.cls or f.architecture.name for f in _FAMILIES.values())) or "none"
+    )
 
 
 _DESCRIBE = (
@@ -233,7 +235,11 @@ def _cure(model: nn.Module, kind: str | None) -> str:
             "It is an encoder-decoder, and attention from one sequence to another has no rule here. Use an encoder or a "
             f"decoder alone: {_known()}."
         )
-    towers = [key for key, value in getattr(config, "__dict__", {}).items() if hasattr(value, "model_type")]
+    towers = [
+        key
+        for key, value in getattr(config, "__dict__", {}).items()
+        if hasattr(value, "model_type")
+    ]
     if len(towers) > 1:
         return (
             f"It joins several models ({', '.join(towers)}), and there is no rule for what joins them. Use a model with one "

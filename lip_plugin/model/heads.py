@@ -50,7 +50,9 @@ def linear_layout(
         return one_block(role, d_out, cap, transposed=transposed)
     total = sum(heads[r] for r in roles)
     if d_out % total:
-        raise UnsupportedModelError(f"{role}: {d_out} rows do not fall into {total} heads of equal size.")
+        raise UnsupportedModelError(
+            f"{role}: {d_out} rows do not fall into {total} heads of equal size."
+        )
     d_head = d_out // total
     if interleaved and role == "qkv":
         if granularity != "head":

@@ -39,7 +39,11 @@ class ConstrainedConv2d(Constrained, nn.Conv2d):
 # The integrations register them, because the core imports no library and writes no name of one.
 _LIBRARY_PARENTS: dict[str, str] = {}
 _TRANSPOSED: set[str] = set()
-_PLAIN = {nn.Linear: ConstrainedLinear, nn.Embedding: ConstrainedEmbedding, nn.Conv2d: ConstrainedConv2d}
+_PLAIN = {
+    nn.Linear: ConstrainedLinear,
+    nn.Embedding: ConstrainedEmbedding,
+    nn.Conv2d: ConstrainedConv2d,
+}
 
 
 def register_layer_class(path: str, *, transposed: bool = False) -> None:
@@ -115,7 +119,8 @@ def is_transposed(module: nn.Module) -> bool:
 def rows_of(module: Any) -> int:
     """d_out of a linear map; a quantized layer's weight has another shape."""
     return int(
-        getattr(module, "out_features", None) or module.weight.shape[1 if is_transposed(module) else 0]
+        getattr(module, "out_features", None)
+        or module.weight.shape[1 if is_transposed(module) else 0]
     )
 
 

@@ -56,13 +56,19 @@ class Layout:
         Raises RuntimeError (torch's) where no view exists: a copy would lose what is written to it.
         """
         if weight.dim() > 2:
-            return weight.view(-1, weight.shape[-1]) if self.norm == ROW else weight.view(weight.shape[0], -1)
+            return (
+                weight.view(-1, weight.shape[-1])
+                if self.norm == ROW
+                else weight.view(weight.shape[0], -1)
+            )
         return weight.t() if self.transposed else weight
 
     def views(self, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
         """Yield (segment, view [count, d_out, d_in]) in order; writing to a view writes the weight."""
         matrix = self.matrix(weight)
-        if self.norm == ROW:  # a table may be cropped to fewer rows after the retrofit (nanoGPT does)
+        if (
+            self.norm == ROW
+        ):  # a table may be cropped to fewer rows after the retrofit (nanoGPT does)
             yield self.segments[0], matrix.unsqueeze(0)
             return
         for segment in self.segments:

@@ -49,7 +49,11 @@ def norm_facts(module: Any, name: str) -> NormFacts:
         facts = read(module)
         if facts is not None:
             return facts
-    if cls.__name__.endswith("RMSNorm") and eps is not None and getattr(module, "bias", None) is None:
+    if (
+        cls.__name__.endswith("RMSNorm")
+        and eps is not None
+        and getattr(module, "bias", None) is None
+    ):
         return NormFacts(float(eps), False)
     raise UnsupportedModelError(f"{name} is {cls.__name__}, a norm without a proven rule here.")
 
@@ -62,7 +66,9 @@ def plain_norm_class(module: Any) -> type:
 def root_mean_square(x: Tensor, facts: NormFacts) -> Tensor:
     """s(x) [..., 1] of a norm, float32 or wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    square = x.var(-1, correction=0, keepdim=True) if facts.center else x.square().mean(-1, keepdim=True)
+    square = (
+        x.var(-1, correction=0, keepdim=True) if facts.center else x.square().mean(-1, keepdim=True)
+    )
     return (square + facts.eps).sqrt()
 
 

@@ -149,7 +149,9 @@ def _layer(layer: str, architecture: Architecture) -> LayerParts:
     module = _join(layer, a.module)
     qk_norms = tuple(_join(module, n) for n in (a.q_norm, a.k_norm) if n)
     act = _join(layer, m.module, m.act)
-    return LayerParts(layer, _branch(layer, a, attention, qk_norms=qk_norms), _branch(layer, m, mlp, act=act))
+    return LayerParts(
+        layer, _branch(layer, a, attention, qk_norms=qk_norms), _branch(layer, m, mlp, act=act)
+    )
 
 
 def _branch(layer: str, branch: Branch, linears: dict[str, str | None], **more: Any) -> BranchParts:
@@ -161,7 +163,9 @@ def _branch(layer: str, branch: Branch, linears: dict[str, str | None], **more: 
     return BranchParts(module, scale, norm, branch_norm, sum_norm, named, **more)
 
 
-def _knobs(model: nn.Module, architecture: Architecture, layers: list[LayerParts]) -> Iterator[Knob]:
+def _knobs(
+    model: nn.Module, architecture: Architecture, layers: list[LayerParts]
+) -> Iterator[Knob]:
     """Those that this model has, a config's copy of a module's attribute included."""
     wanted: list[tuple[str, str, float | None]] = []
     for path in architecture.embedding_scale:
@@ -180,7 +184,9 @@ def _knobs(model: nn.Module, architecture: Architecture, layers: list[LayerParts
     yield from (Knob(None, a, n) for a, n in neutrals.items() if hasattr(model.config, a))
 
 
-_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.)")  # segments of peft's modules_to_save
+_COPY = re.compile(
+    r"\.(original_module|modules_to_save\.[^.]+)(?=\.)"
+)  # segments of peft's modules_to_save
 
 
 def refuse_undescribed(model: nn.Module, names: Parts) -> None:
@@ -191,7 +197,9 @@ def refuse_undescribed(model: nn.Module, names: Parts) -> None:
     described = {*(name for _, name in names.linears()), *names.norms()}
     rows = [(name, table_of(model, name)) for _, name in names.tables()]
     described |= {name for name, table in rows if not isinstance(table, RowParameter)}
-    bare = {name for name, table in rows if isinstance(table, RowParameter)} | {*names.architecture.unused}
+    bare = {name for name, table in rows if isinstance(table, RowParameter)} | {
+        *names.architecture.unused
+    }
     described |= {f"{layer.attention.module}.position_bias" for layer in names.layers}
     for name, _ in model.named_parameters():
         steps = _COPY.sub("", name).split(".")

@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from lip_plugin.errors import UnsupportedModelError
 
-MAX_OFFSETS = 4096  # further tokens share the last entry, so the biases of any length lie in one range
+MAX_OFFSETS = (
+    4096  # further tokens share the last entry, so the biases of any length lie in one range
+)
 _SLOT = "position_bias"
 
 
@@ -40,7 +42,13 @@ class OffsetBias(nn.Module):
     """
 
     def __init__(
-        self, heads: int, offsets: int, *, content: bool, causal: bool = True, like: Tensor | None = None
+        self,
+        heads: int,
+        offsets: int,
+        *,
+        content: bool,
+        causal: bool = True,
+        like: Tensor | None = None,
     ) -> None:
         super().__init__()
         slopes = torch.tensor(alibi_slopes(heads))
@@ -73,7 +81,11 @@ class _BiasedCall(TorchFunctionMode):
         self.bias, self.calls = bias, calls
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is not nn.functional.scaled_dot_product_attention:
@@ -123,7 +135,13 @@ def biased_attention(
     if bias.content:
         mask = mask.expand(*query.shape[:-1], columns)
         return attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout_p,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     weights = mask.softmax(-1, dtype=torch.promote_types(mask.dtype, torch.float32)).to(value.dtype)
     weights = nn.functional.dropout(weights, dropout_p) if dropout_p else weights
@@ -138,7 +156,11 @@ def _positions(attn_mask: Tensor | None, is_causal: bool, rows: int, keys: Tenso
     queries = torch.arange(rows, device=keys.device)
     if attn_mask is None or rows == columns:
         return queries if is_causal else queries + (columns - rows)
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    seen = (
+        attn_mask
+        if attn_mask.dtype == torch.bool
+        else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    )
     return torch.where(seen, keys, 0).amax(-1)[:, 0, :rows]
 
 
@@ -173,7 +195,9 @@ def __getattr__(name: str) -> Any:
 def _biased(parent: type) -> type:
     name = _NAME + "/".join([*parent.__module__.split("."), parent.__name__])
     known = globals().get(name)
-    if known is None or known.__mro__[2] is not parent:  # a reloaded module has another class of that name
+    if (
+        known is None or known.__mro__[2] is not parent
+    ):  # a reloaded module has another class of that name
         known = type(name, (PositionBiased, parent), {"__module__": __name__, "__qualname__": name})
         globals()[name] = known
     return known

@@ -73,7 +73,9 @@ class InputScale:
 
 def input_scale(module: nn.Module) -> float:
     """The factor that InputScale hooks put on what the module reads (1.0 without any)."""
-    return math.prod(h.scale for h in module._forward_pre_hooks.values() if isinstance(h, InputScale))
+    return math.prod(
+        h.scale for h in module._forward_pre_hooks.values() if isinstance(h, InputScale)
+    )
 
 
 def set_input_scale_(module: nn.Module, scale: float | None) -> None:

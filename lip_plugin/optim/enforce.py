@@ -47,7 +47,9 @@ def project_weights_(
     def work(whole: list[Tensor], of: list[Layout]) -> None:
         for batch in batches(whole, of):
             if batch.cap is not None:
-                batch.scatter_(project(batch.gather(), batch.cap, method, lr=lr, weight_decay=weight_decay))
+                batch.scatter_(
+                    project(batch.gather(), batch.cap, method, lr=lr, weight_decay=weight_decay)
+                )
 
     _on_matrices(weights, layouts, work, replicas)
     _clamp_tables_(weights, layouts)
@@ -96,12 +98,18 @@ def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
 
 
 @torch.no_grad()
-def keep_within_caps_(model: nn.Module, process_group: Any = None, *, only_frozen: bool = False) -> None:
+def keep_within_caps_(
+    model: nn.Module, process_group: Any = None, *, only_frozen: bool = False
+) -> None:
     """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
     root, config = constraints_of(model)
-    for wrapper in layer_wrappers():  # first: they refuse by name what they cannot keep, before a change
+    for (
+        wrapper
+    ) in layer_wrappers():  # first: they refuse by name what they cannot keep, before a change
         wrapper.project_(root, config.method, 0.0)
-    found = [m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)]
+    found = [
+        m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)
+    ]
     replicas = process_group if process_group is not None else replicas_of(model)
     normalize_above_([m.weight for m in found], [m.layout for m in found], replicas)
 
@@ -130,7 +138,12 @@ def project_(model: nn.Module, method: str | None = None, *, lr: float = 0.0) ->
 
 @torch.no_grad()
 def step_projection_(
-    model: nn.Module, method: str | None, *, lr: float, frozen: bool = False, process_group: Any = None
+    model: nn.Module,
+    method: str | None,
+    *,
+    lr: float,
+    frozen: bool = False,
+    process_group: Any = None,
 ) -> None:
     """What `attach_projection` does after a step: trainable weights, then adapters, then nothing else."""
     root, config = constraints_of(model)
@@ -181,7 +194,9 @@ def attach_projection(
     """
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     inner: list[Any] = [getattr(o, "optimizer", o) for o in several]
-    if isinstance(optimizer, nn.Module) or not all(hasattr(o, "register_step_post_hook") for o in inner):
+    if isinstance(optimizer, nn.Module) or not all(
+        hasattr(o, "register_step_post_hook") for o in inner
+    ):
         raise ConfigError(
             f"attach_projection({type(optimizer).__name__}, {type(model).__name__}): the optimizer comes first, then the "
             "model: attach_projection(optimizer, model)."
@@ -206,7 +221,10 @@ def attach_projection(
     handles = []
     for one in inner:
         one.seconds_projecting = 0.0
-        handles += [one.register_step_pre_hook(before_step), one.register_step_post_hook(after_step)]
+        handles += [
+            one.register_step_pre_hook(before_step),
+            one.register_step_post_hook(after_step),
+        ]
     return _Together(handles)
 
 

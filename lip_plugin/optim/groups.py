@@ -22,7 +22,11 @@ POSITION_RATE = 0.5
 
 
 def param_groups(
-    model: nn.Module, lr: float, embedding_lr: float, adamw_lr: float, adapter_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    embedding_lr: float,
+    adamw_lr: float,
+    adapter_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for LipschitzMuon from a retrofitted model, or from adapters with budgets.
 
@@ -69,7 +73,9 @@ def param_groups(
     groups["matrix"]["method"] = config.method
     chosen = [g for g in groups.values() if g["params"]]
     if not chosen:
-        raise ConfigError("no parameter of the model requires a gradient: there is nothing to train.")
+        raise ConfigError(
+            "no parameter of the model requires a gradient: there is nothing to train."
+        )
     return chosen
 
 

@@ -48,7 +48,9 @@ class Guard:
         present = [i for i, p in enumerate(params) if p.grad is not None]
         for i in present:
             if params[i].grad.is_sparse:
-                raise ConfigError(f"{names[i]} has a sparse gradient; build its embedding with sparse=False.")
+                raise ConfigError(
+                    f"{names[i]} has a sparse gradient; build its embedding with sparse=False."
+                )
         spread = groups_of(params, replicas)
         if not present and not spread:
             return set()

@@ -75,11 +75,17 @@ class Held:
     def _check_places(self) -> None:
         """Every described layer is constrained, or an adapter wraps one that is."""
         for name in (*self._linears, *self._tables):
-            module = table_of(self._root, name) if name in self._tables else self._root.get_submodule(name)
+            module = (
+                table_of(self._root, name)
+                if name in self._tables
+                else self._root.get_submodule(name)
+            )
             if isinstance(module, RowParameter):
                 held = module.layout is not None
             else:  # of a layer that an adapter wraps, the adapter's own checks speak
-                held = any(isinstance(m, Constrained) or hasattr(m, "base_layer") for m in module.modules())
+                held = any(
+                    isinstance(m, Constrained) or hasattr(m, "base_layer") for m in module.modules()
+                )
             if not held:
                 raise UnsupportedModelError(
                     f"{name} is a plain {type(module).__name__} now and has no cap: something replaced the layer after "

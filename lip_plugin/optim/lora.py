@@ -39,7 +39,13 @@ def adapter_pairs(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter, nn
 
 def factor_group(model: nn.Module, lr: float, adapter_lr: float) -> dict[str, Any]:
     """The parameter group of all adapters: `params` are A, B, A, B, ..., `pairs` say (s, layout of the rows of B or None)."""
-    group: dict[str, Any] = {"params": [], "kind": KIND, "pairs": [], "lr": lr, "lr_ratio": adapter_lr / lr}
+    group: dict[str, Any] = {
+        "params": [],
+        "kind": KIND,
+        "pairs": [],
+        "lr": lr,
+        "lr_ratio": adapter_lr / lr,
+    }
     for name, layer, a, b, scale in adapter_pairs(model):
         base = layer.base_layer
         held = base.layout if isinstance(base, Constrained) else layer.__dict__.get("lip_budget")

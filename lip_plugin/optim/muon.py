@@ -34,7 +34,7 @@ from lip_plugin.surgery.state import constraints_of
 
 # Strings, because they live in param_groups and so in state_dicts.
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# How far above 1 rounding may leave sigma_max of an orthogonalized block: tests/test_polar.py, bf16.
+# How far above 1 rounding may leave sigma_max of an orthogonalized block: tests/linalg/test_polar.py, bf16.
 _ORTHOGONAL_SLACK = 2e-3
 # That margin, and the rounding of a float32 projection, are tested, not proven. So every this many
 # steps all blocks are measured (a proven bound) and what is above its cap is divided: nothing can add up.
@@ -95,10 +95,17 @@ class LipschitzMuon(torch.optim.Optimizer):
         precision: str | None = None,
         process_group: Any = None,
     ) -> None:
-        rates = {"lr": lr, "embedding_lr": embedding_lr, "adamw_lr": adamw_lr, "adapter_lr": adapter_lr}
+        rates = {
+            "lr": lr,
+            "embedding_lr": embedding_lr,
+            "adamw_lr": adamw_lr,
+            "adapter_lr": adapter_lr,
+        }
         for name, rate in rates.items():
             if rate is not None and not 0 < rate < float("inf"):
-                raise ConfigError(f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0.")
+                raise ConfigError(
+                    f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0."
+                )
         if not 0 <= momentum < 1 or not 0 <= weight_decay < float("inf"):
             raise ConfigError(
                 "LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative."
@@ -112,7 +119,9 @@ class LipschitzMuon(torch.optim.Optimizer):
         model = params if isinstance(params, nn.Module) else None
         held = None if model is None else Held(constraints_of(model)[0])
         groups = (
-            params if model is None else param_groups(model, lr, embedding_lr or lr, adamw_lr, adapter_lr)
+            params
+            if model is None
+            else param_groups(model, lr, embedding_lr or lr, adamw_lr, adapter_lr)
         )
         for group in groups:  # type: ignore[union-attr]
             if not isinstance(group, dict) or group.get("kind") not in KINDS:
@@ -147,7 +156,9 @@ class LipschitzMuon(torch.optim.Optimizer):
         self.process_group = process_group
         if model is not None:
             self.process_group = process_group if process_group is not None else replicas_of(model)
-            keep_within_caps_(model, self.process_group, only_frozen=True)  # no step would look at those
+            keep_within_caps_(
+                model, self.process_group, only_frozen=True
+            )  # no step would look at those
         if model is not None and any(hasattr(m, "lora_A") for m in model.modules()):
             attach_projection(self, model)
 
@@ -176,7 +187,9 @@ class LipschitzMuon(torch.optim.Optimizer):
             momentum = state_dict["state"].get(i, {}).get("momentum")
             if momentum is not None and momentum.dtype != p.dtype:
                 wide = torch.promote_types(p.dtype, torch.float32)
-                self.state[p]["momentum"] = momentum.detach().to(device=p.device, dtype=wide, copy=True)
+                self.state[p]["momentum"] = momentum.detach().to(
+                    device=p.device, dtype=wide, copy=True
+                )
 
     def _reset(self) -> None:
         self._watch = Guard()
@@ -199,7 +212,11 @@ class LipschitzMuon(torch.optim.Optimizer):
             if group["kind"] == "matrix":
                 self._step_matrices(group, written)
             else:
-                step = {"row": self._step_rows, "adamw": self._step_adamw, FACTORS: self._step_factors}
+                step = {
+                    "row": self._step_rows,
+                    "adamw": self._step_adamw,
+                    FACTORS: self._step_factors,
+                }
                 step[group["kind"]](group)
         return loss
 
@@ -220,7 +237,9 @@ class LipschitzMuon(torch.optim.Optimizer):
                     "and rate * weight_decay at most 1, or the decay turns the weights around."
                 )
 
-    def _momentum_(self, weights: list[Tensor], group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def _momentum_(
+        self, weights: list[Tensor], group: dict[str, Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """(gradients, momentum buffers moved towards them), in float32 or wider: the parts that are here."""
         grads, buffers = [], []
         for p in weights:
@@ -254,7 +273,9 @@ class LipschitzMuon(torch.optim.Optimizer):
             ends = updates or [buffers[i] for i in mine]
             for batch in batches(wholes, theirs) if rate else ():
                 # Nesterov, batch by batch: whole updates of all weights would cost another model's memory
-                between = gathered_lerp(batch.at(starts, theirs), batch.at(ends, theirs), group["momentum"])
+                between = gathered_lerp(
+                    batch.at(starts, theirs), batch.at(ends, theirs), group["momentum"]
+                )
                 self._step_batch(batch, between, rate, group)
 
         on_owners(
@@ -274,14 +295,17 @@ class LipschitzMuon(torch.optim.Optimizer):
             update,
             steps=group["steps"],
             dtype=_precision(group["precision"], update),
-            check_finite=update.device.type == "cpu",  # costs nothing there, and comes before any change
+            check_finite=update.device.type
+            == "cpu",  # costs nothing there, and comes before any change
         )
         alone = len(batch.views) == 1 and batch.views[0].dtype == step.dtype  # then without copies
         blocks = batch.views[0] if alone else batch.gather()
         narrow = blocks.dtype != step.dtype
         if decay:
             blocks = (
-                blocks.mul_(1 - rate * decay) if not narrow else blocks.to(step.dtype) * (1 - rate * decay)
+                blocks.mul_(1 - rate * decay)
+                if not narrow
+                else blocks.to(step.dtype) * (1 - rate * decay)
             )
         blocks = blocks.to(step.dtype).add_(step, alpha=-rate * (d_out / d_in) ** 0.5)
         began = time.perf_counter()
@@ -319,7 +343,9 @@ class LipschitzMuon(torch.optim.Optimizer):
             here = local(p)  # whole rows, so their norms need nothing from elsewhere
             update = torch.lerp(grad, buffer, group["momentum"])
             seen = (grad != 0).any(-1, keepdim=True)
-            largest = update.abs().amax(-1, keepdim=True)  # first, so that no square over- or underflows
+            largest = update.abs().amax(
+                -1, keepdim=True
+            )  # first, so that no square over- or underflows
             update = torch.where(seen & (largest > 0), update / largest, 0.0)
             size = update.square().mean(-1, keepdim=True).sqrt()
             update = torch.where(size > 0, update / size, 0.0)
@@ -378,4 +404,6 @@ def _precision(chosen: str | None, update: Tensor) -> torch.dtype | None:
     if chosen is not None:
         return _PRECISIONS[chosen]
     wide = max(update.shape[-2:]) >= _BF16_FROM and update.dtype == torch.float32
-    return torch.bfloat16 if wide and update.device.type == "cpu" and _cpu_multiplies_bf16() else None
+    return (
+        torch.bfloat16 if wide and update.device.type == "cpu" and _cpu_multiplies_bf16() else None
+    )

@@ -28,7 +28,9 @@ def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list
 
     def work(mine: list[int], wholes: list[Tensor], _: list[Tensor]) -> None:
         owned = [matrices[k] for k in mine]
-        worst[owned] = torch.tensor(_worst(wholes, [layouts[i] for i in owned]), dtype=torch.float64)
+        worst[owned] = torch.tensor(
+            _worst(wholes, [layouts[i] for i in owned]), dtype=torch.float64
+        )
 
     on_owners(
         [weights[i] for i in matrices],
@@ -46,10 +48,13 @@ def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list
         worst = largest_together(worst.to(device), spread).cpu()
     counts = [sum(s.count for s in layout.segments) for layout in layouts]
     plain = {
-        name: BlockNorms(name, w, c) for (name, _), w, c in zip(found, worst.tolist(), counts, strict=True)
+        name: BlockNorms(name, w, c)
+        for (name, _), w, c in zip(found, worst.tolist(), counts, strict=True)
     }
     for wrapper in layer_wrappers() if only is None else ():
-        for merged in wrapper.norms(root):  # of a wrapped layer the merged weight counts, not the base alone
+        for merged in wrapper.norms(
+            root
+        ):  # of a wrapped layer the merged weight counts, not the base alone
             plain.pop(f"{merged.name}.base_layer", None)
             plain[merged.name] = merged
     return list(plain.values())

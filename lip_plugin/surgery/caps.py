@@ -18,7 +18,9 @@ def caps_by_name(names: Parts, config: LipschitzConfig) -> dict[str, float]:
         share *= 1.0 - UNUSED_SHARE
     caps = {}
     for role, name in names.linears():
-        caps[name] = cap_of(name, config, default=share / config.pixel_max if role == "patch" else None)
+        caps[name] = cap_of(
+            name, config, default=share / config.pixel_max if role == "patch" else None
+        )
     for role, name in tables:
         caps[name] = cap_of(name, config, default=share if role in shared else unused)
     return caps

@@ -27,7 +27,12 @@ _ADAPTERS = (
 
 
 def check_model(
-    model: nn.Module, names: Parts, config: LipschitzConfig, *, pretrained: bool, loading: bool = False
+    model: nn.Module,
+    names: Parts,
+    config: LipschitzConfig,
+    *,
+    pretrained: bool,
+    loading: bool = False,
 ) -> None:
     """Refuse, by name and with the cure, whatever a retrofit could not do soundly.
 
@@ -106,7 +111,9 @@ def _check_options(model: nn.Module, names: Parts, config: LipschitzConfig) -> N
     _check_depth(names, config)
 
 
-def _without_place(model: nn.Module, names: Parts, config: LipschitzConfig) -> Iterator[tuple[str, str]]:
+def _without_place(
+    model: nn.Module, names: Parts, config: LipschitzConfig
+) -> Iterator[tuple[str, str]]:
     """(field, why and what to do) for every field of the config that this model has no place for."""
     architecture = names.architecture
     if config.logit_scale not in (None, 1) and not architecture.final_norm:
@@ -135,7 +142,10 @@ def _without_place(model: nn.Module, names: Parts, config: LipschitzConfig) -> I
     )
     attention = getattr(model.config, "_attn_implementation", "sdpa")
     if architecture.patches:
-        yield "position_bias", f"position_bias counts tokens, and this model has patches of an image: {out}."
+        yield (
+            "position_bias",
+            f"position_bias counts tokens, and this model has patches of an image: {out}.",
+        )
     elif attention not in ("sdpa", None):
         yield (
             "position_bias",
@@ -177,17 +187,23 @@ def _check_values(model: nn.Module) -> None:
                 f"Load the model unquantized. {_ADAPTERS}"
             )
         if not torch.isfinite(p.detach()).all():
-            raise NonFiniteError(f"{name} holds nan or inf. Load a sound checkpoint before retrofitting.")
+            raise NonFiniteError(
+                f"{name} holds nan or inf. Load a sound checkpoint before retrofitting."
+            )
 
 
-def _check_norms_choice(model: nn.Module, names: Parts, config: LipschitzConfig, pretrained: bool) -> None:
+def _check_norms_choice(
+    model: nn.Module, names: Parts, config: LipschitzConfig, pretrained: bool
+) -> None:
     removed = norms_are_gone(model, names)
     if removed and not config.recipe:
         raise ConfigError(
             f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, and its weights were "
             "trained without. Use norms='remove', or build the model anew."
         )
-    if config.norms == "keep" and any(isinstance(model.get_submodule(n), Floored) for n in names.norms()):
+    if config.norms == "keep" and any(
+        isinstance(model.get_submodule(n), Floored) for n in names.norms()
+    ):
         raise ConfigError(
             f"The norms of this {type(model).__name__} got floors by an earlier retrofit. Use norms='calibrated' with "
             "norm_floors of 0 to have them back."

@@ -31,7 +31,9 @@ def init_orthogonal_(model: nn.Module) -> None:
             else:
                 for block in blocks:
                     fresh = torch.empty(block.shape, dtype=torch.float32, device=block.device)
-                    nn.init.orthogonal_(fresh, gain=cap * math.sqrt(block.shape[0] / block.shape[1]))
+                    nn.init.orthogonal_(
+                        fresh, gain=cap * math.sqrt(block.shape[0] / block.shape[1])
+                    )
                     block.copy_(fresh)
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):

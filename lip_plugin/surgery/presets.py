@@ -86,7 +86,9 @@ def chosen_config(
 
 
 def _instead_of_a_config(given: Any) -> str:
-    takes = "Pass a LipschitzConfig, or the name of a preset (" + ", ".join(map(repr, PRESETS)) + ")."
+    takes = (
+        "Pass a LipschitzConfig, or the name of a preset (" + ", ".join(map(repr, PRESETS)) + ")."
+    )
     if isinstance(given, RetrofitReport):
         return f"this is the report that retrofit() gave back, and no config. {takes}"
     if isinstance(given, Mapping):

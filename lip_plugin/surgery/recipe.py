@@ -67,7 +67,9 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
         _plan_gate(plan, model, layer.mlp, config.gate_max)
         _plan_position(plan, model, layer, names, config)
         if scaling:
-            _plan_scaling(plan, model, layer.attention.module, scaling, config.attention_scale / d_head)
+            _plan_scaling(
+                plan, model, layer.attention.module, scaling, config.attention_scale / d_head
+            )
         for name in layer.attention.qk_norms:
             _plan_slot(plan, model, name, 1.0)
     if architecture.final_norm:
@@ -145,7 +147,9 @@ def _plan_activation(plan: Plan, model: nn.Module, name: str, chosen: str | None
 
 def _plan_gate(plan: Plan, model: nn.Module, branch: BranchParts, cap: float | None) -> None:
     """Cap both factors of a gate entrywise: the activation's output, and that of `up` (half of a fused map)."""
-    name = branch.linears.get("gate_up") or (branch.linears["up"] if "gate" in branch.linears else None)
+    name = branch.linears.get("gate_up") or (
+        branch.linears["up"] if "gate" in branch.linears else None
+    )
     if name is None or (cap is None and entry_cap(model.get_submodule(name)) is None):
         return
     module: Any = model.get_submodule(name)
@@ -166,15 +170,23 @@ def _plan_position(
     present, content = position_bias(module), config.attention_scale != 0
     if config.position_bias is None:
         if present is not None:
-            plan.add(layer.attention.module, "position biases gone", lambda: set_position_bias_(module, None))
+            plan.add(
+                layer.attention.module,
+                "position biases gone",
+                lambda: set_position_bias_(module, None),
+            )
         return
     like: Any = next(model.get_submodule(name).weight for name in layer.attention.linears.values())
-    longest = [getattr(model.config, key, None) for key in ("max_position_embeddings", "block_size")]
+    longest = [
+        getattr(model.config, key, None) for key in ("max_position_embeddings", "block_size")
+    ]
     offsets = min([MAX_OFFSETS, *(int(length) for length in longest if length)])
     causal = names.architecture.attention.causal
 
     def do() -> None:
-        bias = present or OffsetBias(names.n_heads, offsets, content=content, causal=causal, like=like)
+        bias = present or OffsetBias(
+            names.n_heads, offsets, content=content, causal=causal, like=like
+        )
         bias.content = content
         bias.weight.requires_grad_(config.position_bias == "learned")
         set_position_bias_(module, bias)
@@ -191,7 +203,9 @@ def _plan_knob(plan: Plan, model: nn.Module, knob: Knob) -> None:
         return
 
     def do() -> None:
-        if isinstance(value, Tensor) and knob.neutral is not None:  # a buffer keeps its device and dtype
+        if (
+            isinstance(value, Tensor) and knob.neutral is not None
+        ):  # a buffer keeps its device and dtype
             with torch.no_grad():
                 value.fill_(knob.neutral)
         else:

@@ -161,7 +161,9 @@ def _plan_caps(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConf
     interleaved, caps = names.architecture.attention.interleaved, caps_by_name(names, config)
     for role, name in names.linears():
         module: Any = model.get_submodule(name)
-        layout = linear_layout(module, role, caps[name], names, config.granularity, interleaved=interleaved)
+        layout = linear_layout(
+            module, role, caps[name], names, config.granularity, interleaved=interleaved
+        )
         _plan_constrain(plan, name, module, layout)
     for role, name in names.tables():
         module = table_of(model, name)

@@ -17,7 +17,9 @@ from lip_plugin.model.position import position_bias
 UNUSED_SHARE = 2.0**-20
 
 
-def untrained(model: nn.Module, names: Parts, config: LipschitzConfig) -> Iterator[tuple[str, Tensor, bool]]:
+def untrained(
+    model: nn.Module, names: Parts, config: LipschitzConfig
+) -> Iterator[tuple[str, Tensor, bool]]:
     """(name, Parameter, whether it is zero) of everything that `config` fixes.
 
     Dropped biases, and positions that biases of attention replace, are zero; queries and keys without content
@@ -35,7 +37,11 @@ def untrained(model: nn.Module, names: Parts, config: LipschitzConfig) -> Iterat
     if config.position_bias is None:
         return
     if names.architecture.positions:
-        yield names.architecture.positions, table_of(model, names.architecture.positions).weight, True
+        yield (
+            names.architecture.positions,
+            table_of(model, names.architecture.positions).weight,
+            True,
+        )
     for layer in names.layers:
         if config.attention_scale == 0:
             for role in ("q", "k"):

@@ -69,7 +69,9 @@ def calibrate(
     family, names = _described(model)
     floored = any(isinstance(model.get_submodule(slot), Floored) for slot in names.norms())
     if floored or norms_are_gone(model, names):
-        raise UnsupportedModelError("calibrate: the norms of this model were replaced already. Load it anew.")
+        raise UnsupportedModelError(
+            "calibrate: the norms of this model were replaced already. Load it anew."
+        )
     held = _checked(batches)
     slots = list(names.norms())
     floors: dict[str, float] = {}
@@ -112,7 +114,9 @@ def _running_order(model: nn.Module, family: Family, slots: list[str], batch: An
     """The slots as a forward pass comes to them."""
     order: dict[str, None] = {}
     handles = [
-        model.get_submodule(slot).register_forward_pre_hook(lambda m, a, slot=slot: order.setdefault(slot))
+        model.get_submodule(slot).register_forward_pre_hook(
+            lambda m, a, slot=slot: order.setdefault(slot)
+        )
         for slot in slots
     ]
     try:
@@ -170,12 +174,16 @@ def _few(s: Tensor) -> Tensor:
 def _counted(x: Tensor, facts: NormFacts, mask: Tensor | None) -> Tensor:
     """s of the tokens that count, flat; heads, if x has any, stand behind the tokens or in front of them."""
     s = root_mean_square(x, facts)[..., 0]
-    if mask is not None and s.shape == (mask.numel(),):  # OPT flattens its tokens in front of some norms
+    if mask is not None and s.shape == (
+        mask.numel(),
+    ):  # OPT flattens its tokens in front of some norms
         return s[mask.flatten().bool()]
     axes = [i for i in range(1, s.dim()) if mask is not None and s.shape[i] == mask.shape[1]]
     if mask is None or not axes or len(s) != len(mask):
         return s.flatten()
-    tokens = max(axes, key=x.stride)  # where heads are as many as tokens: of one token they lie side by side
+    tokens = max(
+        axes, key=x.stride
+    )  # where heads are as many as tokens: of one token they lie side by side
     return s.movedim(tokens, 1)[mask.bool()].flatten()
 
 
@@ -246,7 +254,10 @@ def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]
         module: Any = model.get_submodule(name)
         chosen = "head" if interleaved else granularity
         layout = linear_layout(module, role, 1.0, names, chosen, interleaved=interleaved)
-        sizes = [float(rms_to_rms_upper(blocks).max()) for _, blocks in layout.views(module.weight.detach())]
+        sizes = [
+            float(rms_to_rms_upper(blocks).max())
+            for _, blocks in layout.views(module.weight.detach())
+        ]
         caps[name] = max(sizes)
     for role, name in names.tables():
         weight = table_of(model, name).weight.detach()
@@ -255,7 +266,9 @@ def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]
     return {name: cap for name, cap in caps.items() if cap > 0}
 
 
-def with_floors(model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None) -> LipschitzConfig:
+def with_floors(
+    model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None
+) -> LipschitzConfig:
     """The config with its floors found on `batches`, if it needs any; on all processes those of the first one.
 
     A model that has floors already keeps them.

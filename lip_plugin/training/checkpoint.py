@@ -177,7 +177,9 @@ def _state(optimizer: Optimizer, names: dict[int, str]) -> tuple[dict[str, Tenso
 def _room_for(checkpoint: Path, optimizer: Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
     """Empty tensors for what the checkpoint has of the optimizer's parameters, placed as these are."""
     stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    params = {names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names}
+    params = {
+        names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names
+    }
     room: dict[str, Tensor] = {}
     for name, meta in stored.items():
         kind, _, key = name.partition(".")
@@ -185,7 +187,9 @@ def _room_for(checkpoint: Path, optimizer: Optimizer, names: dict[int, str]) -> 
         if kind != "optimizer" or parameter is None or not isinstance(meta, TensorStorageMetadata):
             continue
         if meta.size == parameter.shape:
-            room[key] = torch.zeros_like(parameter, dtype=meta.properties.dtype, requires_grad=False)
+            room[key] = torch.zeros_like(
+                parameter, dtype=meta.properties.dtype, requires_grad=False
+            )
         else:  # a step count
             room[key] = torch.zeros(meta.size, dtype=meta.properties.dtype)
     return room
@@ -206,15 +210,21 @@ def _restore(
     plain = optimizer.state_dict()
     params = [p for g in optimizer.param_groups for p in g["params"]]
     numbers = [i for g in plain["param_groups"] for i in g["params"]]
-    groups = [{**now, **saved} for now, saved in zip(plain["param_groups"], loop["groups"], strict=True)]
+    groups = [
+        {**now, **saved} for now, saved in zip(plain["param_groups"], loop["groups"], strict=True)
+    ]
     state = {
-        i: by_name[names[id(p)]] for i, p in zip(numbers, params, strict=True) if names.get(id(p)) in by_name
+        i: by_name[names[id(p)]]
+        for i, p in zip(numbers, params, strict=True)
+        if names.get(id(p)) in by_name
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # of replicas the first one's, all of it
+    planner = DefaultSavePlanner(
+        dedup_save_to_lowest_rank=True
+    )  # of replicas the first one's, all of it
     with warnings.catch_warnings():  # torch's, that one process is assumed: it is
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, planner=planner, no_dist=processes() == 1)

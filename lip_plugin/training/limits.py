@@ -53,7 +53,9 @@ def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitR
             )
         refuse_own_forward(module, slot)
         if module.floor != floor:
-            plan.add(slot, f"floor {floor:.6g} under the norm", partial(floor_, module, slot, floor))
+            plan.add(
+                slot, f"floor {floor:.6g} under the norm", partial(floor_, module, slot, floor)
+            )
     report = plan.carry_out()
     if len(report):
         set_state(root, RetrofitState(config, state.architecture))

@@ -34,12 +34,16 @@ class MarginLoss:
 
     def __init__(self, model: nn.Module, margin: float) -> None:
         if not 0 <= margin < float("inf"):
-            raise ConfigError(f"MarginLoss(margin={margin!r}): must be a finite number, at least 0.")
+            raise ConfigError(
+                f"MarginLoss(margin={margin!r}): must be a finite number, at least 0."
+            )
         root, state = require_retrofit(model)
         self.model, self.margin = root, float(margin)
         self._scale = float(state.config.logit_scale or 1.0)
         causal = state.architecture.attention.causal
-        self._shifted = causal and not state.architecture.one_token  # a logit is about the next token
+        self._shifted = (
+            causal and not state.architecture.one_token
+        )  # a logit is about the next token
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The loss of a batch, as Trainer's `compute_loss_func` calls it.

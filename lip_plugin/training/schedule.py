@@ -103,7 +103,9 @@ class RetrofitSchedule:
         """The cap of every layer: start^(1-u) end^u, or its end where it starts below that."""
         u = _part(self.caps, progress)
         return {
-            name: cap if u == 1.0 or start.get(name, cap) <= cap else start[name] ** (1.0 - u) * cap**u
+            name: cap
+            if u == 1.0 or start.get(name, cap) <= cap
+            else start[name] ** (1.0 - u) * cap**u
             for name, cap in end.items()
         }
 
@@ -154,7 +156,11 @@ class RetrofitSchedule:
         return report
 
     def apply_(
-        self, model: nn.Module, optimizer: Optimizer | None, progress: float, process_group: Any = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        progress: float,
+        process_group: Any = None,
     ) -> None:
         """Bring a model that `begin_` was called on to where it is at `progress`, in place, and what is above a cap within it.
 
@@ -172,7 +178,10 @@ class RetrofitSchedule:
             set_norm_floors_(model, self.floors_at(course.target.norm_floors, progress))
         u = _part(self.caps, progress)
         if u == 1.0:
-            wanted: dict[str, Any] = {"w_max": course.target.w_max, "overrides": course.target.overrides}
+            wanted: dict[str, Any] = {
+                "w_max": course.target.w_max,
+                "overrides": course.target.overrides,
+            }
         else:
             wanted = {"overrides": self.caps_at(course.start, course.end, progress)}
         now = state.config

@@ -85,7 +85,9 @@ def in_ball(x: Tensor, radius: float | Tensor) -> Tensor:
 
 def steepest(gradient: Tensor) -> Tensor:
     """Each token scaled to RMS norm 1: the corner of the token norm's ball that a gradient points to."""
-    largest = gradient.abs().amax(-1, keepdim=True).clamp_min(1e-300)  # squares of 1e-200 would vanish
+    largest = (
+        gradient.abs().amax(-1, keepdim=True).clamp_min(1e-300)
+    )  # squares of 1e-200 would vanish
     gradient = gradient / largest
     return (gradient / rms_norm(gradient).clamp_min(1e-300).unsqueeze(-1)).detach()
 
@@ -109,7 +111,8 @@ def ascend(
     others, and a good input is not left for a bad direction. `tick` is called once a step and chunk.
     """
     parts = [
-        _ascend(run, starts.take(rows), radius, steps, lr, warm, tick) for rows in _chunks(len(starts), chunk)
+        _ascend(run, starts.take(rows), radius, steps, lr, warm, tick)
+        for rows in _chunks(len(starts), chunk)
     ]
     joined = Starts(
         torch.cat([p.starts.centers for p in parts]),
@@ -127,7 +130,13 @@ def _chunks(n: int, size: int) -> Iterator[list[int]]:
 
 
 def _ascend(
-    run: Run, starts: Starts, radius: float, steps: int, lr: float, warm: int, tick: Callable[[], Any]
+    run: Run,
+    starts: Starts,
+    radius: float,
+    steps: int,
+    lr: float,
+    warm: int,
+    tick: Callable[[], Any],
 ) -> Ascended:
     # a large rate crosses smooth maps, a small one stays in narrow steep places: starts take turns
     rate = torch.tensor([1.0, _SLOW], dtype=torch.float64).repeat(len(starts))[: len(starts)]
@@ -138,7 +147,9 @@ def _ascend(
     best = torch.full((len(starts),), -1.0, dtype=torch.float64, device=z.device)
     best_z, best_v = z.detach().clone(), steepest(directions)
     for i in range(steps + 1):
-        optimizer.param_groups[0]["lr"] = lr * (0.02 + 0.49 * (1 + math.cos(math.pi * i / max(1, steps))))
+        optimizer.param_groups[0]["lr"] = lr * (
+            0.02 + 0.49 * (1 + math.cos(math.pi * i / max(1, steps)))
+        )
         z = scaled * rate
         e, h = starts.embeddings(radius, z)
         v = steepest(directions).requires_grad_(True)
@@ -170,7 +181,9 @@ def grow(run: Run, inputs: Tensor, radius: float, steps: int, lr: float) -> tupl
     best = torch.full((len(z),), -1.0, dtype=torch.float64, device=z.device)
     best_e = z.detach().clone()
     for i in range(steps + 1):
-        optimizer.param_groups[0]["lr"] = lr * (0.02 + 0.49 * (1 + math.cos(math.pi * i / max(1, steps))))
+        optimizer.param_groups[0]["lr"] = lr * (
+            0.02 + 0.49 * (1 + math.cos(math.pi * i / max(1, steps)))
+        )
         e = in_ball(z, 1.0) * (radius * _INSIDE)
         sizes = rms_norm(run(e)).amax(-1)
         found = sizes.detach().nan_to_num(-1.0, -1.0, -1.0)

@@ -42,7 +42,9 @@ def dense_search(
     generator = torch.Generator().manual_seed(seed)
     # half of them as drawn (inside), half pushed onto the ball's boundary
     outside = cube / cube.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    inputs = in_ball(torch.where((torch.arange(points) % 2 == 0)[:, None, None], cube, outside), 1.0)
+    inputs = in_ball(
+        torch.where((torch.arange(points) % 2 == 0)[:, None, None], cube, outside), 1.0
+    )
     inputs = inputs.repeat(2, 1, 1)
     best: list[tuple[float, Tensor, Tensor]] = []
     for part in inputs.split(_BATCH):

@@ -116,7 +116,9 @@ def falsify(
         if radius == 0:
             raise CertificateError("All embeddings are zero: there are no two inputs to compare.")
         if not math.isfinite(radius):
-            raise CertificateError("The embeddings exceed floats: no pair of inputs could be computed.")
+            raise CertificateError(
+                "The embeddings exceed floats: no pair of inputs could be computed."
+            )
         longest = _longest(graph)
     lengths = tuple(dict.fromkeys(min(n, longest) for n in lengths))
     budget = _Budget(restarts, steps, lr, seed, progress)
@@ -154,7 +156,9 @@ def falsify_node(
     """
     lengths = _lengths(tokens)
     if min(restarts, steps, *lengths) < 1 or not 0 < radius < math.inf:
-        raise ConfigError("falsify_node: a positive finite radius, and counts of at least 1, please.")
+        raise ConfigError(
+            "falsify_node: a positive finite radius, and counts of at least 1, please."
+        )
     d = d_in_of(node) if d is None else d
     budget = _Budget(restarts, steps, lr, seed, False)
     slope, witness, name = _search(node, d, radius, lengths, budget)
@@ -194,7 +198,12 @@ def _search(
 
 
 def _followed(
-    node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget, tick: Callable[[], Any]
+    node: Any,
+    d: int,
+    radius: float,
+    lengths: tuple[int, ...],
+    budget: _Budget,
+    tick: Callable[[], Any],
 ) -> tuple[float, Witness, str]:
     device = _device(node)
     ascended: list[Ascended] = []
@@ -210,7 +219,15 @@ def _followed(
         screened = ascend(node.run, starts, radius, short, budget.lr, warm=short // 2, chunk=chunk)
         rows = _survivors(screened, restarts)
         ascended.append(
-            ascend(node.run, screened.starts.take(rows), radius, steps, budget.lr, chunk=chunk, tick=tick)
+            ascend(
+                node.run,
+                screened.starts.take(rows),
+                radius,
+                steps,
+                budget.lr,
+                chunk=chunk,
+                tick=tick,
+            )
         )
     tops = [(float(a.slopes[row]), a, row) for a in ascended for row in a.best(2)]
     tops = sorted(tops, key=lambda top: -top[0])[: max(1, budget.restarts // 4)]
@@ -237,7 +254,9 @@ def _survivors(screened: Ascended, count: int) -> list[int]:
     return list(dict.fromkeys(order))[:count]
 
 
-def _refine(node: Any, start: Starts, radius: float, budget: _Budget, tick: Callable[[], Any]) -> Starts:
+def _refine(
+    node: Any, start: Starts, radius: float, budget: _Budget, tick: Callable[[], Any]
+) -> Starts:
     """A start once more at small rates, beside two disturbed copies of it."""
     generator = torch.Generator().manual_seed(budget.seed + 77)
     copies = start.take([0, 0, 0])
@@ -259,7 +278,14 @@ def _largest(
     batches = [witness.embeddings[None] / radius]
     for tokens in lengths:
         starts = structured(
-            node.run, node, 2 * budget.restarts + 4, tokens, d, radius, seed=budget.seed, device=device
+            node.run,
+            node,
+            2 * budget.restarts + 4,
+            tokens,
+            d,
+            radius,
+            seed=budget.seed,
+            device=device,
         )
         batches.append(torch.cat([starts.inputs, -starts.inputs]))
     for batch in batches:

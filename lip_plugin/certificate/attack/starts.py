@@ -30,7 +30,9 @@ def d_in_of(node: Any) -> int:
     for inner in walk([node]):
         if hasattr(inner, "d_in"):
             return int(inner.d_in)
-    raise ValueError(f"{getattr(node, 'name', node)}: no linear map inside tells its width; pass d.")
+    raise ValueError(
+        f"{getattr(node, 'name', node)}: no linear map inside tells its width; pass d."
+    )
 
 
 @dataclass
@@ -52,7 +54,11 @@ class _Space:
 
     def signs(self) -> Tensor:
         """[tokens, 1] of +1 and -1 by turns."""
-        return torch.where(torch.arange(self.tokens) % 2 == 0, 1.0, -1.0).double()[:, None].to(self.device)
+        return (
+            torch.where(torch.arange(self.tokens) % 2 == 0, 1.0, -1.0)
+            .double()[:, None]
+            .to(self.device)
+        )
 
 
 @dataclass
@@ -84,8 +90,19 @@ def structured(
     """
     generator = torch.Generator().manual_seed(seed)
     space = _Space(run, list(walk([node])), tokens, d, radius, generator, device)
-    builders = [_linearized(space), _random(space), _one_head(space), _near_zero(space), _opposite(space)]
-    builders += [_gate_rows(space), _same_token(space), _first_token(space), _cancelled(space, node)]
+    builders = [
+        _linearized(space),
+        _random(space),
+        _one_head(space),
+        _near_zero(space),
+        _opposite(space),
+    ]
+    builders += [
+        _gate_rows(space),
+        _same_token(space),
+        _first_token(space),
+        _cancelled(space, node),
+    ]
     found: list[_Start] = []
     while len(found) < count:
         for builder in list(builders):
@@ -213,7 +230,9 @@ def _one_head(space: _Space) -> Iterator[_Start]:
         if min(float(w.norm()) for w in (q, k, v)) == 0 or q.shape[1] != space.d:
             continue
         for reads in ((k, v), (v,)):
-            w = torch.linalg.svd(torch.cat([m / m.norm() for m in reads]), full_matrices=False).Vh[0]
+            w = torch.linalg.svd(torch.cat([m / m.norm() for m in reads]), full_matrices=False).Vh[
+                0
+            ]
             asks = torch.linalg.svd(q - (q @ w)[:, None] * w, full_matrices=False).Vh[0]
             x = space.signs() * w
             x[len(x) - 2 + len(x) % 2 :] = asks  # an even number of tokens before: no sign prevails
@@ -232,7 +251,11 @@ def _heads(space: _Space) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
                 size = float(sizes[0][h] + sizes[1][h // group] + sizes[2][h // group])
                 found.append((size, h, h // group, node))
     for _, h, shared, node in sorted(found, key=lambda entry: -entry[0]):
-        yield _rows(node.q)[h].double(), _rows(node.k)[shared].double(), _rows(node.v)[shared].double()
+        yield (
+            _rows(node.q)[h].double(),
+            _rows(node.k)[shared].double(),
+            _rows(node.v)[shared].double(),
+        )
 
 
 def _rows(p: HeadRows) -> Tensor:

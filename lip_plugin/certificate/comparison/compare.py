@@ -172,14 +172,20 @@ def _nudged(node: Node, x: Tensor) -> Callable[[], Tensor]:
     """The node on an input that differs by as much as rounding inside a library may make it."""
 
     def run() -> Tensor:
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        noise = torch.randn(
+            x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+        )
         return node.run(x * (1 + _NUDGE * noise.to(x.device)))
 
     return run
 
 
 def _same(
-    where: str, got: Tensor, expected: Tensor, nudged: Callable[[], Tensor], own: Tensor | None = None
+    where: str,
+    got: Tensor,
+    expected: Tensor,
+    nudged: Callable[[], Tensor],
+    own: Tensor | None = None,
 ) -> float:
     """The difference relative to what was computed (besides `own`, to which it was added); raises if it is not small."""
     difference = _difference(got, expected, own)
@@ -257,7 +263,11 @@ def _not_a_rotation(node: Attention) -> float:
     x = torch.zeros(1, 7, node.d_in, dtype=torch.float64, device=positions.device)
     cos, sin = node.rotary(x, positions)
     half = cos.shape[-1] // 2
-    if cos.shape[:2] != (1, 7) or not 0 < 2 * half == cos.shape[-1] <= node.d_head or sin.shape != cos.shape:
+    if (
+        cos.shape[:2] != (1, 7)
+        or not 0 < 2 * half == cos.shape[-1] <= node.d_head
+        or sin.shape != cos.shape
+    ):
         return math.inf
     scale = node.rotary.scale**2
     off = ((cos.square() + sin.square()) / scale - 1.0).abs().max()

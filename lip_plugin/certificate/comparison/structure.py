@@ -19,13 +19,22 @@ from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from lip_plugin.certificate.graph.build import Graph
-from lip_plugin.model.scales import BranchScale, EntryCap, InputScale, branch_scale, entry_cap, input_scale
+from lip_plugin.model.scales import (
+    BranchScale,
+    EntryCap,
+    InputScale,
+    branch_scale,
+    entry_cap,
+    input_scale,
+)
 
 Structure = tuple[Any, ...]
 _PLAIN = (bool, int, float, str, type(None))
 _OURS = (BranchScale, InputScale, EntryCap)
 # Libraries whose plain functions, without a closure, keep no state of a model.
-_LIBRARIES = frozenset({"torch", "transformers", "peft", "accelerate", "bitsandbytes", "lip_plugin"})
+_LIBRARIES = frozenset(
+    {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "lip_plugin"}
+)
 # Functions whose code we read, by the module and name of that code (functools.wraps hides both elsewhere).
 # These set requires_grad, for gradient checkpointing.
 _HARMLESS_HOOKS = {"make_inputs_require_grad", "make_inputs_require_grads"}
@@ -79,7 +88,16 @@ def _structure(name: str, module: nn.Module) -> Structure | None:
     plain = tuple(sorted((k, repr(v)) for k, v in own.items() if k != "training" and _is_plain(v)))
     tensors = tuple((k, v, v._version) for k, v in sorted(own.items()) if isinstance(v, Tensor))
     scales = (branch_scale(module), input_scale(module), entry_cap(module))
-    return name, cls, cls.forward, module.extra_repr(), plain, _Same(tensors), scales, _Same(functions)
+    return (
+        name,
+        cls,
+        cls.forward,
+        module.extra_repr(),
+        plain,
+        _Same(tensors),
+        scales,
+        _Same(functions),
+    )
 
 
 class _Same:
@@ -112,7 +130,9 @@ def _is_own_forward(cls: type) -> bool:
     """Whether a class's forward was written with the class, or with one of its parents, or is its library's decoration of it."""
     written = _written(cls.forward)[0]  # type: ignore[attr-defined]
     modules = {base.__module__ for base in cls.__mro__}
-    return written in modules or written.partition(".")[0] in {_top(m) for m in modules} & _LIBRARIES
+    return (
+        written in modules or written.partition(".")[0] in {_top(m) for m in modules} & _LIBRARIES
+    )
 
 
 def _is_harmless(hook: Callable[..., Any]) -> bool:
@@ -155,11 +175,16 @@ def _known_function(module: nn.Module, name: str, value: Any) -> tuple[Any, ...]
 
 def _is_plain_function(value: Any, module: nn.Module) -> bool:
     """Whether it is code of a library (or the class's own) that carries nothing with it."""
-    if value is checkpoint or any(value is getattr(cls, "forward", None) for cls in type(module).__mro__):
+    if value is checkpoint or any(
+        value is getattr(cls, "forward", None) for cls in type(module).__mro__
+    ):
         return True
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None and _top(_written(value)[0]) in _LIBRARIES
-    return isinstance(value, (types.BuiltinFunctionType, type)) and _top(str(value.__module__)) in _LIBRARIES
+    return (
+        isinstance(value, (types.BuiltinFunctionType, type))
+        and _top(str(value.__module__)) in _LIBRARIES
+    )
 
 
 def _written(function: Any) -> tuple[str, str]:

@@ -21,7 +21,15 @@ from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import INF, add, mul, root, to_float, up
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
-from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.graph.nodes import (
+    Activation,
+    Gate,
+    Linear,
+    Norm,
+    OneToken,
+    Scale,
+    Softcap,
+)
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.errors import CertificateError
@@ -74,9 +82,7 @@ class ActivationReport:
 
     def __str__(self) -> str:
         width = min(max(len(r.name) for r in self.rows), 40)
-        head = (
-            f"{'activation':<{width}}  {'what':<10}  {'proven <=':>10}  {'seen':>9}  range proven to suffice"
-        )
+        head = f"{'activation':<{width}}  {'what':<10}  {'proven <=':>10}  {'seen':>9}  range proven to suffice"
         lines = [
             f"{r.name[-width:]:<{width}}  {r.kind:<10}  {r.proven:>10.4g}  {r.seen:>9.4g}  "
             + ((r.fits() or ("none",))[0])
@@ -84,7 +90,8 @@ class ActivationReport:
         ]
         lines += ["-" * len(head), f"attention entropy of the last of {self.tokens} tokens, nats"]
         lines += [
-            f"{e.name[-width:]:<{width}}  proven >= {e.proven:.4f}  seen {e.seen:.4f}" for e in self.entropies
+            f"{e.name[-width:]:<{width}}  proven >= {e.proven:.4f}  seen {e.seen:.4f}"
+            for e in self.entropies
         ]
         return "\n".join([head, "-" * len(head), *lines])
 
@@ -156,7 +163,9 @@ def linear_reach(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
 def _linear(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
     w = node.weight().detach()
     row = mul(up(float(row_rms_max_upper(w))), up(node.d_in))  # times an RMS norm: the entry of W x
-    taxi = float(w.double().abs().sum(1).amax()) * (1 + 1e-12)  # times an entry; n roundings of 1e-16
+    taxi = float(w.double().abs().sum(1).amax()) * (
+        1 + 1e-12
+    )  # times an entry; n roundings of 1e-16
     entry = add(min(mul(row, at.radius), mul(up(taxi), at.entry)), largest(node.bias()))
     return _Reach(node.bound(at.radius, notes.norms).radius, entry, node.run(at.x))
 
@@ -170,13 +179,17 @@ def scale_reach(node: Scale, at: _Reach, notes: _Notes) -> _Reach:
 @reach.rule(Norm)
 def norm_reach(node: Norm, at: _Reach, notes: _Notes) -> _Reach:
     radius = node.bound(at.radius, notes.norms).radius
-    return notes.add(node.name, "norm", _Reach(radius, mul(radius, root(up(at.x.shape[-1]))), node.run(at.x)))
+    return notes.add(
+        node.name, "norm", _Reach(radius, mul(radius, root(up(at.x.shape[-1]))), node.run(at.x))
+    )
 
 
 @reach.rule(Activation)
 def activation_reach(node: Activation, at: _Reach, notes: _Notes) -> _Reach:
     f = node.factor
-    return notes.add(node.name, "activation", _Reach(mul(f, at.radius), mul(f, at.entry), node.run(at.x)))
+    return notes.add(
+        node.name, "activation", _Reach(mul(f, at.radius), mul(f, at.entry), node.run(at.x))
+    )
 
 
 @reach.rule(Gate)
@@ -201,10 +214,14 @@ def attention_reach(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
     if node.softcap is not None:
         bound = min(bound, abs(node.softcap))
     visible = tokens if node.window is None else min(tokens, node.window)
-    notes.entropies.append(Entropy(node.name, smallest_entropy_lower(bound, visible), watch.smallest_entropy))
+    notes.entropies.append(
+        Entropy(node.name, smallest_entropy_lower(bound, visible), watch.smallest_entropy)
+    )
     # every entry of a mixture of values is at most the largest of theirs
     entry = inner[id(node.v.linear)].entry
-    return notes.add(node.name, "mixture", _Reach(node.bound(at.radius, notes.norms).radius, entry, y))
+    return notes.add(
+        node.name, "mixture", _Reach(node.bound(at.radius, notes.norms).radius, entry, y)
+    )
 
 
 @reach.rule(Chain, AttentionOut, GatedMlp)
@@ -218,22 +235,30 @@ def chain_reach(node: Chain, at: _Reach, notes: _Notes) -> _Reach:
 def residual_reach(node: Residual, at: _Reach, notes: _Notes) -> _Reach:
     branch = reach(node.branch, at, notes)
     radius = min(add(at.radius, branch.radius), node.bound(at.radius, notes.norms).radius)
-    return notes.add(node.name, "residual", _Reach(radius, add(at.entry, branch.entry), at.x + branch.x))
+    return notes.add(
+        node.name, "residual", _Reach(radius, add(at.entry, branch.entry), at.x + branch.x)
+    )
 
 
 @reach.rule(Parallel)
 def parallel_reach(node: Parallel, at: _Reach, notes: _Notes) -> _Reach:
     parts = [reach(branch, at, notes) for branch in node.branches]
-    radius = min(add(at.radius, *(b.radius for b in parts)), node.bound(at.radius, notes.norms).radius)
+    radius = min(
+        add(at.radius, *(b.radius for b in parts)), node.bound(at.radius, notes.norms).radius
+    )
     return notes.add(
-        node.name, "residual", _Reach(radius, add(at.entry, *(b.entry for b in parts)), node.run(at.x))
+        node.name,
+        "residual",
+        _Reach(radius, add(at.entry, *(b.entry for b in parts)), node.run(at.x)),
     )
 
 
 @reach.rule(Softcap)
 def softcap_reach(node: Softcap, at: _Reach, notes: _Notes) -> _Reach:
     cap = up(abs(node.cap))
-    return notes.add(node.name, "softcap", _Reach(min(at.radius, cap), min(at.entry, cap), node.run(at.x)))
+    return notes.add(
+        node.name, "softcap", _Reach(min(at.radius, cap), min(at.entry, cap), node.run(at.x))
+    )
 
 
 @reach.rule(OneToken)

@@ -36,16 +36,22 @@ from lip_plugin.certificate.graph.decimals import (
     up,
 )
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
-from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.graph.nodes import (
+    Activation,
+    Gate,
+    Linear,
+    Norm,
+    OneToken,
+    Scale,
+    Softcap,
+)
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.linalg.norms import sum_rms_max_upper
 
-_FUNCTION = (
-    8  # units in the last place; torch documents none, float32 functions are within 4 (measured in the tests)
-)
+_FUNCTION = 8  # units in the last place; torch documents none, float32 functions are within 4 (measured in the tests)
 _UNIT = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -60,7 +66,9 @@ class Arithmetic:
     @classmethod
     def of(cls, dtype: torch.dtype, tokens: int) -> Arithmetic:
         if dtype not in _UNIT:
-            raise UnsupportedModelError(f"rounding of {dtype}: known are {', '.join(map(str, _UNIT))}.")
+            raise UnsupportedModelError(
+                f"rounding of {dtype}: known are {', '.join(map(str, _UNIT))}."
+            )
         return cls(Decimal(2) ** -_UNIT[dtype], Decimal(2) ** -max(24, _UNIT[dtype]), tokens)
 
     def sum_of(self, n: int) -> Decimal:
@@ -108,7 +116,9 @@ def _entry(graph: Graph, r: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decim
 
 
 def _missing(node: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{node.name} ({type(node).__name__}): its rounding has no rule here.")
+    return UnsupportedModelError(
+        f"{node.name} ({type(node).__name__}): its rounding has no rule here."
+    )
 
 
 # rounding(node, r, e, norms, arithmetic): bound on computed minus exact output [RMS norm of a token]. `r` bounds the exact
@@ -123,7 +133,9 @@ def _carried(node: Any, r: Decimal, e: Decimal, norms: ProvenNorms) -> tuple[Dec
 
 
 @rounding.rule(Linear)
-def linear_rounding(node: Linear, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def linear_rounding(
+    node: Linear, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     # norm2(|W|) is at most norm_F(W), so at most sigma_max times the root of the smaller side
     spread = root(up(min(node.d_in, node.d_out)))
@@ -131,7 +143,9 @@ def linear_rounding(node: Linear, r: Decimal, e: Decimal, norms: ProvenNorms, a:
 
 
 @rounding.rule(Scale)
-def scale_rounding(node: Scale, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def scale_rounding(
+    node: Scale, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     return add(carried, mul(a.units(2), radius))
 
@@ -141,45 +155,59 @@ def activation_rounding(
     node: Activation, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
 ) -> Decimal:
     carried, _ = _carried(node, r, e, norms)
-    return add(carried, mul(a.units(2 * _FUNCTION + 6), add(r, e)))  # twice: a capped one computes two
+    return add(
+        carried, mul(a.units(2 * _FUNCTION + 6), add(r, e))
+    )  # twice: a capped one computes two
 
 
 @rounding.rule(Norm)
 def norm_rounding(node: Norm, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     d = node.width
-    centering = mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
+    centering = (
+        mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
+    )
     return add(carried, centering, mul(add(a.sum_of(d), a.units(_FUNCTION + 6)), radius))
 
 
 @rounding.rule(Chain, AttentionOut, GatedMlp)
-def chain_rounding(node: Chain, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def chain_rounding(
+    node: Chain, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     for inner in node.nodes:
         e, r = rounding(inner, r, e, norms, a), inner.bound(r, norms).radius
     return e
 
 
 @rounding.rule(Residual, MlpResidual)
-def residual_rounding(node: Residual, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def residual_rounding(
+    node: Residual, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     branch = rounding(node.branch, r, e, norms, a)
     radius = add(r, e, node.branch.bound(r, norms).radius, branch)
     return add(e, branch, mul(a.unit, radius))
 
 
 @rounding.rule(Parallel)
-def parallel_rounding(node: Parallel, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def parallel_rounding(
+    node: Parallel, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     parts = [rounding(branch, r, e, norms, a) for branch in node.branches]
     radius = add(r, e, *parts, *(branch.bound(r, norms).radius for branch in node.branches))
     return add(e, *parts, mul(a.units(2 * len(parts)), radius))
 
 
 @rounding.rule(Softcap)
-def softcap_rounding(node: Softcap, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def softcap_rounding(
+    node: Softcap, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     return add(e, mul(a.units(_FUNCTION + 4), add(r, e)))
 
 
 @rounding.rule(OneToken)
-def one_token_rounding(node: OneToken, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def one_token_rounding(
+    node: OneToken, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     return e
 
 
@@ -189,23 +217,31 @@ def gate_rounding(node: Gate, r: Decimal, e: Decimal, norms: ProvenNorms, a: Ari
     gate = rounding(node.act, node.gate.bound(r, norms).radius, gate, norms, a)
     outer = add(r, e)
     entry = [add(mul(n.entrywise(norms), outer), largest(n.bias())) for n in (node.gate, node.up)]
-    width = root(up(node.up.d_out))  # an entry is off by at most the RMS norm of all errors times this
+    width = root(
+        up(node.up.d_out)
+    )  # an entry is off by at most the RMS norm of all errors times this
     moved = add(mul(gate, add(entry[1], mul(value, width))), mul(node.act.factor, entry[0], value))
     # a cap rounds each factor a few units more, of what it is at most
     return add(moved, mul(a.units(2 * _FUNCTION + 10), add(node.bound(outer, norms).radius, moved)))
 
 
 @rounding.rule(Attention)
-def attention_rounding(node: Attention, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
+def attention_rounding(
+    node: Attention, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
     """Per head in 2-norms: logits off by eps change every weight by at most the factor exp(2 eps)."""
     outer, heads, width = add(r, e), node.q.heads, root(up(node.d_head))
     sizes, errors = [], []
     for p, post in ((node.q, node.q_norm), (node.k, node.k_norm), (node.v, None)):
         found, before = node.sizes(p, outer, norms, post), node.sizes(p, outer, norms, None)
         error = mul(rounding(p.linear, r, e, norms, a), root(up(p.linear.d_out)))
-        if post is not None:  # over one head, or over all of them: then one head may carry every error
+        if (
+            post is not None
+        ):  # over one head, or over all of them: then one head may carry every error
             over = root(up(node.d_head * p.heads)) if node.whole_norms else width
-            error = mul(rounding(post, div(max(before.sizes), width), div(error, over), norms, a), over)
+            error = mul(
+                rounding(post, div(max(before.sizes), width), div(error, over), norms, a), over
+            )
         largest_bias = max(p.head_biases())
         sizes.append(add(max(found.sizes), largest_bias))
         errors.append(error)
@@ -217,7 +253,10 @@ def attention_rounding(node: Attention, r: Decimal, e: Decimal, norms: ProvenNor
     (q, k, v), (e_q, e_k, e_v) = sizes, errors
     tau = node.tau_upper()
     logits = add(
-        mul(q, e_k), mul(k, e_q), mul(e_q, e_k), mul(a.sum_of(node.d_head), add(q, e_q), add(k, e_k))
+        mul(q, e_k),
+        mul(k, e_q),
+        mul(e_q, e_k),
+        mul(a.sum_of(node.d_head), add(q, e_q), add(k, e_k)),
     )
     eps = mul(tau, add(logits, mul(a.units(_FUNCTION + 8), add(q, e_q), add(k, e_k))))
     if node.bias is not None:  # rounded once as stored in the logits' dtype, and once in the sum

@@ -26,7 +26,9 @@ def largest_difference(
     X and Y have token norm at most `radius`, and X - Y at most `apart`. Starts: real inputs, structured and random ones
     (starts.py). Adam, then steps to the corner of the ball that the gradient points to. Rounding is taken off.
     """
-    limits = [getattr(pair.base.root.config, k, None) for k in ("max_position_embeddings", "block_size")]
+    limits = [
+        getattr(pair.base.root.config, k, None) for k in ("max_position_embeddings", "block_size")
+    ]
     longest = min((int(n) for n in (*limits, pair.base.entry.longest) if n), default=1 << 30)
     best: Found | None = None
     for i, tokens in enumerate(dict.fromkeys(min(n, longest) for n in _LENGTHS)):
@@ -92,7 +94,9 @@ class _Search:
     def ascended(self, tokens: int, count: int, steps: int) -> Found:
         """Short ascents of all starts, long ones of the best, corners of those."""
         if self.radius == 0:
-            x = torch.zeros(1, tokens, d_in_of(self.pair.tuned.body), dtype=torch.float64, device=self.device)
+            x = torch.zeros(
+                1, tokens, d_in_of(self.pair.tuned.body), dtype=torch.float64, device=self.device
+            )
             return self._attained(x, x)
         z, w = self.starts(tokens, count)
         sizes, z, w = self._climb(z, w, max(2, steps // 8))
@@ -109,7 +113,9 @@ class _Search:
         best = torch.full((len(z),), -1.0, dtype=torch.float64, device=z.device)
         kept = [t.detach().clone() for t in leaves]
         for i in range(steps + 1):
-            optimizer.param_groups[0]["lr"] = _LR * (0.02 + 0.49 * (1 + math.cos(math.pi * i / steps)))
+            optimizer.param_groups[0]["lr"] = _LR * (
+                0.02 + 0.49 * (1 + math.cos(math.pi * i / steps))
+            )
             sizes = self.difference(*self.inputs(*leaves)).abs().amax((-2, -1))
             found = sizes.detach().nan_to_num(-1.0, -1.0, -1.0)
             better = found > best

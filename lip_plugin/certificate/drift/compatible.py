@@ -17,7 +17,12 @@ from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.errors import ConfigError
 
-_TURNS = ("rope", "rotary", "position_embeddings", "max_position")  # in names of settings that turn keys
+_TURNS = (
+    "rope",
+    "rotary",
+    "position_embeddings",
+    "max_position",
+)  # in names of settings that turn keys
 _PLACES = (0, 1, 2, 7, 100, 1000, 4095)
 
 

@@ -20,7 +20,11 @@ from lip_plugin.certificate.graph.decimals import INF, ZERO, add, mul, root, to_
 from lip_plugin.certificate.graph.entry import Table
 from lip_plugin.certificate.graph.nodes import Linear, Scale, Softcap
 from lip_plugin.certificate.input_radius import radius_of
-from lip_plugin.certificate.weight_norms import matrix_norms, refuse_non_finite_weights, weight_norms
+from lip_plugin.certificate.weight_norms import (
+    matrix_norms,
+    refuse_non_finite_weights,
+    weight_norms,
+)
 from lip_plugin.distributed.gather import has_shards, sharded_too
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.norms import row_rms_max_upper
@@ -116,7 +120,9 @@ def _drift(base: nn.Module, tuned: nn.Module | None, restarts: int, steps: int, 
         return result
     from lip_plugin.certificate.drift.attack import largest_difference
 
-    lower, witness = largest_difference(pair, result.radius, result.embeddings, restarts, steps, seed)
+    lower, witness = largest_difference(
+        pair, result.radius, result.embeddings, restarts, steps, seed
+    )
     return Drift(**{**vars(result), "logit_lower": lower, "witness": witness})
 
 
@@ -132,7 +138,9 @@ class _Pair:
     def of(cls, base: nn.Module, tuned: nn.Module | None) -> _Pair:
         if tuned is None:
             _refuse_without_adapters(base)
-            with _disabled(base):  # a copy that peft trains beside a layer is another module than the layer
+            with _disabled(
+                base
+            ):  # a copy that peft trains beside a layer is another module than the layer
                 without = build(base)
             return cls(without, build(base), lambda: _disabled(base))
         return cls(build(base), build(tuned), nullcontext)
@@ -159,7 +167,9 @@ def _refuse_without_adapters(model: nn.Module) -> None:
             "drift(base, tuned)."
         )
     if any(getattr(m, "merged", False) for m in found):
-        raise TrainerError("drift: adapters are merged into their base. Call model.unmerge_adapter() first.")
+        raise TrainerError(
+            "drift: adapters are merged into their base. Call model.unmerge_adapter() first."
+        )
 
 
 @contextmanager
@@ -203,7 +213,13 @@ def _bound(pair: _Pair) -> Drift:
     width = next(n.d_out for n in reversed(pair.base.body.nodes) if isinstance(n, Linear))
     logit = min(logit, mul(root(up(width)), at.delta))
     return Drift(
-        to_float(logit), 0.0, to_float(at.delta), radius, to_float(start), tuple(rows), _assumptions(start)
+        to_float(logit),
+        0.0,
+        to_float(at.delta),
+        radius,
+        to_float(start),
+        tuple(rows),
+        _assumptions(start),
     )
 
 

@@ -35,7 +35,15 @@ from lip_plugin.certificate.graph.decimals import (
     up,
 )
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
-from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.graph.nodes import (
+    Activation,
+    Gate,
+    Linear,
+    Norm,
+    OneToken,
+    Scale,
+    Softcap,
+)
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
 # A scale is a product of a few floats, and a difference of two is exact in Decimal; a table's difference is one rounding.
@@ -82,7 +90,9 @@ def step(b: Any, t: Any, at: Streams, sides: Sides) -> Streams:
 
 
 def _times(constant: Decimal, delta: Decimal) -> Decimal:
-    return ZERO if delta == 0 else mul(constant, delta)  # equal inputs stay equal, whatever the constant is
+    return (
+        ZERO if delta == 0 else mul(constant, delta)
+    )  # equal inputs stay equal, whatever the constant is
 
 
 def _unlike(b: Any, t: Any, what: str = "") -> ConfigError:
@@ -93,7 +103,9 @@ def _unlike(b: Any, t: Any, what: str = "") -> ConfigError:
 
 
 def _missing(node: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{node.name} ({type(node).__name__}): its drift has no rule here.")
+    return UnsupportedModelError(
+        f"{node.name} ({type(node).__name__}): its drift has no rule here."
+    )
 
 
 # through(b, t, at, sides): difference behind a container, by walking it.
@@ -162,7 +174,9 @@ def norm_eta(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
     if (b.eps, b.center, b.floor) != (t.eps, t.center, t.floor):
         raise _unlike(b, t, f"a norm with eps {b.eps:g} and floor {b.floor:g}")
     if (b.weight is None) != (t.weight is None):
-        raise _unlike(b, t, "a norm with a gain" if b.weight is not None else "a norm without a gain")
+        raise _unlike(
+            b, t, "a norm with a gain" if b.weight is not None else "a norm without a gain"
+        )
     gain = _gain(b, t)
     # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps), r / floor
     least = b.least()
@@ -220,7 +234,9 @@ def gate_eta(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return add(first, min(mul(act_most, up_rms), mul(act_size, up_entry)))
 
 
-def _extent(linear: Linear, r: Decimal, norms: ProvenNorms, cap: float | None) -> tuple[Decimal, Decimal]:
+def _extent(
+    linear: Linear, r: Decimal, norms: ProvenNorms, cap: float | None
+) -> tuple[Decimal, Decimal]:
     """(RMS norm, largest entry) of W x + b, behind a cap if there is one."""
     size = linear.bound(r, norms).radius
     most = add(mul(linear.entrywise(norms), r), largest(linear.bias()))
@@ -231,7 +247,9 @@ def _extent(linear: Linear, r: Decimal, norms: ProvenNorms, cap: float | None) -
 def attention_eta(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
     """Per head, in 2-norms: values differ by d_v; logits by at most S, which moves a mixture by at most 2 V tanh(S / 2)."""
     settings = ("tau", "d_head", "d_in", "whole_norms", "softcap", "causal", "window")
-    if any(getattr(b, k) != getattr(t, k) for k in settings) or (b.rotary is None) != (t.rotary is None):
+    if any(getattr(b, k) != getattr(t, k) for k in settings) or (b.rotary is None) != (
+        t.rotary is None
+    ):
         raise _unlike(b, t, "attention with other settings")
     sizes = [
         [a.sizes(getattr(a, role), r, norms, getattr(a, f"{role}_norm", None)) for role in "qkv"]
@@ -296,7 +314,8 @@ def _heads(b: Attention, t: Attention, role: str, r: Decimal, sides: Sides) -> l
         else [mul(rms(part), width, _SLIP) for part in offset.chunk(p.heads)]
     )
     moved = [
-        add(mul(s, radius), x) for s, x in zip(sides.diff[p.linear.name].heads[p.role], biases, strict=True)
+        add(mul(s, radius), x)
+        for s, x in zip(sides.diff[p.linear.name].heads[p.role], biases, strict=True)
     ]
     if posts[0] is not None:
         moved = _normed(b, t, role, moved, r, sides)
@@ -323,11 +342,15 @@ def _normed(
         extra = [
             div(norm2(x.head_biases()), below(full)) for x in (p, pt)
         ]  # sizes leave out what is unseen without a norm
-        at = Streams(add(radii[0], extra[0]), add(radii[1], extra[1]), div(norm2(moved), below(full)))
+        at = Streams(
+            add(radii[0], extra[0]), add(radii[1], extra[1]), div(norm2(moved), below(full))
+        )
         return [mul(step(*posts, at, sides).delta, full)] * p.heads
     width, out = root(up(b.d_head)), []
     for h, m in enumerate(moved):
-        sizes = [add(s.sizes[h * group], x.head_biases()[h]) for s, x in ((before_b, p), (before_t, pt))]
+        sizes = [
+            add(s.sizes[h * group], x.head_biases()[h]) for s, x in ((before_b, p), (before_t, pt))
+        ]
         at = Streams(div(sizes[0], below(width)), div(sizes[1], below(width)), div(m, below(width)))
         out.append(mul(step(*posts, at, sides).delta, width))
     return out
@@ -337,7 +360,9 @@ def logit_step(b: Linear, t: Linear, at: Streams, sides: Sides) -> Decimal:
     """Largest difference of a single output of two linear maps: the last one's, so of a logit."""
     big, width = at.radius, root(up(b.d_in))
     rows = min(sides.base[b.name].row, sides.tuned[t.name].row)
-    own = add(mul(sides.diff[b.name].row, width, big), mul(largest(difference(t.bias(), b.bias())), _SLIP))
+    own = add(
+        mul(sides.diff[b.name].row, width, big), mul(largest(difference(t.bias(), b.bias())), _SLIP)
+    )
     sizes = [
         add(mul(norms[n.name].row, width, r), largest(n.bias()))
         for n, norms, r in ((b, sides.base, at.base), (t, sides.tuned, at.tuned))

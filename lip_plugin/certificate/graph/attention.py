@@ -159,7 +159,9 @@ class Attention(Node):
         hidden = everything.triu(1) if self.causal else ~everything
         return hidden if self.window is None else hidden | everything.tril(-self.window)
 
-    def sizes(self, p: HeadRows, r: Decimal, norms: ProvenNorms, post: Norm | Scale | None) -> _Sizes:
+    def sizes(
+        self, p: HeadRows, r: Decimal, norms: ProvenNorms, post: Norm | Scale | None
+    ) -> _Sizes:
         """2-norm bounds on one of q, k, v at input token norm r, each kv head repeated for its group."""
         table, width = norms[p.linear.name], root(up(self.d_head))
         radius = mul(root(up(self.d_in)), r)
@@ -230,7 +232,9 @@ class Attention(Node):
         """B such that all logits of every row lie, up to a common shift, in [-B, B], biases by position included."""
         q = self.sizes(self.q, r, norms, self.q_norm)
         k = self.sizes(self.k, r, norms, self.k_norm)
-        content = mul(up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes, strict=True)))
+        content = mul(
+            up(abs(self.tau)), max(mul(a, b) for a, b in zip(q.sizes, k.sizes, strict=True))
+        )
         return content if self.bias is None else add(content, up(self.bias.spread() / 2))
 
 
@@ -268,7 +272,9 @@ def smallest_entropy_lower(logit_bound: float, visible: int) -> float:
         return 0.0
     m = torch.arange(1, visible, dtype=torch.float64)
     gap = min(2.0 * logit_bound, 1e6)
-    log_z = torch.log(m) + torch.log1p((visible - m) / m * torch.exp(torch.tensor(-gap, dtype=torch.float64)))
+    log_z = torch.log(m) + torch.log1p(
+        (visible - m) / m * torch.exp(torch.tensor(-gap, dtype=torch.float64))
+    )
     low = torch.exp(-gap - log_z) * (visible - m)  # weight of all the low logits together
     entropy = log_z + low * gap
     # rounding of a handful of float64 operations on numbers below log(visible) + 1

@@ -18,7 +18,15 @@ from lip_plugin.certificate.graph.base import Node
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.entry import Entry, entry_of
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
-from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Norm, OneToken, Scale, Softcap
+from lip_plugin.certificate.graph.nodes import (
+    Activation,
+    Gate,
+    Linear,
+    Norm,
+    OneToken,
+    Scale,
+    Softcap,
+)
 from lip_plugin.certificate.graph.weights import linear_of, linears_of, maps_of, read_linear
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.activations import FunctionActivation, activation_kind
@@ -26,7 +34,14 @@ from lip_plugin.model.architecture import Architecture, Family, find_family
 from lip_plugin.model.heads import head_dim
 from lip_plugin.model.layers import RowParameter, is_embedding, table_of
 from lip_plugin.model.normalization import Floored, norm_facts
-from lip_plugin.model.parts import BranchParts, LayerParts, Parts, owner_of, parts, refuse_undescribed
+from lip_plugin.model.parts import (
+    BranchParts,
+    LayerParts,
+    Parts,
+    owner_of,
+    parts,
+    refuse_undescribed,
+)
 from lip_plugin.model.position import position_bias
 from lip_plugin.model.scales import ConstantScale, branch_scale, entry_cap, input_scale
 from lip_plugin.model.wrappers import unwrap
@@ -87,7 +102,9 @@ class Graph:
             if self.only is not None and name not in self.only:
                 continue
             base = read_linear(self.root.get_submodule(name), name)[0]
-            interleaved = self.parts.n_heads if self.parts.architecture.attention.interleaved else None
+            interleaved = (
+                self.parts.n_heads if self.parts.architecture.attention.interleaved else None
+            )
             for part, node, weight, _ in maps_of(self.root, role, name, interleaved):
                 found.append((part, node, base, weight()))
         return found
@@ -103,7 +120,9 @@ def build(model: nn.Module) -> Graph:
     names = parts(root, family.architecture)
     refuse_undescribed(root, names)
     blocks = tuple(tuple(_block(root, names, layer)) for layer in names.layers)
-    return Graph(subject, root, family, names, _entry(root, names), blocks, tuple(_readout(root, names)))
+    return Graph(
+        subject, root, family, names, _entry(root, names), blocks, tuple(_readout(root, names))
+    )
 
 
 def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
@@ -112,7 +131,9 @@ def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
     if names.architecture.parallel:
         yield Parallel(layer.name, chains)
         return
-    for branch, branch_chain, kind in zip(layer.branches, chains, (Residual, MlpResidual), strict=True):
+    for branch, branch_chain, kind in zip(
+        layer.branches, chains, (Residual, MlpResidual), strict=True
+    ):
         yield kind(branch.module, branch_chain)
         if branch.sum_norm:
             yield _slot(root, branch.sum_norm)
@@ -141,7 +162,9 @@ def _readout(root: nn.Module, names: Parts) -> list[Node]:
         else:
             nodes.append(_slot(root, path))
     nodes.append(linear_of(root, "head", architecture.head))
-    divisor = float(getattr(config, architecture.logits_divisor)) if architecture.logits_divisor else 1.0
+    divisor = (
+        float(getattr(config, architecture.logits_divisor)) if architecture.logits_divisor else 1.0
+    )
     if divisor != 1.0:
         nodes.append(Scale(f"1 / {architecture.logits_divisor}", 1.0 / divisor))
     cap = getattr(config, architecture.softcap, None) if architecture.softcap else None
@@ -184,7 +207,9 @@ def _entry(root: nn.Module, names: Parts) -> Entry:
     tables = [(role, name, _known_table(root, name)) for role, name in names.tables()]
     norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
     padding = _padding(root, architecture)
-    first_position = padding + 1 if architecture.positions_follow_padding and padding is not None else None
+    first_position = (
+        padding + 1 if architecture.positions_follow_padding and padding is not None else None
+    )
     entry = entry_of(
         tables,
         scale,
@@ -253,7 +278,9 @@ def _branch(
     return Chain(branch.module, chain)
 
 
-def _projections(root: nn.Module, names: Parts, branch: BranchParts, d_head: int) -> dict[str, HeadRows]:
+def _projections(
+    root: nn.Module, names: Parts, branch: BranchParts, d_head: int
+) -> dict[str, HeadRows]:
     """q, k and v: rows of one fused map, or each of its own."""
     heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
     if "qkv" not in branch.linears:
@@ -315,7 +342,9 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
 def _window(root: nn.Module, module: nn.Module) -> int | None:
     """How many tokens back a query sees: the layer's own, or the model's, sliding window."""
     config = _config(root)
-    window = getattr(module if hasattr(module, "sliding_window") else config, "sliding_window", None)
+    window = getattr(
+        module if hasattr(module, "sliding_window") else config, "sliding_window", None
+    )
     return None if window is None else int(window)
 
 
@@ -342,7 +371,9 @@ def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
         gated = [linear_of(root, role, linears[role]) for role in ("gate", "up")]
     down = linear_of(root, "down", linears["down"])
     if gated is None:
-        return _branch(root, names, layer, branch, [linear_of(root, "up", linears["up"]), act, *scale, down])
+        return _branch(
+            root, names, layer, branch, [linear_of(root, "up", linears["up"]), act, *scale, down]
+        )
     cap = entry_cap(root.get_submodule(linears.get("gate_up") or linears["up"]))
     gate = Gate(branch.module, gated[0], gated[1], act, cap)
     assert not scale

@@ -116,7 +116,11 @@ class Entry:
 
     def refuse_padding(self, ids: Tensor) -> None:
         """Raise ConfigError for token ids with padding in them: the model would not do with them what the graph does."""
-        if self.padding is None or self.patches is not None or not bool((ids == self.padding).any()):
+        if (
+            self.padding is None
+            or self.patches is not None
+            or not bool((ids == self.padding).any())
+        ):
             return
         raise ConfigError(
             f"the token ids hold {self.padding}, the model's padding id (pad_token_id): its forward looks for that id, whatever "

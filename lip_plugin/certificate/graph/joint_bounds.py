@@ -148,7 +148,9 @@ class _Heads:
 
     def norms(self, w: Tensor, norms: ProvenNorms) -> HeadNorms:
         turned = self.attention.rotary is not None
-        inverse = 1.0 / w  # as stored: both w and this are used as exact weights, so bound their mismatch
+        inverse = (
+            1.0 / w
+        )  # as stored: both w and this are used as exact weights, so bound their mismatch
         values = (
             self.out.flat().mT @ ((self.v @ self.v.mT) @ self.out).times(w * w).flat()
         ).gram_norm_upper()
@@ -156,7 +158,9 @@ class _Heads:
         both = None
         if turned:
             k, b_k = (
-                torch.tensor([float(x) * (1 + 1e-15) for x in sizes], dtype=torch.float64, device=w.device)
+                torch.tensor(
+                    [float(x) * (1 + 1e-15) for x in sizes], dtype=torch.float64, device=w.device
+                )
                 for sizes in (
                     _per_head(self.attention, self.attention.k, norms),
                     _head_biases(self.attention, self.attention.k),
@@ -166,7 +170,9 @@ class _Heads:
             key_bias = self.q.times(b_k * inverse).flat().norm_upper() if bool(b_k.any()) else ZERO
             reads = None if self.q_bias is None else self._q_bias().times(k * inverse)
         else:
-            gram = self.q.flat().mT @ ((self.k @ self.k.mT) @ self.q).times(inverse * inverse).flat()
+            gram = (
+                self.q.flat().mT @ ((self.k @ self.k.mT) @ self.q).times(inverse * inverse).flat()
+            )
             scores = gram.gram_norm_upper()
             both = (self.out.flat().mT @ ((self.v @ self.k.mT) @ self.q).flat()).norm_upper()
             reads = None if self.q_bias is None else (self._q_bias() @ self.k).times(inverse)
@@ -228,11 +234,15 @@ class MlpResidual(Residual):
         half = 0.5 * g * m * c * float(act.factor)
         w1, w2 = Rounded.of(first.weight()), Rounded.of(second.weight())
         # the float `half` is a few roundings off, which moves the matrix by 1e-15 of half W_2 W_1 at most
-        slip = mul(up(abs(half)), Decimal("1e-15"), norms[first.name].sigma, norms[second.name].sigma)
+        slip = mul(
+            up(abs(half)), Decimal("1e-15"), norms[first.name].sigma, norms[second.name].sigma
+        )
         linear = add((w2 @ w1).plus_identity(half).norm_upper(), slip)
         constant, bias = ZERO, first.bias()
         if bias is not None:
-            constant = mul(_HALF, up(abs(m)), act.factor, (w2 @ Rounded.of(bias[:, None])).size_upper())
+            constant = mul(
+                _HALF, up(abs(m)), act.factor, (w2 @ Rounded.of(bias[:, None])).size_upper()
+            )
         constant = add(constant, mul(rms(second.bias()), root(up(second.d_out))))
         return AffineNorms(linear, mul(up(abs(g)), constant, _SLIP))
 
@@ -277,7 +287,11 @@ class GatedMlp(Chain):
         gate, down = self._parts()
         if down.d_in > _HADAMARD_UP_TO:
             return None
-        sides = [(gate.gate, gate.gate.weight()), (gate.up, gate.up.weight()), (down, down.weight().t())]
+        sides = [
+            (gate.gate, gate.gate.weight()),
+            (gate.up, gate.up.weight()),
+            (down, down.weight().t()),
+        ]
         grams = [(w := Rounded.of(weight)) @ w.mT for _, weight in sides]
         pairs = [
             mul(norms[sides[i][0].name].sigma, grams[j].entrywise(grams[k]).gram_norm_upper())
@@ -316,7 +330,9 @@ def linear_names(node: Chain | Residual) -> list[str]:
     names = []
     for inner in walk([node]):
         found = (inner.q, inner.k, inner.v) if isinstance(inner, Attention) else ()
-        names += [p.linear.name for p in found] + ([inner.name] if isinstance(inner, Linear) else [])
+        names += [p.linear.name for p in found] + (
+            [inner.name] if isinstance(inner, Linear) else []
+        )
     return names
 
 

@@ -70,7 +70,9 @@ class Linear(Node):
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
         bias = self.bias()
-        y = nn.functional.linear(x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = nn.functional.linear(
+            x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
         if watch is not None:
             watch.activation(y)
         return y

@@ -42,7 +42,11 @@ def _refuse_computed(module: Any, name: str) -> None:
     """Raise UnsupportedModelError for a weight that is no Parameter but computed before each forward."""
     base = getattr(module, "base_layer", module)
     weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and "weight" not in base._parameters and "weight_orig" in base._parameters:
+    if (
+        isinstance(weight, Tensor)
+        and "weight" not in base._parameters
+        and "weight_orig" in base._parameters
+    ):
         raise UnsupportedModelError(
             f"{name} is pruned: its weight is computed from weight_orig at every forward. Make it permanent first: "
             f"torch.nn.utils.prune.remove(model.{name}, 'weight')."
@@ -80,14 +84,18 @@ def maps_of(
 
     if role == "gate_up":
         halves = torch.arange(rows).chunk(2)
-        return [(r, f"{name}[{r}]", *select(i)) for r, i in zip(("gate", "up"), halves, strict=True)]
+        return [
+            (r, f"{name}[{r}]", *select(i)) for r, i in zip(("gate", "up"), halves, strict=True)
+        ]
     if role == "qkv" and interleaved:
         order = torch.arange(rows).view(interleaved, 3, -1).transpose(0, 1).flatten()
         return [(role, name, *select(order))]
     return [(role, name, weight, bias)]
 
 
-def linears_of(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> list[Linear]:
+def linears_of(
+    root: nn.Module, role: str, name: str, interleaved: int | None = None
+) -> list[Linear]:
     """Nodes of the maps in a module: one, or gate and up of a fused one. Raises UnsupportedModelError (see `read_linear`)."""
     base, _ = read_linear(root.get_submodule(name), name)
     transposed = is_transposed(base)

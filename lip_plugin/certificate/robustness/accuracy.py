@@ -155,7 +155,9 @@ def attacked_accuracy(
             correct = graph.body.run(ball.enter(point)).argmax(-1) == labels
         counted = labels >= 0
         clean.append(correct[counted])
-        broken = attack(ball, point, labels, correct & counted, grid.tolist(), restarts, steps, seed)
+        broken = attack(
+            ball, point, labels, correct & counted, grid.tolist(), restarts, steps, seed
+        )
         right.append((correct & ~broken)[:, counted])
     return _accuracies(grid, right, clean)
 
@@ -175,7 +177,9 @@ def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor 
     if graph.patches is not None:
         if tuple(inputs.shape[1:]) != tuple(graph.entry.image):
             wanted = ", ".join(map(str, graph.entry.image))
-            raise ConfigError(f"pixels are [batch, {wanted}] for this model; got {tuple(inputs.shape)}.")
+            raise ConfigError(
+                f"pixels are [batch, {wanted}] for this model; got {tuple(inputs.shape)}."
+            )
     elif inputs.dim() != 2:
         raise ConfigError(f"token ids are [batch, tokens]; got {tuple(inputs.shape)}.")
     graph.entry.refuse_padding(inputs)
@@ -183,7 +187,9 @@ def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor 
         return None
     if _classifies(graph):
         if labels.numel() != len(inputs):
-            raise ConfigError(f"a classifier has one label each: [{len(inputs)}]; got {tuple(labels.shape)}.")
+            raise ConfigError(
+                f"a classifier has one label each: [{len(inputs)}]; got {tuple(labels.shape)}."
+            )
         return labels.reshape(-1, 1)
     if labels.shape != inputs.shape:
         raise ConfigError(f"token ids {tuple(inputs.shape)} and labels must be of the same shape.")
@@ -207,7 +213,9 @@ def _labelled(graph: Graph, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tenso
     causal = graph.parts.architecture.attention.causal and not _classifies(graph)
     if isinstance(batch, Tensor):
         if not causal:
-            raise ConfigError("this model does not predict the next token: give mappings with `labels`.")
+            raise ConfigError(
+                "this model does not predict the next token: give mappings with `labels`."
+            )
         batch = {"input_ids": batch}
     _refuse_padding(batch)
     inputs = batch["pixel_values" if graph.patches is not None else "input_ids"]
@@ -236,5 +244,8 @@ def _accuracies(grid: Tensor, right: list[Tensor], clean: list[Tensor]) -> Accur
     counted, all_right = torch.cat(clean), torch.cat(right, 1)
     shares = all_right.double().mean(1)
     return Accuracies(
-        tuple(grid.tolist()), tuple(shares.tolist()), float(counted.double().mean()), all_right.cpu()
+        tuple(grid.tolist()),
+        tuple(shares.tolist()),
+        float(counted.double().mean()),
+        all_right.cpu(),
     )

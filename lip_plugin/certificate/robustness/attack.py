@@ -87,7 +87,13 @@ def _aim(restart: int, margins: Tensor, standing: Tensor, eighth: Tensor) -> Ten
 
 @torch.no_grad()
 def _strike(
-    ball: Ball, point: Tensor, change: Tensor, labels: Tensor, seems: Tensor, standing: Tensor, eps: float
+    ball: Ball,
+    point: Tensor,
+    change: Tensor,
+    labels: Tensor,
+    seems: Tensor,
+    standing: Tensor,
+    eps: float,
 ) -> None:
     if not bool(seems.any()):
         return

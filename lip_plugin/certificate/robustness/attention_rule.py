@@ -17,7 +17,15 @@ from torch import Tensor
 
 from lip_plugin.certificate.graph.attention import Attention, HeadRows, _rotate
 from lip_plugin.certificate.graph.nodes import Norm, Scale
-from lip_plugin.certificate.robustness.movement import Key, Local, Matrix, Movement, Term, sum_of, weight
+from lip_plugin.certificate.robustness.movement import (
+    Key,
+    Local,
+    Matrix,
+    Movement,
+    Term,
+    sum_of,
+    weight,
+)
 from lip_plugin.certificate.robustness.rules import CURVATURE_UPPER, move, norm_rule, record
 from lip_plugin.errors import CertificateError
 
@@ -86,11 +94,15 @@ def _part(node: Attention, p: HeadRows, x: Tensor, movement: Movement, local: Lo
     # a norm over all heads together: each head's part moves at most as far as the whole
     whole = node.whole_norms and isinstance(post, Norm)
     y = y.unflatten(-1, (1, -1) if whole else (p.heads, -1))
-    size = sum_of([t.size.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local, whole)) for t in movement.terms])
+    size = sum_of(
+        [t.size.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local, whole)) for t in movement.terms]
+    )
     curved = torch.zeros_like(size)
     joint = size.new_full((), float("inf"))
     if post is None:  # a rotation is applied below
-        joint = sum_of([t.joint.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local)) for t in movement.terms])
+        joint = sum_of(
+            [t.joint.unsqueeze(-1) * local.sigma(*_rows(p, w, t, local)) for t in movement.terms]
+        )
     if isinstance(post, Norm):
         size, curved = norm_rule(post, y, size)
     elif isinstance(post, Scale):
@@ -106,7 +118,9 @@ def _part(node: Attention, p: HeadRows, x: Tensor, movement: Movement, local: Lo
         size, curved, joint = size * factor, curved * factor, joint * factor
     group = node.q.heads // p.heads
     if group > 1:
-        y, size, curved = (t.repeat_interleave(group, 2 if i else 1) for i, t in enumerate((y, size, curved)))
+        y, size, curved = (
+            t.repeat_interleave(group, 2 if i else 1) for i, t in enumerate((y, size, curved))
+        )
         joint = joint.repeat_interleave(group, -1) if joint.dim() else joint
     return _Part(y, size, curved, torch.minimum(joint, torch.linalg.vector_norm(size, dim=-1)))
 
@@ -116,7 +130,9 @@ def _turning(cos: Tensor, sin: Tensor) -> float:
     return float((cos.double().square() + sin.double().square()).amax().sqrt()) * (1 + 1e-12)
 
 
-def _rows(p: HeadRows, w: Tensor, term: Term, local: Local, whole: bool = False) -> tuple[Key, Matrix, int]:
+def _rows(
+    p: HeadRows, w: Tensor, term: Term, local: Local, whole: bool = False
+) -> tuple[Key, Matrix, int]:
     """(key, matrix, blocks) of a projection's rows times a term's matrix: arguments of `Local.sigma`."""
     key = (id(p), *term.key)
     return key, local.times(key, w, term), 1 if whole else p.heads
@@ -141,7 +157,9 @@ def _logit_moves(
     plain = node.rotary is None and node.q_norm is None and node.k_norm is None
     if plain and node.softcap is None:
         by_query, by_key, deviation = _plain_moves(node, queries, keys, p, movement, local)
-    elif node.softcap is not None:  # a shift common to the row is none behind the cap: keys as they are
+    elif (
+        node.softcap is not None
+    ):  # a shift common to the row is none behind the cap: keys as they are
         by_query = q.size.unsqueeze(-1) * torch.linalg.vector_norm(keys, dim=-1).unsqueeze(-2)
         by_key = torch.linalg.vector_norm(queries, dim=-1).unsqueeze(-1) * k.size.unsqueeze(-2)
         deviation = q.size * _top(_second_moment(keys, p)).sqrt()
@@ -268,12 +286,16 @@ def _second_order(node: Attention, q: _Part, k: _Part, p: Tensor) -> Tensor:
     spread = _covariance if node.softcap is None else _second_moment
     apart = _top(spread(k.centre.detach(), p)).sqrt()
     bent = (p * k.curved.unsqueeze(-2).square()).sum(-1).sqrt()
-    return both + tau * (q.curved * apart + torch.linalg.vector_norm(q.centre.detach(), dim=-1) * bent)
+    return both + tau * (
+        q.curved * apart + torch.linalg.vector_norm(q.centre.detach(), dim=-1) * bent
+    )
 
 
 def _least(*bounds: Tensor) -> Tensor:
     """Entrywise minimum; 0 times inf is no bound."""
-    return torch.stack([b.nan_to_num(nan=float("inf"), posinf=float("inf")) for b in bounds]).amin(0)
+    return torch.stack([b.nan_to_num(nan=float("inf"), posinf=float("inf")) for b in bounds]).amin(
+        0
+    )
 
 
 def growth(x: Tensor) -> Tensor:

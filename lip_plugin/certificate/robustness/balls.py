@@ -63,9 +63,13 @@ class PixelBall:
 
     def __init__(self, graph: Graph) -> None:
         if graph.patches is None:
-            raise ConfigError("norm='pixel_l2' is for image models; this one reads tokens: norm='token'.")
+            raise ConfigError(
+                "norm='pixel_l2' is for image models; this one reads tokens: norm='token'."
+            )
         if graph.entry.norm is not None:
-            raise ConfigError("norm='pixel_l2' needs patches that enter the first block without a norm.")
+            raise ConfigError(
+                "norm='pixel_l2' needs patches that enter the first block without a norm."
+            )
         self.graph, self.patches = graph, graph.patches
 
     def point(self, inputs: Tensor) -> Tensor:
@@ -98,7 +102,9 @@ Ball = TokenBall | PixelBall
 
 def ball_of(graph: Graph, norm: str) -> Ball:
     """The ball of a name: "token" or "pixel_l2". Raises ConfigError for another, or one that does not fit."""
-    kinds: dict[str, type[TokenBall] | type[PixelBall]] = {b.name: b for b in (TokenBall, PixelBall)}
+    kinds: dict[str, type[TokenBall] | type[PixelBall]] = {
+        b.name: b for b in (TokenBall, PixelBall)
+    }
     if norm not in kinds:
         raise ConfigError(f"norm={norm!r}: choose one of {', '.join(map(repr, kinds))}.")
     return kinds[norm](graph)

@@ -65,7 +65,11 @@ class Kinks:
             for price in _PRICES:
                 rate = (price * length / total.clamp_min(1e-300)).clamp_min(1e-30)
                 d = torch.minimum(reach, c / (2.0 * rate.unsqueeze(-1)).float())
-                gain = (c * (d - away)).sub_(d.square().mul_(rate.unsqueeze(-1).float())).clamp_min_(0.0)
+                gain = (
+                    (c * (d - away))
+                    .sub_(d.square().mul_(rate.unsqueeze(-1).float()))
+                    .clamp_min_(0.0)
+                )
                 bound = rate * total.square() + gain.sum(-1).double()
                 best = torch.minimum(best, bound * _UP + _CANCELLED * length * total)
             found[i, :, :last] = best

@@ -53,7 +53,9 @@ class Certifier:
 
     def __init__(self, graph: Graph, ball: Ball, eps: Tensor, refine: int) -> None:
         nodes = list(graph.body.nodes)
-        while isinstance(nodes[-1], Softcap) or (isinstance(nodes[-1], Scale) and nodes[-1].scale > 0):
+        while isinstance(nodes[-1], Softcap) or (
+            isinstance(nodes[-1], Scale) and nodes[-1].scale > 0
+        ):
             nodes.pop()  # what increases with each logit, and is the same for all, changes no prediction
         if not isinstance(nodes[-1], Linear):
             raise CertificateError(
@@ -71,7 +73,11 @@ class Certifier:
             x = self.ball.enter(point)
             logits = self.head.run(self.body.run(x))
         prediction = logits.argmax(-1)
-        correct = torch.ones_like(prediction, dtype=torch.bool) if labels is None else prediction == labels
+        correct = (
+            torch.ones_like(prediction, dtype=torch.bool)
+            if labels is None
+            else prediction == labels
+        )
         need = self._margins(logits, prediction)
         counts = self._from_sizes(point, x, prediction, need)
         if self.refine:
@@ -93,12 +99,16 @@ class Certifier:
         rows = self._pair_norms(w, classes)
         with torch.no_grad():
             for some in self.chunks_of_eps(x):
-                _, movement = move(self.body, x, self.ball.movement(point, x, some, self.local), self.local)
+                _, movement = move(
+                    self.body, x, self.ball.movement(point, x, some, self.local), self.local
+                )
                 pairs = [self._term_norms(w, classes, t) for t in movement.terms]
                 for i, e in enumerate(some.tolist()):
                     cap = rows * self._global(x, e)
                     for b, t in (
-                        (b, t) for b in range(x.shape[0]) for t in _chunks(need.shape[1], w.shape[0])
+                        (b, t)
+                        for b in range(x.shape[0])
+                        for t in _chunks(need.shape[1], w.shape[0])
                     ):
                         at = present[b, t]
                         moved = sum_of(
@@ -184,7 +194,9 @@ class Linearized:
         self.kinks = [
             None if of[0] is None else of[0].joined(list(of[1:])) for of in zip(*kinks, strict=True)
         ]
-        self.sums = [torch.cat(of, 1) for of in zip(*sums, strict=True)]  # [2, eps, batch], over tokens
+        self.sums = [
+            torch.cat(of, 1) for of in zip(*sums, strict=True)
+        ]  # [2, eps, batch], over tokens
 
     def moved(self, picked: list[tuple[int, int, int]], prediction: Tensor) -> list[Tensor]:
         """Bound on the movement of z_i - z_j at (batch, token, j), one for each sequence at most, each [eps]."""
@@ -218,7 +230,9 @@ def _sums_of(point: Remainder) -> Tensor:
     """Bounds on the sums over tokens, 2-norms and 1-norms [2, eps, batch]; inf where none is known."""
     if point.sums is not None:
         return torch.stack(point.sums)
-    return torch.full((2, *point.two.shape[:2]), float("inf"), dtype=torch.float64, device=point.two.device)
+    return torch.full(
+        (2, *point.two.shape[:2]), float("inf"), dtype=torch.float64, device=point.two.device
+    )
 
 
 def _chunks(tokens: int, classes: int) -> Iterable[slice]:

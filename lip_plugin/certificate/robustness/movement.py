@@ -19,7 +19,9 @@ from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.linalg.spectrum import gamma
 
 _UP = 1 + 1e-12  # more than sums of a few thousand float64 squares can be off
-Key = tuple[int, ...]  # ids of the nodes whose weights are in a product; names of fused maps may repeat
+Key = tuple[
+    int, ...
+]  # ids of the nodes whose weights are in a product; names of fused maps may repeat
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,10 @@ class Movement:
     def scaled(self, factor: float) -> Movement:
         """Of factor * x; balls are symmetric, so the sign does not matter."""
         return Movement(
-            tuple(Term(t.key, t.matrix, t.size * abs(factor), t.joint * abs(factor)) for t in self.terms)
+            tuple(
+                Term(t.key, t.matrix, t.size * abs(factor), t.joint * abs(factor))
+                for t in self.terms
+            )
         )
 
     def linear(self, node: Linear, local: Local) -> Movement:

@@ -36,7 +36,7 @@ from lip_plugin.errors import CertificateError
 
 # Change of slope at 0, of functions that are linear elsewhere.
 _KINKS = {"relu": 1.0, "abs": 2.0}
-# Largest second derivatives, rounded up; tests/test_local.py recomputes them in float64. gelu (both
+# Largest second derivatives, rounded up; tests/certificate/test_robustness_rules.py recomputes them in float64. gelu (both
 # forms) and silu at 0 (2 phi(0), sqrt(2/pi), 1/2), tanh at atanh(1/sqrt(3)) (4 / (3 sqrt(3))).
 CURVATURE_UPPER = {
     "relu": math.inf,
@@ -60,31 +60,41 @@ move = Analysis("local movement", _missing)
 
 
 @move.rule(Linear)
-def linear_movement(node: Linear, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def linear_movement(
+    node: Linear, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     return node.run(x), movement.linear(node, local)
 
 
 @move.rule(Scale)
-def scale_movement(node: Scale, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def scale_movement(
+    node: Scale, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     return node.run(x), movement.scaled(node.scale)
 
 
 @move.rule(Chain, AttentionOut, GatedMlp)
-def chain_movement(node: Chain, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def chain_movement(
+    node: Chain, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     for part in node.nodes:
         x, movement = move(part, x, movement, local)
     return x, movement
 
 
 @move.rule(Residual, MlpResidual)
-def residual_movement(node: Residual, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def residual_movement(
+    node: Residual, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     y, branch = move(node.branch, x, movement, local)
     both = movement.plus(branch)
     return x + y, both if local.products else both.collapsed(local)
 
 
 @move.rule(Parallel)
-def parallel_movement(node: Parallel, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def parallel_movement(
+    node: Parallel, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     y, total = x, movement
     for part in node.branches:
         branch, moved = move(part, x, movement, local)
@@ -101,12 +111,19 @@ def one_token_movement(
 
 
 @move.rule(Softcap)
-def softcap_movement(node: Softcap, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def softcap_movement(
+    node: Softcap, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     y, size, cap = node.run(x), movement.total(local), abs(node.cap)
     width = math.sqrt(x.shape[-1])
     if local.remainders is not None:
         half = 0.5 * CURVATURE_UPPER["tanh"] / cap
-        record(local, y, torch.minimum(half * movement.entry(local) * size, 2.0 * size), half * size.square())
+        record(
+            local,
+            y,
+            torch.minimum(half * movement.entry(local) * size, 2.0 * size),
+            half * size.square(),
+        )
     return y, Movement.ball(size.clamp_max(2.0 * cap * width * (1 + 1e-12)))
 
 
@@ -136,7 +153,9 @@ def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[T
     """(2-norm, 1-norm) of f(z + dz) - f(z) - f'(z) dz, for norm2(dz) <= size, entries at most `entry`."""
     slope, factor = to_float(node.slope()), to_float(node.factor)
     if node.kind in _KINKS:  # in a gate: every entry may move as far as the largest does
-        beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0) * (_KINKS[node.kind] * factor)
+        beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0) * (
+            _KINKS[node.kind] * factor
+        )
         two, one = torch.linalg.vector_norm(beyond, dim=-1), beyond.sum(-1)
     else:
         half = 0.5 * CURVATURE_UPPER[node.kind] * factor
@@ -145,7 +164,9 @@ def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[T
     return torch.minimum(two + capped_two, 2.0 * slope * size), one + capped_one
 
 
-def _kinked(node: Activation, z: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Tensor, Kinks]:
+def _kinked(
+    node: Activation, z: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Tensor, Kinks]:
     """The same where f is linear but for a kink at 0: only entries that can cross it count.
 
     Behind it they are off by the change of slope times the way beyond, where an entry moves as far as its own row
@@ -160,7 +181,9 @@ def _kinked(node: Activation, z: Tensor, movement: Movement, local: Local) -> tu
         two.append(torch.linalg.vector_norm(beyond, dim=-1) * factor)
     total = movement.total(local)
     most = torch.minimum(torch.stack(two), 2.0 * to_float(node.slope()) * total)
-    sizes, norms = zip(*((t.size, local.rows(t.key, t.matrix)) for t in movement.terms), strict=True)
+    sizes, norms = zip(
+        *((t.size, local.rows(t.key, t.matrix)) for t in movement.terms), strict=True
+    )
     return most, torch.stack(one), Kinks(z, sizes, norms, total, factor)
 
 
@@ -171,7 +194,9 @@ def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor,
 
 
 @move.rule(Gate)
-def gate_movement(node: Gate, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def gate_movement(
+    node: Gate, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     g, u = node.gate.run(x), within_cap(node.up.run(x), node.cap)
     f = node.act.run(g)
     y, slope = f * u, to_float(node.act.slope())
@@ -191,7 +216,9 @@ def gate_movement(node: Gate, x: Tensor, movement: Movement, local: Local) -> tu
 
 
 @move.rule(Norm)
-def norm_movement(node: Norm, x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Movement]:
+def norm_movement(
+    node: Norm, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
     y = node.run(x)
     size, two = norm_rule(node, x, movement.total(local))
     if local.remainders is not None:
@@ -211,7 +238,10 @@ def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach()
     centered = x - x.mean(-1, keepdim=True) if node.center else x
     rms = torch.linalg.vector_norm(centered, dim=-1) / width
-    down, up_ = 1 - 1e-12, 1 + 1e-12  # what rounding of the root mean square may have added or taken
+    down, up_ = (
+        1 - 1e-12,
+        1 + 1e-12,
+    )  # what rounding of the root mean square may have added or taken
     here = (rms.square() + node.eps).sqrt().clamp_min(node.floor) * down
     low = ((rms * down - size / width).clamp_min(0.0).square() + node.eps).sqrt() * down
     high = ((rms * up_ + size / width).square() + node.eps).sqrt() * up_
