@@ -14,13 +14,14 @@ from torch import nn
 
 from lip_plugin.distributed.owners import settle_
 from lip_plugin.errors import ConfigError, UnsupportedModelError
+from lip_plugin.model.architecture import families
 from lip_plugin.model.layers import Constrained, RowParameter, constrained_modules, table_of
 from lip_plugin.model.parts import parts
 from lip_plugin.surgery.state import find_retrofit
 
 _AGAIN = (
-    "Order: change the model first, then retrofit it, then build the optimizer. To go on from here: "
-    "config = config_of(model); release(model); retrofit(model, config); and a new optimizer."
+    "Order: change the model first, then retrofit it, then build the optimizer. To go on from "
+    "here: config = config_of(model); release(model); retrofit(model, config); and a new optimizer."
 )
 
 
@@ -36,7 +37,8 @@ class Held:
         found = find_retrofit(root)
         self._linears: list[str] = []
         self._tables: list[str] = []
-        if found is not None:
+        # others describe no model by its names
+        if found is not None and found[1].architecture.name in families():
             names = parts(root, found[1].architecture)
             self._linears = [name for _, name in names.linears()]
             self._tables = [name for _, name in names.tables()]
@@ -55,21 +57,22 @@ class Held:
         settle_(self._root)  # of a sharded model: the parameters that an optimizer steps
         if self._linears and find_retrofit(self._root) is None:
             raise UnsupportedModelError(
-                f"The model of this {optimizer} was released: it has no caps any more. Call retrofit(model, config) and "
-                "build a new optimizer."
+                f"The model of this {optimizer} was released: it has no caps any more. Call "
+                "retrofit(model, config) and build a new optimizer."
             )
         self._check_places()
-        held = list(constrained_modules(self._root)) if self._linears else []
+        held = list(constrained_modules(self._root))
         _check_weights(held)
         stepped = {id(p) for group in groups for p in group["params"]}
         for name, p in self._trained(held):
             if p.requires_grad and id(p) not in stepped:
                 raise ConfigError(
-                    f"{name} is trainable and not among the parameters of this {optimizer}, so it would never train. It was "
-                    "made or replaced after the optimizer was built (retrofit() unties the head; get_peft_model adds "
-                    "adapters). Order: retrofit(model), then get_peft_model if there are adapters, then the optimizer from "
-                    "model.parameters(), then attach_projection(optimizer, model), with a list of optimizers if several share "
-                    "the work; or freeze it."
+                    f"{name} is trainable and not among the parameters of this {optimizer}, so it "
+                    "would never train. It was made or replaced after the optimizer was built "
+                    "(retrofit() unties the head; get_peft_model adds adapters). Order: "
+                    "retrofit(model), then get_peft_model if there are adapters, then the "
+                    "optimizer from model.parameters(), then attach_projection(optimizer, model), "
+                    "with a list of optimizers if several share the work; or freeze it."
                 )
 
     def _check_places(self) -> None:
@@ -88,8 +91,8 @@ class Held:
                 )
             if not held:
                 raise UnsupportedModelError(
-                    f"{name} is a plain {type(module).__name__} now and has no cap: something replaced the layer after "
-                    f"retrofit() (resize_token_embeddings does). {_AGAIN}"
+                    f"{name} is a plain {type(module).__name__} now and has no cap: something "
+                    f"replaced the layer after retrofit() (resize_token_embeddings does). {_AGAIN}"
                 )
 
     def _trained(self, held: list[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,13 +121,14 @@ def _check_weights(held: list[tuple[str, Any]]) -> None:
                 else "remove the parametrization"
             )
             raise UnsupportedModelError(
-                f"{name} is {what}: its weight is computed at every forward, so no projection can hold it. Make it "
-                f"permanent first ({cure}), then build the optimizer; zeros that have to stay need a mask in your own loop."
+                f"{name} is {what}: its weight is computed at every forward, so no projection can "
+                f"hold it. Make it permanent first ({cure}), then build the optimizer; zeros that "
+                "have to stay need a mask in your own loop."
             )
         other = owners.setdefault(id(module.weight), name)
         if other != name:
             raise UnsupportedModelError(
-                f"{other} and {name} share one Parameter (tied again after retrofit()): their caps are different. Give "
-                f"{name} its own: model.{name}.weight = nn.Parameter(model.{name}.weight.detach().clone()), and build a "
-                "new optimizer."
+                f"{other} and {name} share one Parameter (tied again after retrofit()): their caps "
+                f"are different. Give {name} its own: model.{name}.weight = "
+                f"nn.Parameter(model.{name}.weight.detach().clone()), and build a new optimizer."
             )

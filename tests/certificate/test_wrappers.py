@@ -286,7 +286,9 @@ def test_a_branch_that_no_node_stands_for_is_refused() -> None:
 def test_patches_of_accelerate_are_known_and_remembered() -> None:
     """bf16 autocast and outputs in float32: every Trainer with bf16=True has them."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # of a test before, in float32
     expected = certify(random_model("gpt2", LipschitzConfig())).lipschitz
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare(
         random_model("gpt2", LipschitzConfig())
@@ -308,6 +310,7 @@ def test_patches_of_accelerate_are_known_and_remembered() -> None:
     assert structure_of(build(model)) is None
     with pytest.raises(CertificateError, match="behind the last layer"):
         certify(model)
+    AcceleratorState._reset_state()
 
 
 def test_gradient_checkpointing_and_its_hooks_are_known(model: Any) -> None:

@@ -344,6 +344,7 @@ def test_flattened_weights_are_refused_with_the_cure():
     weight = model.model.layers[0].mlp.up_proj.weight
     flat = nn.Parameter(weight.detach().flatten())
     flat.grad = torch.ones_like(flat)
+    model.model.layers[0].mlp.up_proj.weight = flat  # as FSDP1 leaves its modules
     for group in optimizer.param_groups:
         group["params"] = [flat if p is weight else p for p in group["params"]]
     with pytest.raises(UnsupportedModelError, match="FSDP2"):
