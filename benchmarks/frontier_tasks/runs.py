@@ -253,7 +253,7 @@ class Steps:
 
 
 def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
-    """The last one projects, after all of them have moved."""
+    """Each projects what it has moved."""
     options = dict(run.options)
     if run.optimizer == "lipschitz_muon":
         return [
@@ -297,5 +297,5 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
             0, torch.optim.AdamW(offsets, lr=_OFFSET_RATE, weight_decay=0.0, betas=(0.9, 0.99))
         )
     if run.config is not None:
-        attach_projection(found[-1], model)
+        attach_projection(found, model)
     return found

@@ -144,12 +144,14 @@ def step_projection_(
     lr: float,
     frozen: bool = False,
     process_group: Any = None,
+    only: set[int] | None = None,
 ) -> None:
     """What `attach_projection` does after a step: trainable weights, then adapters, then nothing else."""
     root, config = constraints_of(model)
     replicas = process_group if process_group is not None else replicas_of(model)
     method = method or config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
+    found = [(n, m) for n, m in found if only is None or id(m.weight) in only]
     for wrapper in (
         layer_wrappers() if found else ()
     ):  # what comes after must not refuse when they have changed
@@ -178,7 +180,7 @@ def attach_projection(
 
     Args:
         optimizer: torch's, or an accelerate wrapper of one; or several that share the model's parameters among them,
-            each of whose steps is followed by the projection.
+            each of whose steps is followed by the projection of its own weights.
         model: the retrofitted model, wrapped or not.
         method: one of the seven projections; None takes the config's.
         process_group: its members hold equal copies (DDP), so each matrix is projected by one of them; None takes that of
@@ -198,8 +200,8 @@ def attach_projection(
         hasattr(o, "register_step_post_hook") for o in inner
     ):
         raise ConfigError(
-            f"attach_projection({type(optimizer).__name__}, {type(model).__name__}): the optimizer comes first, then the "
-            "model: attach_projection(optimizer, model)."
+            f"attach_projection({type(optimizer).__name__}, {type(model).__name__}): the optimizer "
+            "comes first, then the model: attach_projection(optimizer, model)."
         )
     require_module(model, "attach_projection")
     root, _ = constraints_of(model)
@@ -213,7 +215,9 @@ def attach_projection(
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         rate = float(stepped.param_groups[0]["lr"])
-        step_projection_(model, method, lr=rate, process_group=process_group)
+        # of several optimizers each moves its own weights, so only those need it again
+        own = {id(p) for g in stepped.param_groups for p in g["params"]} if len(inner) > 1 else None
+        step_projection_(model, method, lr=rate, process_group=process_group, only=own)
         stepped.seconds_projecting += time.perf_counter() - began  # type: ignore[attr-defined]
 
     before_step(inner[0], (), {})
