@@ -1,14 +1,15 @@
-"""Where lip_plugin meets other people's libraries; importable as `lip_plugin.integrations`.
+"""Where lip_plugin meets other people's libraries. Import it as `lip_plugin.integrations`.
 
-`register_all` runs when lip_plugin is imported. It registers the families and the wrappers (plain data), and the loader
-of saved models. It imports none of the libraries.
+`register_all` runs when lip_plugin is imported. It registers what the core has to know about
+other libraries: families of models, wrappers of layers, and the loader of saved models. It imports
+none of those libraries.
 """
 
 from __future__ import annotations
 
 
 def register_all() -> None:
-    """Register all that is known of other libraries; cheap, and safe to call again."""
+    """Register everything that is known of other libraries. It is cheap, and safe to call again."""
     import lip_plugin.integrations.bitsandbytes
     import lip_plugin.integrations.huggingface.families
     import lip_plugin.integrations.nanogpt.family

@@ -1,4 +1,4 @@
-"""Figures: a finished run, certified against attacked accuracy, adapters under budgets, a pretrained model under a schedule."""
+"""Figures of finished runs, of accuracies, of adapters under budgets, and of schedules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def plot_run(
     path: str | Path,
     baselines: dict[str, float] | None = None,
 ) -> None:
-    """Draw a run into `path` (PNG, PDF or SVG by its suffix).
+    """Draw a run: losses and accuracy, the proven Lipschitz bound, and block norms over caps.
 
     Args:
         history: `trainer.state.log_history` of a run with LipschitzCallback.
-        model: the model as it ended, for its blocks' norms (proven, RMS->RMS) over their caps.
-        baselines: accuracies in [0, 1] to draw as dotted lines beside `eval_accuracy`.
+        model: the model at its end. Its block norms (proven, RMS->RMS) are drawn over their caps.
+        path: the file to write; its suffix says PNG, PDF or SVG.
+        baselines: accuracies in [0, 1] by name, drawn as dotted lines beside `eval_accuracy`.
     """
     import matplotlib
 
@@ -71,12 +72,13 @@ def plot_certified_accuracy(
     *,
     changed: str = "RMS norm that every token's embedding may move by",
 ) -> None:
-    """Draw proven and surviving accuracy over eps into `path`; the truth lies between the two curves.
+    """Draw proven and surviving accuracy over eps. The truth lies between the two curves.
 
     Args:
-        curves: for each model's name its (`certified_accuracy`, `attacked_accuracy`).
-        baselines: accuracies in [0, 1] to draw as dotted lines.
-        changed: what eps is the size of.
+        curves: (`certified_accuracy`, `attacked_accuracy`) of each model, by the model's name.
+        path: the file to write.
+        baselines: accuracies in [0, 1] by name, drawn as dotted lines.
+        changed: a text that says what eps is the size of.
     """
     import matplotlib
 
@@ -97,9 +99,8 @@ def plot_certified_accuracy(
             linewidth=1,
             label=f"{label}clean {attacked.clean:.1%}",
         )
-        if (
-            len(curves) == 1 and certified.eps == attacked.eps
-        ):  # of several the areas would hide each other
+        # With several models the areas would hide each other.
+        if len(curves) == 1 and certified.eps == attacked.eps:
             axes.fill_between(
                 certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12
             )
@@ -118,11 +119,15 @@ def plot_certified_accuracy(
 
 
 def plot_budgets(rows: list[dict[str, float]], start: dict[str, float], path: str | Path) -> None:
-    """Draw adapters under several budgets: losses on new and old data, and the drift of a logit, proven and attacked.
+    """Draw adapters under several budgets: losses on new and old data, and the drift of a logit.
+
+    The drift is drawn twice, as proven and as found by an attack.
 
     Args:
-        rows: one per budget: `budget`, `new` and `old` (losses), `drift_upper`, `drift_lower`.
-        start: the base's losses, `new` and `old`.
+        rows: for each budget a dictionary with `budget`, the losses `new` and `old`, `drift_upper`
+            and `drift_lower`.
+        start: the losses `new` and `old` of the base.
+        path: the file to write.
     """
     import matplotlib
 
@@ -162,7 +167,9 @@ def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: 
 
     Args:
         history: `trainer.state.log_history` of a run with LipschitzCallback(schedule=...).
-        marks: losses to draw as lines, by name: with the norms, and after other ways of removing them.
+        marks: losses by name, drawn as dotted lines: with the norms, say, and after other ways of
+            removing them.
+        path: the file to write.
     """
     import matplotlib
 

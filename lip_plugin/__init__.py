@@ -1,11 +1,13 @@
-"""lip_plugin: train existing PyTorch models under enforced Lipschitz constants, with a sound certificate.
+"""lip_plugin trains existing PyTorch models under Lipschitz constraints, and proves a bound.
 
-    retrofit(model, LipschitzConfig(w_max=1.0))            # constrain any known model, in place
-    optimizer = LipschitzMuon(model, lr=0.05)              # Muon, and a projection after every step
-    certify(model).lipschitz                               # proven upper bound, embeddings -> logits
+    retrofit(model, LipschitzConfig(w_max=1.0))      # constrain a model of a known family, in place
+    optimizer = LipschitzMuon(model, lr=0.05)        # Muon, and a projection after every step
+    certify(model).lipschitz                         # proven upper bound, embeddings -> logits
 
 With the Hugging Face Trainer one callback does all of it: `callbacks=[LipschitzCallback()]`.
-Importing this package imports torch. What needs transformers is imported when it is first used.
+
+This file lists the public names. Importing it imports torch. Whatever needs transformers is
+imported when it is first used.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from lip_plugin.integrations.huggingface.trainer import LipschitzCallback
 
 __version__ = "0.1.0"
-recap_ = set_caps_  # its name before 0.1
+recap_ = set_caps_  # the name of set_caps_ before version 0.1
 
 __all__ = [
     "Certificate",
@@ -79,6 +81,7 @@ __all__ = [
 ]
 
 
+# Imports what needs transformers when it is first asked for.
 def __getattr__(name: str) -> Any:
     if name == "LipschitzCallback":
         from lip_plugin.integrations.huggingface.trainer import LipschitzCallback

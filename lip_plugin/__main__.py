@@ -1,4 +1,4 @@
-"""python -m lip_plugin: the command line, see cli.py."""
+"""The command line, as `python -m lip_plugin`. Its commands are in lip_plugin/cli/commands.py."""
 
 import sys
 

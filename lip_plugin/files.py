@@ -1,4 +1,7 @@
-"""Files that are whole or not there: a run that is killed while it writes leaves no half of one."""
+"""Writing text files so that they are either complete or absent.
+
+A run that is killed while it writes leaves no half-written file behind.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,17 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under its name only when all of it is on the disk; makes the folder if there is none.
+    """Write a text file that appears under its name only once all of it is on the disk.
 
-    Raises OSError if it cannot be written; what was there before is then unchanged.
+    The text first goes to a temporary file in the same folder, which then takes the name in one
+    step. The folder is made if it does not exist.
+
+    Args:
+        path: The file.
+        text: What it is to hold, written as UTF-8.
+
+    Raises:
+        OSError: The file cannot be written. What was there before is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")

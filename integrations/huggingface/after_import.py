@@ -1,9 +1,12 @@
-"""Registers the loader of saved models right after transformers is imported, now or later.
+"""Registers the loader of saved models as soon as transformers has been imported.
 
-A saved model must load with nothing but `import lip_plugin`, in either order of the two imports. Importing transformers
-costs seconds, and users of nanoGPT never need it, so it is not imported here. Python has one place that is asked at every
-first import, `sys.meta_path`: if transformers is not there yet, one finder waits in it, and takes itself off
-when transformers' table of quantizers has been imported.
+A saved model has to load with nothing but `import lip_plugin`, in either order of the two imports.
+Importing transformers costs seconds, and users of nanoGPT never need it. So this file does not
+import it; it waits until somebody else does.
+
+Python asks every finder in `sys.meta_path` at the first import of a module. If transformers is not
+there yet, a finder of ours waits in that list. It removes itself when it is asked for transformers'
+table of quantizers, and the loader is registered right after that module has run.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register_saving() -> None:
-    """Have saved models load: at once if transformers is there, else as soon as it is. Safe to call again."""
+    """Make saved models loadable, at once if transformers is there, or else as soon as it is.
+
+    It is safe to call again.
+    """
     if _TABLE in sys.modules:
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -28,12 +34,12 @@ def register_saving() -> None:
 
 
 def _register() -> None:
-    """By importing it; where that import itself has brought transformers in, it registers at its end."""
+    """Import the module that registers. It may also be in the middle of its own import."""
     import_module("lip_plugin.integrations.huggingface.saving")
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits for the import of transformers' table of quantizers."""
+    """A finder that waits for the import of transformers' table of quantizers."""
 
     def find_spec(
         self, name: str, path: Any, target: ModuleType | None = None

@@ -1,4 +1,7 @@
-"""What LipschitzCallback is built with, and the Trainer around it; what cannot work is refused."""
+"""Checks of the arguments of LipschitzCallback, and of the Trainer around it.
+
+What cannot work is refused before anything is changed, with a message that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from lip_plugin.surgery.presets import check_config
 from lip_plugin.surgery.state import find_retrofit
 from lip_plugin.training.schedule import RetrofitSchedule
 
-# LipschitzMuon's own arguments, but for those that the callback or the Trainer chooses.
+# The arguments of LipschitzMuon, without those that the callback or the Trainer chooses.
 MUON = tuple(
     name
     for name in inspect.signature(LipschitzMuon.__init__).parameters
@@ -40,12 +43,15 @@ def check_arguments(
     adapter_budget: Any,
     muon: Mapping[str, Any],
 ) -> None:
-    """Raise ConfigError for the first argument of LipschitzCallback that it cannot take, with the cure."""
+    """Raise ConfigError for the first argument of LipschitzCallback that it cannot take.
+
+    The arguments are those of LipschitzCallback; `muon` holds the ones for LipschitzMuon.
+    """
     check_config(config, "LipschitzCallback(")
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
-            "LipschitzCallback(optimizer=...) takes 'muon', 'keep' or None. An optimizer of your own goes to "
-            "the Trainer, Trainer(..., optimizers=(optimizer, None)), and is then kept."
+            "LipschitzCallback(optimizer=...) takes 'muon', 'keep' or None. An optimizer of your "
+            "own goes to the Trainer, Trainer(..., optimizers=(optimizer, None)), and is then kept."
         )
     if not (optimizer is None or (isinstance(optimizer, str) and optimizer in ("muon", "keep"))):
         raise ConfigError(
@@ -62,19 +68,19 @@ def check_arguments(
         )
     if schedule is not None and not isinstance(schedule, RetrofitSchedule):
         raise ConfigError(
-            f"LipschitzCallback(schedule={_shown(schedule)}): pass a RetrofitSchedule, as RetrofitSchedule() "
-            "makes one. A scheduler of learning rates goes to the Trainer."
+            f"LipschitzCallback(schedule={_shown(schedule)}): pass a RetrofitSchedule, as "
+            "RetrofitSchedule() makes one. A scheduler of learning rates goes to the Trainer."
         )
     if calibration is not None and not _batches(calibration):
         raise ConfigError(
-            f"LipschitzCallback(calibration={_shown(calibration)}): pass a few batches, each a tensor of "
-            "token ids [batch, tokens] or a dictionary of the model's inputs."
+            f"LipschitzCallback(calibration={_shown(calibration)}): pass a few batches, each a "
+            "tensor of token ids [batch, tokens] or a dictionary of the model's inputs."
         )
     _check_muon(config, muon)
 
 
 def _check_muon(config: Any, muon: Mapping[str, Any]) -> None:
-    """The keywords that are passed on to LipschitzMuon: their names, then their values."""
+    """Check the names and then the values of what is passed on to LipschitzMuon."""
     for name, value in muon.items():
         if name in _FIELDS:
             made = f"LipschitzConfig({name}={_shown(value)})"
@@ -89,8 +95,8 @@ def _check_muon(config: Any, muon: Mapping[str, Any]) -> None:
             ]
             hint = did_you_mean(name, [*known, *MUON, *_FIELDS])
             raise ConfigError(
-                f"LipschitzCallback has no argument {name!r}.{hint} It takes {', '.join(known)}, and of "
-                f"LipschitzMuon {', '.join(MUON)}."
+                f"LipschitzCallback has no argument {name!r}.{hint} It takes {', '.join(known)}, "
+                f"and of LipschitzMuon {', '.join(MUON)}."
             )
         right, words = _MORE.get(name, (None, ""))
         if right is not None and not right(value):
@@ -99,7 +105,7 @@ def _check_muon(config: Any, muon: Mapping[str, Any]) -> None:
 
 
 def _try_muon(name: str, value: Any) -> None:
-    """Let LipschitzMuon itself look at a value: one is built, on a parameter that nobody uses."""
+    """Let LipschitzMuon itself check a value, by building one on a parameter that nobody uses."""
     group = {"params": [nn.Parameter(torch.zeros(1))], "kind": "adamw"}
     try:
         LipschitzMuon([group], **{name: value})
@@ -107,16 +113,20 @@ def _try_muon(name: str, value: Any) -> None:
         raise ConfigError(f"LipschitzCallback({name}={_shown(value)}): {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"LipschitzCallback({name}={_shown(value)}): LipschitzMuon cannot take this value ({error})."
+            f"LipschitzCallback({name}={_shown(value)}): LipschitzMuon cannot take this value "
+            f"({error})."
         ) from error
 
 
 def refuse_stack(args: TrainingArguments, model: Any, optimizer: Any, config: Any) -> None:
-    """Raise TrainerError for a training stack that the constraint could not survive. Nothing is changed."""
+    """Raise TrainerError for a training stack under which the caps could not hold.
+
+    Nothing is changed.
+    """
     if args.deepspeed or getattr(args, "hf_deepspeed_config", None):
         raise TrainerError(
-            "DeepSpeed owns optimizer and weights, so no projection could run after its step. Use accelerate "
-            "with DDP: remove deepspeed= and start with torchrun."
+            "DeepSpeed owns optimizer and weights, so no projection could run after its step. Use "
+            "accelerate with DDP: remove deepspeed= and start with torchrun."
         )
     plugin = getattr(args, "fsdp_plugin_args", None) or {}
     if args.fsdp and int(plugin.get("fsdp_version", 2)) != 2:
@@ -131,15 +141,16 @@ def refuse_stack(args: TrainingArguments, model: Any, optimizer: Any, config: An
         )
     if hasattr(model, "peft_config") and find_retrofit(model) is None and config is not None:
         raise TrainerError(
-            "This model carries adapters on a base without caps, so a config comes too late. Order: "
-            "retrofit(base, LipschitzConfig(...)), then get_peft_model(base, ...), then Trainer. Or leave "
-            "the config out: the adapters' change is then bounded (adapter_budget)."
+            "This model carries adapters on a base without caps, so a config comes too late. "
+            "Order: retrofit(base, LipschitzConfig(...)), then get_peft_model(base, ...), then "
+            "Trainer. Or leave the config out: the adapters' change is then bounded "
+            "(adapter_budget)."
         )
     if optimizer is not None and find_retrofit(model) is None and _is_tied(model):
         raise TrainerError(
-            "The head is tied to the embedding, and untying gives it a Parameter that your optimizer does "
-            "not have, so it would never train. Order: retrofit(model, LipschitzConfig(...)), then the "
-            "optimizer, then Trainer."
+            "The head is tied to the embedding, and untying gives it a Parameter that your "
+            "optimizer does not have, so it would never train. Order: retrofit(model, "
+            "LipschitzConfig(...)), then the optimizer, then Trainer."
         )
 
 
@@ -149,12 +160,13 @@ def _is_tied(model: Any) -> bool:
 
 
 def refuse_second(control: Any, callback: Any) -> None:
-    """Raise TrainerError if the Trainer that owns this control has another LipschitzCallback already."""
+    """Raise TrainerError if the Trainer with this control already has another LipschitzCallback."""
     first = getattr(control, "_lip_callback", None)
     if first is not None and first is not callback:
         raise TrainerError(
-            "This Trainer has a LipschitzCallback already, and two of them would hold one model to two "
-            "configs. Keep one, with all the arguments: callbacks=[LipschitzCallback(config, ...)]."
+            "This Trainer has a LipschitzCallback already, and two of them would hold one model to "
+            "two configs. Keep one, with all the arguments: callbacks=[LipschitzCallback(config, "
+            "...)]."
         )
     if control is not None:
         control._lip_callback = callback
@@ -188,9 +200,8 @@ def _pair(value: Any) -> bool:
 
 
 def _batches(value: Any) -> bool:
-    listed = isinstance(value, Iterable) or hasattr(
-        value, "__getitem__"
-    )  # a map-style data set is gone through too
+    # A map-style data set has only __getitem__, and can be iterated all the same.
+    listed = isinstance(value, Iterable) or hasattr(value, "__getitem__")
     return listed and not isinstance(value, (str, bytes, type))
 
 
@@ -200,7 +211,7 @@ def _shown(value: Any) -> str:
 
 
 _Check = tuple[Callable[[Any], bool], str]
-# What LipschitzMuon takes without looking at it.
+# Checks of values that LipschitzMuon does not check itself.
 _MORE: dict[str, _Check] = {
     "betas": (_pair, "two numbers from 0 to below 1"),
     "eps": (_positive, "a finite number above 0"),

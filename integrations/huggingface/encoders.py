@@ -1,4 +1,7 @@
-"""What the parts of transformers' encoders are called: the second half of the table in hf_families.py. Strings only."""
+"""The names of the parts of transformers' encoders, as Architectures.
+
+This is the second half of the table in families.py. It holds strings only.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ BERT_CLASSIFIER = replace(
     head="classifier",
     unused=(),
 )
-# layers of BERT's names; its positions begin behind the row of the padding id, and its heads call functions
+# Its layers have BERT's names. Its positions begin behind the row of the padding id, and its heads
+# call their activations as functions.
 ROBERTA = replace(
     BERT,
     name="roberta",

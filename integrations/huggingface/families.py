@@ -1,11 +1,17 @@
-"""The table: Hugging Face models -> Architecture. Strings only; importing it imports nothing of theirs.
+"""The table of Hugging Face families: which model class is described by which Architecture.
 
-Decoders are described here, encoders in hf_encoders.py; the rows at the end say which class is which family.
+It holds strings only, and importing it does not import transformers. Decoders are described here
+and encoders in encoders.py. _ROWS at the end says which class belongs to which family.
 
-To add a family: say what its parts are called (about fifteen lines, most families are LLAMA with a
-change), append a row to _ROWS, and run `pytest tests/integrations/test_families.py`, which drives the whole
-contract from this table. A wrong name is an error at retrofit; a wrong structure is caught when the
-certificate's graph is compared with the model.
+To add a family:
+
+1. Write down what its parts are called. That takes about fifteen lines; most families are LLAMA
+   with a change.
+2. Append a row to _ROWS.
+3. Run `pytest tests/integrations/test_families.py`, which tests the whole contract for every row.
+
+A wrong name is an error at retrofit. A wrong structure is found when the certificate's graph is
+compared with the model.
 """
 
 from __future__ import annotations
@@ -38,15 +44,13 @@ from lip_plugin.model.architecture import (
 from lip_plugin.model.layers import register_layer_class
 from lip_plugin.model.normalization import NormFacts, plain_norm_class, register_norm
 
-# ---- classes whose forward was read -------------------------------------------------------------------
+# ---- classes whose forward was read ----
 
 register_layer_class("transformers.pytorch_utils.Conv1D", transposed=True)
-register_layer_class(
-    "transformers.models.opt.modeling_opt.OPTLearnedPositionalEmbedding"
-)  # an offset
-register_layer_class(
-    "transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding"
-)  # a factor
+# This class adds an offset to the position before it looks up the row.
+register_layer_class("transformers.models.opt.modeling_opt.OPTLearnedPositionalEmbedding")
+# These classes multiply the row by a factor.
+register_layer_class("transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding")
 register_layer_class("transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding")
 register_activation_classes(
     "transformers.activations",
@@ -67,7 +71,7 @@ def _gemma_norm(module: Any) -> NormFacts | None:
 
 register_norm(_gemma_norm)
 
-# ---- families ------------------------------------------------------------------------------------------
+# ---- families ----
 
 GPT2 = Architecture(
     name="gpt2",
@@ -92,7 +96,7 @@ LLAMA = Architecture(
     ),
     mlp=Mlp(
         module="mlp",
-        norm="post_attention_layernorm",  # the name misleads: it is the norm in front of the MLP
+        norm="post_attention_layernorm",  # in spite of its name the norm in front of the MLP
         gate="gate_proj",
         up="up_proj",
         down="down_proj",
@@ -126,7 +130,7 @@ PHI3 = replace(
 GEMMA2 = replace(
     LLAMA,
     name="gemma2",
-    # the forward reads the buffer; the float is what a load fills the buffer from
+    # The forward reads the buffer embed_scale. A load fills it from the float.
     embedding_scale=("model.embed_tokens.embed_scale", "model.embed_tokens.scalar_embed_scale"),
     softcap="final_logit_softcapping",
     attention=replace(
@@ -136,7 +140,7 @@ GEMMA2 = replace(
         LLAMA.mlp, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"
     ),
 )
-# its attention holds a softcap too, which its forward never passes on
+# Its attention has an attribute for a softcap, but its forward never uses it.
 GEMMA3 = replace(
     GEMMA2,
     name="gemma3",
@@ -197,7 +201,8 @@ OPT = Architecture(
         v="v_proj",
         out="out_proj",
     ),
-    # its MLP is no module of its own: what can be scaled without touching a linear map is the activation
+    # Its MLP is not a module of its own. The branch is scaled at the activation, because that is
+    # the only module in it that is not a linear map.
     mlp=Mlp(
         module="",
         norm="final_layer_norm",
@@ -223,7 +228,7 @@ OPT_PROJECTED = replace(
 
 
 def _classifier(decoder: Architecture) -> Architecture:
-    """The sequence classifier of a decoder: it reads the last token that is not padding."""
+    """The sequence classifier of a decoder, which reads the last token that is not padding."""
     return replace(
         decoder,
         name=f"{decoder.name}_classifier",
@@ -234,7 +239,10 @@ def _classifier(decoder: Architecture) -> Architecture:
 
 
 def _one_by_one(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits [batch, 1, labels]; a decoder's classifier without pad_token_id takes one sequence at a time."""
+    """Logits [batch, 1, labels] of a decoder's classifier.
+
+    Without a pad_token_id it takes only one sequence at a time.
+    """
     config: Any = model.config
     if config.pad_token_id is not None:
         return model_logits(model, inputs)
@@ -243,7 +251,11 @@ def _one_by_one(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Row:
-    """A family with its model_type and class in transformers; `when` (in words: `variant`) its config must fulfil."""
+    """A family with the model_type and the class that it has in transformers.
+
+    `when` says whether the family describes models with a given config; `variant` says the same in
+    words.
+    """
 
     architecture: Architecture
     model_type: str
@@ -252,7 +264,7 @@ class _Row:
     variant: str = ""
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether a model is of transformers' class, or of a subclass that keeps its name in its bases."""
+        """Whether the model is of the class in transformers, or of a subclass of it."""
         config = getattr(model, "config", None)
         bases = [
             base.__name__

@@ -1,8 +1,12 @@
 """Saved Hugging Face models: loaded with every check that can be made, or streamed layer by layer.
 
-`from_pretrained` is forgiving: it initializes what is missing, drops what it does not know, and takes
-config.json at its word. That is no ground for a proof. Here a folder is read only if its files are whole,
-its keys are exactly the model's, and its config is the one that the model was retrofitted with.
+`from_pretrained` is forgiving. It initializes what is missing, drops what it does not know, and
+believes what config.json says. No proof can be based on that. Here a folder is read only if
+
+- its files are whole,
+- its keys are exactly those of the model,
+- its config is the one that the model was retrofitted with.
+
 Nothing is downloaded, and no code of a checkpoint is run.
 """
 
@@ -37,7 +41,8 @@ from lip_plugin.model.architecture import find_family
 from lip_plugin.model.parts import parts
 from lip_plugin.surgery.retrofit import retrofit
 
-# The twin's tokens and MLP width: the same code at any number of them, and most of a layer's memory.
+# The twin's number of tokens and width of MLPs. The code is the same at any size, and at full size
+# these take most of the memory.
 _TWIN_SIZES = {
     "vocab_size": 64,
     "intermediate_size": 128,
@@ -48,12 +53,15 @@ _TWIN_SIZES = {
 
 
 def load_saved_model(folder: str | Path) -> nn.Module:
-    """The model saved in `folder` by save_pretrained or a Trainer, in eval mode, on the CPU, in its own dtype.
+    """Load the model that save_pretrained or a Trainer has saved in `folder`.
+
+    Returns:
+        The model in eval mode, on the CPU, in its own dtype.
 
     Raises:
-        CheckpointError: no model there, truncated files, missing or unexpected keys, other shapes, or a
-            config.json that is not the one the model was retrofitted with.
-        UnsupportedModelError: a family or architecture without a description.
+        CheckpointError: there is no model, a file is truncated, keys are missing or unexpected,
+            shapes differ, or config.json is not the one that the model was retrofitted with.
+        UnsupportedModelError: the family or architecture has no description.
     """
     shards = Shards(folder)
     config, cls = read_config(shards.folder)
@@ -82,9 +90,17 @@ def load_saved_model(folder: str | Path) -> nn.Module:
 def certify_streamed(
     folder: str | Path, source: str = "weights", *, progress: Progress = iter
 ) -> Certificate:
-    """certify(load_saved_model(folder), source) with the memory of one layer (or of the head, if that is larger).
+    """Compute `certify(load_saved_model(folder), source)` with the memory of one layer.
 
-    Raises what `load_saved_model` and `certify` raise.
+    If the head is larger than a layer, the memory of the head is needed.
+
+    Args:
+        folder: the folder of the saved model.
+        source: `"weights"` or `"caps"`, as in `certify`.
+        progress: wraps the list of groups of tensors, to show a progress bar, say.
+
+    Raises:
+        What `load_saved_model` and `certify` raise.
     """
     shards = Shards(folder)
     config, cls = read_config(shards.folder)
@@ -101,7 +117,10 @@ def certify_streamed(
 
 
 def read_config(folder: Path) -> tuple[Any, Any]:
-    """(config, model class) of a saved model, the class by name: no code of the checkpoint is run."""
+    """The (config, model class) of a saved model.
+
+    The class is looked up in transformers by its name, so no code of the checkpoint is run.
+    """
     values = read_json(folder / CONFIG)
     kind = values.get("model_type")
     try:
@@ -119,7 +138,8 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UnsupportedModelError(
-            f"{folder}: architecture {name!r} is not a model class of transformers. Save the model with save_pretrained."
+            f"{folder}: architecture {name!r} is not a model class of transformers. Save the model "
+            "with save_pretrained."
         )
     if cls.config_class is not type(config):
         raise CheckpointError(
@@ -129,18 +149,23 @@ def read_config(folder: Path) -> tuple[Any, Any]:
 
 
 def check_recorded_settings(folder: Path, model: Any) -> None:
-    """Raise CheckpointError if config.json is not what the model was retrofitted with (see hf_persistence)."""
+    """Raise CheckpointError if config.json is not what the model was retrofitted with.
+
+    The retrofit has recorded the config's fields there; see LipschitzPersistenceConfig in
+    saving.py.
+    """
     recorded = (read_json(folder / CONFIG).get("quantization_config") or {}).get("settings") or {}
     wrong = differences(recorded, settings_of(model))
     if wrong:
         raise CheckpointError(
-            f"{folder / CONFIG} disagrees with the retrofit that it records: {'; '.join(wrong[:4])}. Restore it; if the "
-            "change was meant, make it on the model before retrofit()."
+            f"{folder / CONFIG} disagrees with the retrofit that it records: "
+            f"{'; '.join(wrong[:4])}. Restore it; if the change was meant, make it on the model "
+            "before retrofit()."
         )
 
 
 def _skeleton(cls: Any, config: Any) -> nn.Module:
-    """The model on the meta device, retrofitted as from_pretrained would."""
+    """The model on the meta device, retrofitted as from_pretrained would do it."""
     try:
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
@@ -166,7 +191,8 @@ def _saved_retrofit(config: Any) -> LipschitzConfig | None:
     found = found if isinstance(found, dict) else found.to_dict()
     if "lipschitz" not in found:
         raise UnsupportedModelError(
-            f"this model is quantized ({found.get('quant_method')}): its weights have no norms here. Load it dequantized."
+            f"this model is quantized ({found.get('quant_method')}): its weights have no norms "
+            "here. Load it dequantized."
         )
     try:
         return LipschitzConfig.from_dict(found["lipschitz"])
@@ -175,7 +201,10 @@ def _saved_retrofit(config: Any) -> LipschitzConfig | None:
 
 
 def _twin(cls: Any, config: Any) -> nn.Module:
-    """A small random model of the same config: one layer of every kind, at least two; few tokens, narrow MLPs."""
+    """A small random model of the same config, which runs the same code as the whole one.
+
+    It has one layer of every kind, at least two layers, few tokens, and narrow MLPs.
+    """
     small = copy.deepcopy(config)
     count = config.num_hidden_layers
     by_layer = {
@@ -195,17 +224,15 @@ def _twin(cls: Any, config: Any) -> nn.Module:
     padding = getattr(small, "pad_token_id", None)
     for key in [k for k in vars(small) if k.endswith("_token_id")]:
         setattr(small, key, None)
-    if padding is not None:  # a classifier looks for it, and roberta's positions begin behind it
+    # A classifier looks for the padding token, and roberta's positions begin behind its id.
+    if padding is not None:
         small.pad_token_id = min(padding, _TWIN_SIZES["vocab_size"] - 1)
     small.dtype = torch.float32
     twin = cls(small)
     saved = _saved_retrofit(config)
     if saved is not None:
-        plain = {
-            **saved.to_dict(),
-            "overrides": {},
-            "init": "keep",
-        }  # caps do not change what it computes
+        # The twin lacks layers that the overrides may name. Caps do not change what it computes.
+        plain = {**saved.to_dict(), "overrides": {}, "init": "keep"}
         if saved.norm_floors:
             plain["norm_floors"] = _floors_of(twin, chosen, saved.norm_floors)
         retrofit(twin, LipschitzConfig.from_dict(plain))
@@ -213,7 +240,7 @@ def _twin(cls: Any, config: Any) -> nn.Module:
 
 
 def _floors_of(twin: nn.Module, chosen: list[int], floors: Mapping[str, float]) -> dict[str, float]:
-    """The floors of the twin's slots: its layer i is layer chosen[i] of the whole model."""
+    """The floors of the twin's norms. Its layer i is layer chosen[i] of the whole model."""
     architecture = find_family(twin).architecture
     found = {}
     for slot in parts(twin, architecture).norms():
@@ -225,7 +252,7 @@ def _floors_of(twin: nn.Module, chosen: list[int], floors: Mapping[str, float]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of the library's own while it loads: what they would say is raised."""
+    """Silence transformers' progress bars and warnings; what they would say becomes an error."""
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

@@ -1,6 +1,8 @@
-"""What LipschitzCallback logs and writes: certificates, norms over caps, activations and entropies of a model in training.
+"""What LipschitzCallback logs and writes about a model in training.
 
-Of a sharded model (FSDP2) all of this is collective: every process calls it, the first one computes.
+There are certificates, norms over caps, activations and attention entropies; METRICS explains each
+key. On a sharded model (FSDP2) every process has to call these functions, and the first one
+computes.
 """
 
 from __future__ import annotations
@@ -33,41 +35,58 @@ from lip_plugin.surgery.state import RetrofitState, find_retrofit
 CERTIFICATE = "certificate.json"
 logger = logging.getLogger(__name__)
 METRICS = {
-    "lip/log10_certificate": "log10 of the certificate from the weights as they are (embeddings -> logits)",
-    "lip/log10_certificate_caps": "the same from the caps alone: holds until a schedule changes them, but for biases",
+    "lip/log10_certificate": (
+        "log10 of the certificate from the weights as they are (embeddings -> logits)"
+    ),
+    "lip/log10_certificate_caps": (
+        "the same from the caps alone: holds until a schedule changes them, but for biases"
+    ),
     "lip/radius": "proven token norm of what enters the first block",
-    "lip/worst_norm_over_cap": "largest proven block norm over its cap, or change of an adapter over its budget; at most 1.001",
-    "lip/steepest_norm": "largest Lipschitz constant of a norm, gain / max(sqrt(eps), floor); 0 where norms were removed",
+    "lip/worst_norm_over_cap": (
+        "largest proven block norm over its cap, or change of an adapter over its budget; at most "
+        "1.001"
+    ),
+    "lip/steepest_norm": (
+        "largest Lipschitz constant of a norm, gain / max(sqrt(eps), floor); 0 where norms were "
+        "removed"
+    ),
     "lip/largest_cap": "largest RMS->RMS cap of a matrix now",
     "lip/largest_activation": "largest absolute activation seen on two training sequences",
-    "lip/attention_entropy_seen": "smallest entropy, in nats, of a full-length attention row on them",
+    "lip/attention_entropy_seen": (
+        "smallest entropy, in nats, of a full-length attention row on them"
+    ),
     "lip/attention_entropy_proven": "proven lower bound of that entropy, for any input",
-    "lip/seconds_projecting": "seconds spent in projections since training began (launch time only on a GPU)",
-    "lip/seconds_certifying": "seconds spent in certificates and these measurements since training began",
+    "lip/seconds_projecting": (
+        "seconds spent in projections since training began (launch time only on a GPU)"
+    ),
+    "lip/seconds_certifying": (
+        "seconds spent in certificates and these measurements since training began"
+    ),
 }
 
 
 def measured(model: nn.Module, ids: torch.Tensor | None) -> tuple[dict[str, float], list[str]]:
-    """`measure` on the first process, and its answer on all of them. Collective.
+    """`measure` on the first process, with its answer on all of them. Every process has to call it.
 
-    Of our errors it raises DistributedError alone; any other becomes one of the sentences.
+    Errors of lip_plugin become sentences in the answer. Only DistributedError is raised.
     """
     problems: list[str] = []
     with _noted("what is logged of the model", problems):
         return together(
             model, lambda whole: measure(whole, ids if whole is model or ids is None else ids.cpu())
         )
-    return {}, problems  # of a sharded model that cannot be gathered, on every process
+    return {}, problems  # a sharded model could not be gathered; this is so on every process
 
 
 def measure(model: nn.Module, ids: torch.Tensor | None) -> tuple[dict[str, float], list[str]]:
-    """The values of METRICS for a model now, the two times excepted, and why some of them are missing.
+    """Compute the values of METRICS for a model now, except the two times.
 
     Args:
-        ids: [batch, tokens], or pixels; None leaves out what is seen on them.
+        model: the model in training.
+        ids: token ids [batch, tokens], or pixels. None leaves out what is seen on them.
 
     Returns:
-        (values, sentences): one sentence for each part that could not be had.
+        (values, sentences). Each sentence says why a part of the values is missing.
     """
     values: dict[str, float] = {}
     problems: list[str] = []
@@ -75,7 +94,7 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> tuple[dict[str, float
         values["lip/worst_norm_over_cap"] = max(b.worst_over_cap for b in block_norms(model))
     found = find_retrofit(model)
     if found is None and not _known(model):
-        return values, problems  # adapters on a model that nothing can be proven about
+        return values, problems  # the model has adapters, and nothing can be proven about it
     certificate = None
     with _noted("the certificate from the weights", problems):
         certificate = certify(model)
@@ -94,7 +113,7 @@ def measure(model: nn.Module, ids: torch.Tensor | None) -> tuple[dict[str, float
 
 @contextmanager
 def _noted(what: str, problems: list[str]) -> Iterator[None]:
-    """Inside, an error of ours ends the block, and is noted down; one between processes is not caught."""
+    """Note an error of lip_plugin in `problems` and go on. A DistributedError is raised."""
     try:
         yield
     except DistributedError:
@@ -112,7 +131,7 @@ def _shape_of(root: nn.Module, state: RetrofitState) -> dict[str, float]:
 
 
 def _seen(model: nn.Module, ids: torch.Tensor, certificate: Certificate | None) -> dict[str, float]:
-    """Activations and entropies on `ids`, and the bound on entropies if there is a certificate."""
+    """Activations and entropies seen on `ids`, and the proven entropy if there is a certificate."""
     watch, graph = Watch(), build(model)
     with torch.no_grad():
         x = graph.embed(ids, torch.float32)
@@ -120,7 +139,7 @@ def _seen(model: nn.Module, ids: torch.Tensor, certificate: Certificate | None) 
     windows = [
         attention.window for _, attention in attentions(graph.body.nodes) if attention.window
     ]
-    visible = min([x.shape[1], *windows])  # of the last token: all others, or a window of them
+    visible = min([x.shape[1], *windows])  # how many tokens the last one sees: all, or a window
     values = {
         "lip/largest_activation": watch.largest_activation,
         "lip/attention_entropy_seen": watch.smallest_entropy,
@@ -135,7 +154,7 @@ def _steepest_norm(root: nn.Module, state: RetrofitState) -> float:
 
 
 def _known(model: nn.Module) -> bool:
-    """Whether a certificate can be asked for: a model of a known family is inside."""
+    """Whether the model is of a known family, so that a certificate can be asked for."""
     try:
         build(model)
     except UnsupportedModelError:
@@ -144,9 +163,11 @@ def _known(model: nn.Module) -> bool:
 
 
 def write_certificate(model: nn.Module, folder: Path) -> None:
-    """Write `certificate.json` of the weights as they are into `folder`, whole or not at all; not for unknown families.
+    """Write `certificate.json` of the present weights into `folder`, whole or not at all.
 
-    Collective: the first process writes, and if it cannot (a full disk), all of them raise.
+    For a model of an unknown family an old certificate is removed, and none is written. Every
+    process has to call it. The first one writes, and if it cannot (the disk is full, say) all of
+    them raise.
     """
 
     def write(whole: nn.Module) -> None:
@@ -159,23 +180,33 @@ def write_certificate(model: nn.Module, folder: Path) -> None:
 
 
 def certificate_or_reason(model: nn.Module, folder: Path) -> str | None:
-    """Write `certificate.json` into `folder` and return None; or leave none there and return the reason.
+    """Write `certificate.json` into `folder`, or leave none there and return the reason.
 
-    Collective, with the same answer on all processes. Raises OSError, on all of them, if it could not be
-    written, and DistributedError.
+    Every process has to call it, and all get the same answer.
+
+    Returns:
+        None if the certificate was written, or else a sentence that says why there is none.
+
+    Raises:
+        OSError: it could not be written. It is raised on all processes.
+        DistributedError: the processes disagree, or one of them failed.
     """
     try:
         write_certificate(model, folder)
     except DistributedError:
         raise
-    except LipschitzError as error:  # the same one on every process
+    except LipschitzError as error:  # every process has the same error
         on_first(lambda: (folder / CERTIFICATE).unlink(missing_ok=True))
         return f"{folder} has no {CERTIFICATE}, because none can be given: {error}"
     return None
 
 
 def probe(loader: Any, model: nn.Module, tokens: int) -> torch.Tensor | None:
-    """Two sequences of the training set, cut to `tokens`; None if the data cannot be indexed."""
+    """The first two sequences of the training set, cut to `tokens` (images stay whole).
+
+    Returns:
+        What the model takes as input, or None if the data cannot be indexed.
+    """
     try:
         dataset = loader.dataset
         batch = loader.collate_fn([dataset[i] for i in range(min(2, len(dataset)))])

@@ -1,4 +1,7 @@
-"""LipschitzMuon as an optimizer that Trainer builds by name: `args.optim = "lipschitz_muon"`, or optimizer_cls_and_kwargs."""
+"""LipschitzMuon as an optimizer that the Trainer builds by its name.
+
+The name is `args.optim = "lipschitz_muon"`. `optimizer_cls_and_kwargs` works too.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,26 @@ OPTIM_NAME = "lipschitz_muon"
 
 
 def register_optimizer() -> None:
-    """Make `args.optim = "lipschitz_muon"` known to Trainer, through the table of its own optimizers."""
+    """Make `args.optim = "lipschitz_muon"` known, in the Trainer's table of its own optimizers.
+
+    Raises:
+        TrainerError: this version of transformers has no such table.
+    """
     handlers = getattr(hf_optimizer, "_OPTIMIZER_HANDLERS", None)
     if not isinstance(handlers, dict):
         raise TrainerError(
-            "This transformers version keeps its optimizers elsewhere. Pass optimizer_cls_and_kwargs="
-            "(MuonFactory, {'lr': 0.05}) to Trainer, with MuonFactory from lip_plugin.integrations.huggingface.trainer."
+            "This transformers version keeps its optimizers elsewhere. Pass "
+            "optimizer_cls_and_kwargs=(MuonFactory, {'lr': 0.05}) to Trainer, with MuonFactory "
+            "from lip_plugin.integrations.huggingface.trainer."
         )
     handlers[OPTIM_NAME] = _muon_of
 
 
 def optim_args(options: dict[str, Any]) -> str:
-    """Options of LipschitzMuon as `TrainingArguments.optim_args` has them: "momentum=0.95,betas=0.9/0.99"."""
+    """Write options of LipschitzMuon as `TrainingArguments.optim_args` has them.
+
+    An example is "momentum=0.95,betas=0.9/0.99".
+    """
     written = {k: "/".join(map(repr, v)) if isinstance(v, tuple) else v for k, v in options.items()}
     return ",".join(f"{key}={value}" for key, value in written.items() if value is not None)
 
@@ -38,7 +49,7 @@ def _muon_of(context: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _read(value: str) -> Any:
-    """A number, several numbers, or a word."""
+    """The value of an option in text: a number, several numbers, or a word."""
     try:
         numbers = [int(v) if v.lstrip("-").isdecimal() else float(v) for v in value.split("/")]
     except ValueError:
@@ -47,12 +58,12 @@ def _read(value: str) -> Any:
 
 
 class MuonFactory:
-    """What Trainer calls as `MuonFactory()(model, lr=..., ...)`; gives a LipschitzMuon."""
+    """What the Trainer calls as `MuonFactory()(model, lr=..., ...)`. It gives a LipschitzMuon."""
 
     def __call__(self, model: nn.Module, **options: Any) -> LipschitzMuon:
         if find_retrofit(model) is None and not has_budget(model):
             raise TrainerError(
-                "The model in training was not retrofitted. Trainer(model_init=...) builds a new model at train(); "
-                "build it first and pass it as Trainer(model=...)."
+                "The model in training was not retrofitted. Trainer(model_init=...) builds a new "
+                "model at train(); build it first and pass it as Trainer(model=...)."
             )
         return LipschitzMuon(model, **options)

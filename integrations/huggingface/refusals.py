@@ -1,4 +1,7 @@
-"""LipschitzCallback under a RetrofitSchedule: where a model has to be at a step; what would do nothing, or harm."""
+"""Checks of LipschitzCallback's schedule and calibration batches.
+
+They refuse what would have no effect on the run, or a harmful one.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,34 @@ def refuse_without_effect(
     schedule: RetrofitSchedule | None,
     calibration: Any,
 ) -> None:
-    """Raise for a schedule or calibration batches that would have no effect, or a wrong one."""
+    """Raise for a schedule or calibration batches that would have no effect, or a wrong one.
+
+    Args:
+        args: the arguments of the Trainer.
+        model: its model.
+        config: the config that was chosen, or None.
+        schedule: the callback's schedule, or None.
+        calibration: the callback's calibration batches, or None.
+
+    Raises:
+        TrainerError: the schedule cannot work with this model or these arguments.
+        ConfigError: the calibration batches would not be used.
+    """
     if schedule is not None and hasattr(model, "peft_config"):
         raise TrainerError(
-            "This model carries adapters, and a schedule changes the norms and weights that they were put on. Order: train "
-            "the base under the schedule, then get_peft_model, then a Trainer with LipschitzCallback()."
+            "This model carries adapters, and a schedule changes the norms and weights that they "
+            "were put on. Order: train the base under the schedule, then get_peft_model, then a "
+            "Trainer with LipschitzCallback()."
         )
     if schedule is not None and args.load_best_model_at_end:
         raise TrainerError(
-            "load_best_model_at_end would put the weights of a step with lower floors and higher caps into the model of the "
-            "schedule's end. Set it to False; each checkpoint folder loads as what it was."
+            "load_best_model_at_end would put the weights of a step with lower floors and higher "
+            "caps into the model of the schedule's end. Set it to False; each checkpoint folder "
+            "loads as what it was."
         )
     norms = None if config is None else config.norms
     if calibration is not None and schedule is None and norms != "calibrated":
         raise ConfigError(
-            "LipschitzCallback(calibration=...) has no effect without a schedule or LipschitzConfig(norms='calibrated')."
+            "LipschitzCallback(calibration=...) has no effect without a schedule or "
+            "LipschitzConfig(norms='calibrated')."
         )

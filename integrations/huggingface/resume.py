@@ -1,4 +1,4 @@
-"""last_checkpoint(folder): the newest checkpoint of a Trainer that was written to its end."""
+"""`last_checkpoint(folder)`: the newest checkpoint of a Trainer that was written to its end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,23 @@ logger = logging.getLogger(__name__)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """For `trainer.train(resume_from_checkpoint=...)`: the newest complete `checkpoint-N` in `folder`; None without any.
+    """Find the newest complete `checkpoint-N`, for `trainer.train(resume_from_checkpoint=...)`.
 
-    Trainer writes into the folder itself, so a process that is killed while it saves leaves a part of a checkpoint, which
-    transformers' own get_last_checkpoint would choose. Here every file has to be whole, as far as its end tells: safetensors of
-    the stated length, torch files with the directory at their end, JSON that parses, the .metadata of
-    torch.distributed.checkpoint; and trainer_state.json has to be there, which Trainer writes last.
+    The Trainer writes into the folder itself, so a process that is killed while it saves leaves a
+    part of a checkpoint. transformers' own get_last_checkpoint would choose that one. Here every
+    file has to be whole, as far as its end tells:
+
+    - safetensors have the stated length,
+    - torch files have the directory at their end,
+    - JSON parses,
+    - a checkpoint of torch.distributed.checkpoint has its .metadata,
+    - trainer_state.json is there, which the Trainer writes last.
+
+    Args:
+        folder: the Trainer's output_dir.
+
+    Returns:
+        The path of the checkpoint, or None if none is complete.
     """
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdecimal()]
     for path in sorted(found, key=lambda p: -int(p.name[11:])):
@@ -33,7 +44,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def _torn(path: Path) -> str | None:
-    """The first thing that is missing or cut off; None if all is whole."""
+    """The first thing in a checkpoint that is missing or cut off, or None if all is whole."""
     if not (path / "trainer_state.json").is_file():
         return "no trainer_state.json"
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -47,17 +58,17 @@ def _torn(path: Path) -> str | None:
         return "no weights"
     if (path / "config.json").is_file() and any(path.glob("model.safetensors*")):
         try:
-            Shards(path)  # all parts that an index names
+            Shards(path)  # opens every part that the index names
         except CheckpointError as error:
             return str(error)
     kept = [any(path.glob(pattern)) for pattern in ("optimizer*", "scheduler.pt", "rng_state*.pth")]
-    if any(kept) and not all(kept):  # none: save_only_model
+    if any(kept) and not all(kept):  # with save_only_model there are none of them
         return "a part of optimizer, scheduler and random numbers"
     return None
 
 
 def _whole(file: Path) -> bool:
-    """By what is at a file's end: JSON that parses, the directory of torch's zip files, all bytes of safetensors."""
+    """Whether a file is whole, judged by what is at its end."""
     try:
         if file.suffix == ".json":
             json.loads(file.read_text())

@@ -1,11 +1,15 @@
-"""save_pretrained / from_pretrained of constrained models: the retrofit re-applies itself.
+"""save_pretrained and from_pretrained of constrained models: the retrofit re-applies itself.
 
-Transformers calls a registered quantizer on the empty skeleton of a model before its weights are
-loaded. We register one whose only act is `retrofit`, and un-mark the model afterwards, so it trains
-and saves like any other. If the plugin is not imported, Transformers merely warns about an unknown
-quantizer and would load a wrong model; so the activation's name in the config is one that only the
-plugin registers, and building the model raises KeyError: it fails closed. Both names say what to do
-(lip_plugin/model/saved_names.py). Importing this module registers.
+transformers calls a registered quantizer on the empty skeleton of a model before its weights are
+loaded. We register one whose only act is `retrofit`. It removes its mark from the model afterwards,
+so the model trains and saves like any other.
+
+If lip_plugin is not imported, transformers merely warns about an unknown quantizer, and would load
+a wrong model. Therefore the activation's name in the saved config is one that only lip_plugin
+registers. Building the model without it raises KeyError. Both names say what to do (see
+lip_plugin/model/saved_names.py).
+
+Importing this module registers the loader.
 """
 
 from __future__ import annotations
@@ -52,16 +56,17 @@ _ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation", "a
 
 
 class LipschitzPersistenceConfig(QuantizationConfigMixin):
-    """What config.json carries under `quantization_config`: the LipschitzConfig, as a dict.
+    """What config.json has under `quantization_config`: the LipschitzConfig, as a dictionary.
 
-    `settings` repeats the config's own fields as they were at the retrofit: many of them (heads, rotary
-    frequencies) leave no trace in the weights' shapes, so this is how an edited config.json is noticed
-    (by integrations/huggingface/loading.py; from_pretrained itself takes what config.json says).
+    `settings` repeats the model config's own fields as they were at the retrofit. Many of them
+    (heads, rotary frequencies) leave no trace in the shapes of the weights, so this is how an
+    edited config.json is noticed. Only loading.py notices it; from_pretrained believes what
+    config.json says.
     """
 
     def __init__(self, lipschitz: Any = None, settings: Any = None, **kwargs: Any) -> None:
         self.quant_method: Any = METHOD
-        # models saved before the option existed had no scale
+        # Models that were saved before logit_scale existed get a scale of 1.
         self.lipschitz = LipschitzConfig.from_dict(_before(lipschitz)).to_dict()
         self.settings = dict(settings or {})
 
@@ -96,7 +101,7 @@ class LipschitzLoader(HfQuantizer):
         self.remove_quantization_config(model)
         model.config.quantization_config = self.quantization_config
         found = find_retrofit(model)
-        if found is not None:  # loading made new Parameters
+        if found is not None:  # loading has made new Parameters, which would all train
             freeze_(model, parts(model, found[1].architecture), found[1].config)
         return model
 
@@ -109,7 +114,7 @@ class LipschitzLoader(HfQuantizer):
 
 
 def register() -> None:
-    """Register the loader and the scaled activations with transformers; safe to call again."""
+    """Register the loader and the activations with transformers. It is safe to call again."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     if METHOD in AUTO_QUANTIZER_MAPPING:
@@ -136,7 +141,10 @@ def _scaled(name: str) -> ScaledActivation:
 
 
 def mark_(model: Any, config: LipschitzConfig) -> None:
-    """Write the retrofit into `model.config`, so that it is saved and re-applied at load."""
+    """Write the retrofit into `model.config`, so that it is saved and re-applied at load.
+
+    A head that was untied from the embedding is recorded as untied.
+    """
     register()
     model.config.quantization_config = LipschitzPersistenceConfig(config.to_dict())
     head = model.get_output_embeddings()  # None for classifiers

@@ -1,4 +1,4 @@
-"""The files of a saved Hugging Face model: whole, and with exactly the tensors of the model in its config."""
+"""The files of a saved Hugging Face model, and the check that they hold exactly its tensors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 
 
 class Shards:
-    """The safetensors files of a saved model; opening them checks that each is whole.
+    """The safetensors files of a saved model. Opening them checks that each one is whole.
 
-    Raises CheckpointError: no folder, no weights, a shard that is missing or truncated.
+    Attributes:
+        folder: the folder of the model.
+        files: the file that holds each tensor, by the tensor's name.
+        shapes: the shape of each tensor, by its name.
+
+    Raises:
+        CheckpointError: there is no folder or no weights, or a file is missing or truncated.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -47,8 +53,8 @@ class Shards:
             return [self.folder / WEIGHTS]
         if not (self.folder / INDEX).is_file():
             raise CheckpointError(
-                f"{self.folder} has no {WEIGHTS}. Weights of other formats are not read: load the model where it was "
-                "made, and save it again with save_pretrained."
+                f"{self.folder} has no {WEIGHTS}. Weights of other formats are not read: load the "
+                "model where it was made, and save it again with save_pretrained."
             )
         index = read_json(self.folder / INDEX)
         names = index.get("weight_map")
@@ -65,23 +71,31 @@ class Shards:
                 yield file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path} is missing, truncated or damaged ({first_line(error)}): copy the checkpoint anew."
+                f"{path} is missing, truncated or damaged ({first_line(error)}): copy the "
+                "checkpoint anew."
             ) from error
 
     def rename(self, names: dict[str, str]) -> None:
-        """Call tensors by other names from here on: {name in the files: name of the model's}."""
+        """Call the tensors by other names from now on.
+
+        Args:
+            names: the model's name of each tensor, by its name in the files.
+        """
         self.files = {names[name]: path for name, path in self.files.items()}
         self.shapes = {names[name]: shape for name, shape in self.shapes.items()}
         self._stored = {new: old for old, new in names.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor; its file is opened for it alone, so that nothing else stays in memory."""
+        """Read one tensor.
+
+        Its file is opened for it alone, so that nothing else stays in memory.
+        """
         with self._open(self.files[name]) as file:
             return file.get_tensor(self._stored.get(name, name))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError for anything else."""
+    """Read a JSON object from a file. Raises CheckpointError for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -92,10 +106,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _model_names(shards: Shards, skeleton: Any) -> dict[str, str]:
-    """{name in the files: name of the model's}, as from_pretrained maps them: some families are saved under old names.
+    """The model's name of each tensor, by its name in the files.
 
-    Raises UnsupportedModelError for families whose tensors are cut or joined on the way, and CheckpointError
-    where two tensors would get one name.
+    from_pretrained maps names in the same way, because some families are saved under old names.
+    Raises UnsupportedModelError for families whose tensors are cut or joined while they are loaded,
+    and CheckpointError if two tensors would get one name.
     """
     conversions = get_model_conversion_mapping(skeleton)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -107,8 +122,9 @@ def _model_names(shards: Shards, skeleton: Any) -> dict[str, str]:
             name = renaming.rename_source_key(name)[0]
         if any(converter.rename_source_key(name)[1] is not None for converter in converters):
             raise UnsupportedModelError(
-                f"{stored} is not stored as {type(skeleton).__name__} keeps it (transformers converts it while "
-                "loading). Load the whole model with from_pretrained, and call certify(model)."
+                f"{stored} is not stored as {type(skeleton).__name__} keeps it (transformers "
+                "converts it while loading). Load the whole model with from_pretrained, and call "
+                "certify(model)."
             )
         names[stored] = name
     if len(set(names.values())) < len(names):
@@ -120,9 +136,20 @@ def _model_names(shards: Shards, skeleton: Any) -> dict[str, str]:
 
 
 def check_keys(shards: Shards, skeleton: nn.Module) -> dict[str, list[str]]:
-    """All names of each stored tensor, by each of them; the shards then go by these names.
+    """Check that the files hold exactly the tensors of the model, in their shapes.
 
-    Raises CheckpointError for keys or shapes that differ.
+    The shards use the model's names afterwards.
+
+    Args:
+        shards: the files.
+        skeleton: the model on the meta device.
+
+    Returns:
+        For each name in the model, all names of the same tensor. (Tied weights have several.)
+
+    Raises:
+        CheckpointError: a key is missing or unexpected, or a shape differs.
+        UnsupportedModelError: transformers would cut or join the tensors while it loads them.
     """
     shards.rename(_model_names(shards, skeleton))
     tensors = stored_tensors(skeleton)
@@ -136,21 +163,21 @@ def check_keys(shards: Shards, skeleton: nn.Module) -> dict[str, list[str]]:
         lists = {"missing": missing, "unexpected": unexpected}
         told = "; ".join(f"{len(v)} {k} ({', '.join(v[:3])})" for k, v in lists.items() if v)
         raise CheckpointError(
-            f"the weights in {shards.folder} are not those of the {type(skeleton).__name__} in {CONFIG}: {told}. "
-            "The files belong to different models, or one was edited; a checkpoint of a base model or of adapters is "
-            "loaded and saved again as a whole first."
+            f"the weights in {shards.folder} are not those of the {type(skeleton).__name__} in "
+            f"{CONFIG}: {told}. The files belong to different models, or one was edited; a "
+            "checkpoint of a base model or of adapters is loaded and saved again as a whole first."
         )
     for name, shape in shards.shapes.items():
         if shape != tuple(tensors[name].shape):
             raise CheckpointError(
-                f"{name} is {list(shape)} in {shards.folder}, and {list(tensors[name].shape)} by its {CONFIG}: one of the "
-                "two was edited. Restore it."
+                f"{name} is {list(shape)} in {shards.folder}, and {list(tensors[name].shape)} by "
+                f"its {CONFIG}: one of the two was edited. Restore it."
             )
     return shared
 
 
 def _hint(folder: Path) -> str:
-    """What a folder without a config may want to say."""
+    """Advice on a folder without a config: what is in it, and which folder to give."""
     steps = [p for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file()]
     if steps:
         last = max(

@@ -1,10 +1,12 @@
-"""LipschitzCallback: retrofit, Muon with projection, and a logged certificate, from one line of a Trainer script.
+"""LipschitzCallback: the whole of lip_plugin from one line of a Trainer script.
 
     Trainer(model=model, args=args, train_dataset=data, callbacks=[LipschitzCallback()])
 
-When the Trainer has been built the model is raw, on its device, and there is no optimizer yet: that
-is where the callback retrofits, and points `args.optim` at LipschitzMuon. What it logs is in hf_measure.METRICS. On
-several processes certificates are computed by the first one, while the others wait for its answer.
+When the Trainer has been built, the model is raw and on its device, and there is no optimizer yet.
+At that moment the callback retrofits the model and points `args.optim` at LipschitzMuon, which
+projects after every step. During training it logs certificates; the keys are explained in
+lip_plugin.integrations.huggingface.metrics.METRICS. On several processes the first one computes
+certificates, while the others wait for its answer.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from lip_plugin.training.calibration import with_floors
 from lip_plugin.training.schedule import RetrofitSchedule
 
 logger = logging.getLogger(__name__)
-HF_DEFAULT_LR = 5e-5  # TrainingArguments' default: means that the user chose none
+HF_DEFAULT_LR = 5e-5  # the default of TrainingArguments, so the user has chosen no rate
 DEFAULT_LR = 0.05  # RMS->RMS norm per step
 ADAPTER_BUDGET = 0.1  # share of a base block's own norm
 
@@ -63,34 +65,39 @@ class LipschitzCallback(TrainerCallback):
     """Trains the Trainer's model under a certified Lipschitz constant.
 
     Args:
-        config: a LipschitzConfig, or the name of a preset (`"robust"`; see LipschitzConfig.preset), which
-            is fitted to the model's family. None keeps a retrofitted model's own config, or takes
-            LipschitzConfig's defaults.
+        config: a LipschitzConfig, or the name of a preset (`"robust"`; see LipschitzConfig.preset),
+            which is fitted to the model's family. None keeps a retrofitted model's own config, or
+            takes the defaults of LipschitzConfig.
         optimizer: `"muon"` or `"keep"`. None chooses LipschitzMuon where the user chose no
-            optimizer, and otherwise keeps theirs and projects after its steps. Adapters (peft)
-            always keep the user's optimizer.
-        lr: Muon's rate in RMS->RMS norm per step; None takes `args.learning_rate`, or 0.05 if
-            that was left at the TrainingArguments default.
-        probe_tokens: length of the two sequences that activations and entropies are seen on.
-        schedule: of a pretrained model: floors rise under its norms, and its caps tighten to the config's, while it trains
-            (RetrofitSchedule). Resumed by the same script from the same pretrained weights.
-        calibration: batches for the floors of norms="calibrated" (see `calibrate`), where the config names none.
-        adapter_budget: of LoRA: how much of the base's own norm a block may change by
-            (`constrain_adapters(model, budget, relative=True)`). None leaves budgets that are there, and takes 0.1 for
-            adapters on a base that was never retrofitted; on one that was, its caps hold in any case.
+            optimizer, and otherwise keeps the user's and projects after its steps. With adapters
+            (peft) None always keeps the user's optimizer.
+        lr: Muon's rate in RMS->RMS norm per step. None takes `args.learning_rate`, or 0.05 if that
+            has the default of TrainingArguments.
+        probe_tokens: length of the two sequences on which activations and entropies are measured.
+        schedule: a RetrofitSchedule for a pretrained model: while it trains, floors rise under its
+            norms and its caps tighten to those of the config. A run with a schedule is resumed by
+            the same script from the same pretrained weights.
+        calibration: batches for the floors of norms="calibrated" (see `calibrate`), needed if the
+            config has no floors.
+        adapter_budget: for LoRA, how much a block may change, as a share of the norm of its base
+            (`constrain_adapters(model, budget, relative=True)`). None leaves present budgets as
+            they are, and sets 0.1 for adapters on a base that was never retrofitted. A retrofitted
+            base has caps, which hold in any case.
         **muon: further arguments of LipschitzMuon (`adamw_lr`, `embedding_lr`, `momentum`, ...).
 
-    A certificate that cannot be had does not end a run. A warning says why, once for each reason, and its
-    keys are missing from the log entry, or `certificate.json` from the checkpoint.
+    If a certificate cannot be given, the run goes on. A warning says why, once for each reason. The
+    keys are then missing from the log entry, or `certificate.json` from the checkpoint.
 
-    The keys it logs are in `hf_measure.METRICS`. They reach the progress bar, `trainer.state.log_history` and
-    TensorBoard. Other reporters (wandb, mlflow) run before a user's callback; for those add one line
-    after building the Trainer: `LipschitzCallback.put_first(trainer)`.
+    The logged keys are those of metrics.METRICS. They reach the progress bar,
+    `trainer.state.log_history` and TensorBoard. Other reporters (wandb, mlflow) run before a user's
+    callback. For those add one line after building the Trainer:
+    `LipschitzCallback.put_first(trainer)`.
 
     Raises:
-        ConfigError: when it is built, an argument of another type, out of range, or that is not known.
-        TrainerError: DeepSpeed, liger kernels, `model_init`, a second LipschitzCallback, or a config for a
-            base that carries adapters already.
+        ConfigError: when the callback is built, an argument is unknown, out of range, or of the
+            wrong type.
+        TrainerError: the run uses DeepSpeed, liger kernels, `model_init` or a second
+            LipschitzCallback, or a config was given for a base that carries adapters already.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class LipschitzCallback(TrainerCallback):
     def put_first(trainer: Any) -> None:
         """Let this callback log before every reporter, so that wandb and others get its keys."""
         callbacks = trainer.callback_handler.callbacks
-        # behind Trainer's own, which says whether a step logs, evaluates and saves
+        # Trainer's own callback stays in front: it decides if a step logs, evaluates and saves.
         order = (DefaultFlowCallback, LipschitzCallback)
         callbacks.sort(
             key=lambda c: next(
@@ -156,14 +163,13 @@ class LipschitzCallback(TrainerCallback):
                 logger.info("learning_rate is %g, in RMS->RMS norm per step", rate)
             args.learning_rate = rate
             options = {"momentum": 0.95, "weight_decay": args.weight_decay, **self.muon}
-            args.optim_args = ",".join(
-                filter(None, [optim_args(options), args.optim_args])
-            )  # the user's own win
+            # The user's own come last, because later ones win.
+            args.optim_args = ",".join(filter(None, [optim_args(options), args.optim_args]))
             register_optimizer()
             args.optim = OPTIM_NAME
 
     def _constrain(self, model: Any, config: LipschitzConfig | None) -> RetrofitReport | None:
-        """What is to be held of this model from now on; None if it says so itself."""
+        """Put limits on the model. Returns a report, or None if its present limits stay."""
         retrofitted = find_retrofit(model) is not None
         if hasattr(model, "peft_config") and (not retrofitted or self.adapter_budget is not None):
             if has_budget(model) and self.adapter_budget is None:
@@ -192,13 +198,14 @@ class LipschitzCallback(TrainerCallback):
         if find_retrofit(model) is None and not has_budget(model):
             if not self._began_with_trainer:
                 raise TrainerError(
-                    "This LipschitzCallback was added to a Trainer that had been built already, too late to "
-                    "retrofit its model. Give it to the Trainer when it is built: Trainer(..., "
-                    "callbacks=[LipschitzCallback()])."
+                    "This LipschitzCallback was added to a Trainer that had been built already, "
+                    "too late to retrofit its model. Give it to the Trainer when it is built: "
+                    "Trainer(..., callbacks=[LipschitzCallback()])."
                 )
             raise TrainerError(
-                "The model in training is not the one that was retrofitted: Trainer(model_init=...) builds a new one at "
-                "train(). Build the model first and pass it as Trainer(model=...)."
+                "The model in training is not the one that was retrofitted: "
+                "Trainer(model_init=...) builds a new one at train(). Build the model first and "
+                "pass it as Trainer(model=...)."
             )
         inner = getattr(optimizer, "optimizer", optimizer)
         replicas = _replicas(args, model)
@@ -260,14 +267,13 @@ class LipschitzCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if (
-            state.global_step >= state.max_steps
-        ):  # before the last evaluation and the last checkpoint
+        # The schedule has to end before the last evaluation and the last checkpoint.
+        if state.global_step >= state.max_steps:
             self._follow(args, state, kwargs["model"], kwargs["optimizer"])
         if control.should_save and state.is_world_process_zero:
             _make_way(_checkpoint(args, state))
 
-    on_epoch_end = on_evaluate = on_step_end  # where Trainer decides to save, too
+    on_epoch_end = on_evaluate = on_step_end  # the Trainer may decide to save there, too
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -302,13 +308,19 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _make_way(folder: Path) -> None:
-    """A folder that an earlier run wrote: if this save is cut off, it must not pass for complete, nor its certificate stay."""
+    """Remove the marks of completeness from a folder that an earlier run wrote.
+
+    If this save is cut off, the folder must not pass for complete, nor keep its old certificate.
+    """
     for name in (CERTIFICATE, "trainer_state.json"):
         (folder / name).unlink(missing_ok=True)
 
 
 def _replicas(args: TrainingArguments, model: nn.Module) -> Any:
-    """The group of processes that hold equal copies of the model (DDP); None alone, or if it is sharded."""
+    """The process group that holds equal copies of the model (DDP), or None.
+
+    It is None for a single process, and for a sharded model.
+    """
     if args.parallel_mode != ParallelMode.DISTRIBUTED or has_shards(model):
         return None
     return torch.distributed.group.WORLD
@@ -321,7 +333,11 @@ def _tensorboard_dir(args: TrainingArguments) -> str:
 def follow(
     schedule: RetrofitSchedule, state: TrainerState, model: Any, optimizer: Any, process_group: Any
 ) -> None:
-    """Bring the model to where the schedule has it at this step: of the last multiple of `every`, so a resumed run's too."""
+    """Bring the model to where the schedule has it at the present step.
+
+    A schedule changes the model at multiples of `every` only. So the last multiple counts, which
+    also brings a resumed run to where it was.
+    """
     if state.max_steps <= 0:
         return
     step = state.global_step

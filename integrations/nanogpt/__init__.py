@@ -1,1 +1,1 @@
-"""nanoGPT, untouched: its train.py and sample.py under constraint."""
+"""nanoGPT under constraint, with its train.py and sample.py untouched."""

@@ -1,4 +1,4 @@
-"""python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR train.py ...: see run.py."""
+"""Runs `python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR train.py ...`; see run.py."""
 
 import sys
 

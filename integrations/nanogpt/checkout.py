@@ -1,4 +1,4 @@
-"""A nanoGPT checkout: its scripts, the files of a run, and how to be in its folder for a while."""
+"""A nanoGPT checkout: the names of its files, and a way to run code as if in its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ SCRIPTS = ("train.py", "sample.py")
 
 @contextmanager
 def inside(folder: Path, argv: list[str]) -> Iterator[None]:
-    """Be where a script run by hand in `folder` would be; then back, its modules forgotten."""
+    """Run the body as a script that was started by hand in `folder`.
+
+    Afterwards the working directory, sys.argv and sys.path are as before, and the modules that were
+    imported from `folder` are forgotten.
+    """
     cwd, old_argv, old_path, old_model = (
         os.getcwd(),
         sys.argv,

@@ -1,4 +1,7 @@
-"""Checkpoints of nanoGPT, plain or of our runner, loaded with every check that can be made."""
+"""`load_nanogpt`: checkpoints of nanoGPT, loaded with every check that can be made.
+
+They may be plain ones, or written by the runner in run.py.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,20 @@ from lip_plugin.integrations.nanogpt.patch import Options, _retrofit
 
 
 def load_nanogpt(path: str | Path, directory: str | Path) -> nn.Module:
-    """The model of a ckpt.pt (or of the folder around it), in eval mode, on the CPU.
+    """Load the model of a ckpt.pt, in eval mode, on the CPU.
 
-    Its code is `model.py` of the checkout `directory`, which is imported. A `lipschitz.json` beside the
-    checkpoint says that it was trained under the constraint, and how.
+    A `lipschitz.json` beside the checkpoint says that it was trained under the constraint, and with
+    which options.
+
+    Args:
+        path: the ckpt.pt, or the folder that holds it.
+        directory: a nanoGPT checkout. Its `model.py` has the code of the model, and is imported.
 
     Raises:
-        ConfigError: no checkout in `directory`.
-        CheckpointError: a file that is missing, truncated, or does not fit the model it describes.
+        ConfigError: `directory` is no checkout.
+        UnsupportedModelError: its `model.py` is not nanoGPT's.
+        CheckpointError: a file is missing or truncated, or does not fit the model that it
+            describes.
     """
     path, folder = Path(path), Path(directory).resolve()
     path = path / CHECKPOINT if path.is_dir() else path
@@ -61,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.") from error
-    except Exception as error:  # an unpickler raises anything at all on garbage
+    except Exception as error:  # an unpickler may raise any exception when it reads garbage
         raise CheckpointError(f"{path} is truncated or no checkpoint: copy it anew.") from error
     if not isinstance(stored, dict) or not {"model", "model_args"} <= stored.keys():
         raise CheckpointError(f"{path} is not nanoGPT's: it has no 'model' and 'model_args'.")

@@ -1,4 +1,7 @@
-"""nanoGPT's GPT as an Architecture: plain data, told by its attributes (it has no model_type)."""
+"""nanoGPT's GPT as an Architecture.
+
+The model has no model_type, so it is recognized by its attributes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ NANOGPT = Architecture(
     head="lm_head",
     heads="n_head",
     kv_heads=None,
-    # scaled_dot_product_attention with its default scale: there is no attribute to set
+    # It calls scaled_dot_product_attention with the default scale, so no attribute holds it.
     attention=Attention(module="attn", norm="ln_1", qkv="c_attn", out="c_proj", scaling=None),
     mlp=Mlp(module="mlp", norm="ln_2", up="c_fc", down="c_proj", act="gelu"),
 )
@@ -32,11 +35,11 @@ def _matches(model: nn.Module) -> bool:
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(ids, ids)[0]  # without targets its forward gives the last position only
+    return model(ids, ids)[0]  # without targets the forward gives only the last position
 
 
 def _norm(module: Any) -> NormFacts | None:
-    """nanoGPT's LayerNorm, whose eps is a literal in its forward."""
+    """The facts about nanoGPT's LayerNorm, whose eps is a literal in its forward."""
     own = plain_norm_class(module).__name__ == "LayerNorm" and not hasattr(module, "eps")
     return NormFacts(1e-5, True) if own else None
 

@@ -1,4 +1,7 @@
-"""patch(): nanoGPT's GPT class, changed in memory, builds constrained models trained by LipschitzMuon."""
+"""`patch(GPT)`: change nanoGPT's GPT class in memory, so that it builds constrained models.
+
+A patched class also makes LipschitzMuon in its configure_optimizers. No file of nanoGPT is changed.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,23 @@ from lip_plugin.optim.enforce import project_
 from lip_plugin.optim.muon import LipschitzMuon
 from lip_plugin.surgery.retrofit import retrofit
 
-SENTINEL = "lipschitz_retrofit"  # state_dict key of a model that kept its norms, see _retrofit
+SENTINEL = "lipschitz_retrofit"  # state_dict key of a model that kept its norms; see _retrofit
 OPTION_PREFIX = "--lip_"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every choice of a run: the constraint, and the rates that nanoGPT has no names for.
+    """Every choice of a run: the constraint, and the rates for which nanoGPT has no names.
 
     Args:
         config: see LipschitzConfig.
         lr: rate of the matrices at nanoGPT's full learning_rate, in RMS->RMS norm per step.
         embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
         adamw_lr: rate of biases and kept norms; None takes nanoGPT's learning_rate.
-        momentum: of matrices and rows.
+        momentum: momentum of matrices and rows.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
 
     config: LipschitzConfig = field(default_factory=LipschitzConfig)
@@ -59,12 +62,15 @@ class Options:
             raise ConfigError(f"untie_head={self.config.untie_head!r}: must be True or False.")
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat dictionary of JSON types; its keys are the runner's options."""
+        """One flat dictionary of JSON types. Its keys are the names of the runner's options."""
         return {**self.config.to_dict(), **{name: getattr(self, name) for name in _RATES}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Options:
-        """Inverse of `to_dict`; keys that are absent take their defaults, unknown ones raise ConfigError."""
+        """The inverse of `to_dict`.
+
+        Absent keys take their defaults. Unknown ones raise ConfigError.
+        """
         rates = {k: v for k, v in values.items() if k in _RATES}
         config = {k: v for k, v in values.items() if k not in _RATES}
         return cls(LipschitzConfig.from_dict({**cls().config.to_dict(), **config}), **rates)
@@ -79,15 +85,15 @@ def patch(
     """Make every model that nanoGPT's GPT class builds a constrained one, trained by LipschitzMuon.
 
     Args:
-        gpt_class: the class; changed in memory only.
+        gpt_class: the class. It is changed in memory only.
         config: see LipschitzConfig; None takes its defaults.
-        rates: `lr`, `embedding_lr`, `adamw_lr`, `momentum`, see Options.
+        rates: `lr`, `embedding_lr`, `adamw_lr` and `momentum`; see Options.
 
     Returns:
         A function that gives the class its own methods back.
 
     Raises:
-        ConfigError: a class that is patched already, or a rate outside its range.
+        ConfigError: the class is patched already, or a rate is outside its range.
     """
     options = Options(config or Options().config, **rates)
     return install(gpt_class, lambda: options, lambda model: None)
@@ -96,7 +102,16 @@ def patch(
 def install(
     gpt_class: Any, current: Callable[[], Options], built: Callable[[nn.Module], None]
 ) -> Callable[[], None]:
-    """Patch the class; `current` is asked at each construction, `built` is told of each model."""
+    """Patch the class, with options that are looked up when a model is built.
+
+    Args:
+        gpt_class: the class.
+        current: gives the options; it is called at each construction.
+        built: called with each model that was built.
+
+    Returns:
+        A function that gives the class its own methods back.
+    """
     if getattr(gpt_class.__init__, "lip_patched", False):
         raise ConfigError(
             f"{gpt_class.__name__} is patched already. Call what patch() returned first."
@@ -116,10 +131,10 @@ def install(
         config = current().config
         if config.norms is None:
             raise ConfigError(
-                "init_from=gpt2* loads pretrained weights, and a trained model is a function of its norms: "
-                "removing them destroys what it learned. Say which you want: "
-                f"{OPTION_PREFIX}norms=keep caps the weights only, "
-                f"{OPTION_PREFIX}norms=remove removes the norms all the same."
+                "init_from=gpt2* loads pretrained weights, and a trained model is a function of "
+                "its norms: removing them destroys what it learned. Say which you want: "
+                f"{OPTION_PREFIX}norms=keep caps the weights only, {OPTION_PREFIX}norms=remove "
+                "removes the norms all the same."
             )
         loading_pretrained = True
         try:
@@ -130,16 +145,14 @@ def install(
             model,
             dataclasses.replace(config, init="keep" if config.init == "auto" else config.init),
         )
-        project_(
-            model, "hard_cap"
-        )  # of all maps to within the caps, the one that moves the weights least
+        project_(model, "hard_cap")  # the projection that moves the weights least
         built(model)
         return model
 
     def configure_optimizers(
         self: Any, weight_decay: float, learning_rate: float, betas: Any, device_type: str
     ) -> LipschitzMuon:
-        # no use for weight_decay: the caps bound the weights, and biases have none in nanoGPT either
+        # weight_decay is not used. The caps bound the weights, and nanoGPT does not decay biases.
         return make_optimizer(self, current(), learning_rate, betas)
 
     __init__.lip_patched = True  # type: ignore[attr-defined]
@@ -158,20 +171,29 @@ def install(
 def _retrofit(model: nn.Module, config: LipschitzConfig) -> None:
     retrofit(model, config)
     if not config.recipe:
-        # Without norms a plain nanoGPT refuses the checkpoint, because it misses their keys. With them
-        # it would load it, head into embedding, and compute something else: one key more stops that.
+        # A plain nanoGPT refuses a checkpoint without norms, because their keys are missing. One
+        # with norms it would load, the untied head into the embedding, and compute something else.
+        # This additional key makes it refuse that too.
         model.register_buffer(SENTINEL, torch.ones(()))
 
 
 def make_optimizer(
     model: nn.Module, options: Options, learning_rate: float, betas: Sequence[float]
 ) -> LipschitzMuon:
-    """LipschitzMuon with nanoGPT's learning_rate as every group's `lr`, and our rates over it as `lr_ratio`.
+    """Build LipschitzMuon so that nanoGPT's learning_rate moves all rates.
 
-    nanoGPT's loop writes one number into all groups; every rate then moves in proportion to it.
+    Every group gets nanoGPT's learning_rate as its `lr`, and our rate over it as its `lr_ratio`.
+    nanoGPT's loop writes one number into the `lr` of all groups, and every rate then changes in
+    proportion.
+
+    Args:
+        model: a retrofitted model.
+        options: the rates.
+        learning_rate: that of nanoGPT.
+        betas: those of nanoGPT, for the AdamW inside.
 
     Raises:
-        ConfigError: a learning_rate that is not above 0, because no ratio to it exists.
+        ConfigError: learning_rate is not above 0, so there is no ratio to it.
     """
     if not 0 < learning_rate < math.inf:
         raise ConfigError(

@@ -1,12 +1,17 @@
-"""Runs an untouched nanoGPT checkout under the constraint: its train.py, its sample.py, its options.
+"""Runs an untouched nanoGPT checkout under constraint: its train.py, its sample.py, its options.
 
-    python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR config/train_shakespeare_char.py --lip_w_max=2
-    python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR sample.py --out_dir=out-shakespeare-char
+    RUN="python -m lip_plugin.integrations.nanogpt --nanogpt-dir DIR"
+    $RUN config/train_shakespeare_char.py --lip_w_max=2
+    $RUN sample.py --out_dir=out-shakespeare-char
 
-No file of the checkout is changed: the class `model.GPT` is patched in memory, so that every model it
-builds is retrofitted and trained by LipschitzMuon. Beside each ckpt.pt lie then `lipschitz.json` (the
-choices, read again by init_from=resume and sample.py) and `certificate.json`. A fork that has its
-own start script calls `patch(GPT, LipschitzConfig(...))` instead, right after importing GPT.
+No file of the checkout is changed. The class `model.GPT` is patched in memory, so that every model
+it builds is retrofitted and trained by LipschitzMuon.
+
+Beside each ckpt.pt the runner writes `lipschitz.json` and `certificate.json`. The first holds the
+options, and is read again by init_from=resume and sample.py.
+
+A fork of nanoGPT with its own start script calls `patch(GPT, LipschitzConfig(...))` instead, right
+after it imports GPT; see patch.py.
 """
 
 from __future__ import annotations
@@ -40,13 +45,12 @@ from lip_plugin.integrations.nanogpt.checkout import (
 )
 from lip_plugin.integrations.nanogpt.patch import OPTION_PREFIX, Options, install
 
-logger = logging.getLogger(
-    "lip_plugin.integrations.nanogpt.run"
-)  # __name__ is "__main__" under python -m
+# Not __name__, which is "__main__" under python -m.
+logger = logging.getLogger("lip_plugin.integrations.nanogpt.run")
 
 
 class _Run:
-    """One run of a script: what it was told, the model it built, and what lies beside its checkpoints."""
+    """One run of a script: its options, its model, and the files beside its checkpoints."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = dict(given)
@@ -55,21 +59,22 @@ class _Run:
 
     def built(self, model: nn.Module) -> None:
         self.model = model
-        # "remove" is what None means here; said in words, so that --lip_norms=remove agrees with it later
+        # None means "remove" here. It is written out, so that --lip_norms=remove is not refused as
+        # another option when the run is resumed.
         config = replace(self.options.config, norms=self.options.config.norms or "remove")
         self.options = replace(self.options, config=config)
         logger.info("constrained: %s", json.dumps(self.options.to_dict()))
 
     @contextmanager
     def beside_checkpoints(self) -> Iterator[None]:
-        """While inside, torch.save and torch.load of a ckpt.pt also write and read what lies beside it."""
+        """Let torch.save and torch.load of a ckpt.pt also write and read the files beside it."""
         save, load = torch.save, torch.load
 
         def save_too(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
             if not _is_checkpoint(f) or self.model is None:
                 return save(obj, f, *args, **kwargs)
             folder = Path(f).parent
-            # at no moment may a certificate lie beside weights that it was not computed from
+            # A certificate must never lie beside weights that it was not computed from.
             (folder / CERTIFICATE).unlink(missing_ok=True)
             write_whole(
                 folder / SETTINGS,
@@ -92,7 +97,7 @@ class _Run:
     def _certify(self, model: nn.Module, folder: Path) -> None:
         try:
             weights, caps = certify(model, source="weights"), certify(model, source="caps")
-        except CertificateError as error:  # hours of training are worth more than one certificate
+        except CertificateError as error:  # a missing certificate must not end a long training
             logger.error("no certificate for this checkpoint: %s", error)
             return
         write_whole(folder / CERTIFICATE, weights.to_json() + "\n")
@@ -104,15 +109,16 @@ class _Run:
         )
 
     def _adopt(self, checkpoint: Path) -> None:
-        """Take the choices that the checkpoint was made with; refuse options that differ from them."""
+        """Take the options that the checkpoint was made with, and refuse others."""
         path = checkpoint.with_name(SETTINGS)
         if not path.exists():
             raise ConfigError(
-                f"{checkpoint} has no {SETTINGS} beside it, so it is a plain nanoGPT checkpoint, trained "
-                "with norms. Use another out_dir and init_from=scratch, or run nanoGPT's own scripts on it."
+                f"{checkpoint} has no {SETTINGS} beside it, so it is a plain nanoGPT checkpoint, "
+                "trained with norms. Use another out_dir and init_from=scratch, or run nanoGPT's "
+                "own scripts on it."
             )
         try:
-            # runs from before the option existed had no logit_scale
+            # Runs from before logit_scale existed had a scale of 1.
             stored = Options.from_dict(
                 {"logit_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))}
             )
@@ -127,9 +133,9 @@ class _Run:
                 f"{OPTION_PREFIX}{k}={self.given[k]} (it has {values[k]})" for k in wrong
             )
             raise ConfigError(
-                f"{checkpoint} was made with other options than {told}. Leave them out: they are read from "
-                f"{SETTINGS}. To change the rates of a resumed run, change nanoGPT's learning_rate: all of "
-                "them move in proportion to it."
+                f"{checkpoint} was made with other options than {told}. Leave them out: they are "
+                f"read from {SETTINGS}. To change the rates of a resumed run, change nanoGPT's "
+                "learning_rate: all of them move in proportion to it."
             )
         self.options = stored
 
@@ -144,16 +150,16 @@ def run(
     """Run the checkout's train.py, or the script of SCRIPTS that `arguments` starts with.
 
     Args:
-        directory: the checkout; the script's working directory, as nanoGPT expects.
-        arguments: the script's own.
-        options: by the names that `Options.to_dict` has.
+        directory: the checkout. It is the script's working directory, as nanoGPT expects.
+        arguments: the arguments of the script.
+        options: our options, by the names that `Options.to_dict` has.
 
     Returns:
         The script's global variables at its end.
 
     Raises:
-        ConfigError: no checkout in `directory`, or an option that is unknown, out of range, or other
-            than the checkpoint's.
+        ConfigError: `directory` is no checkout, or an option is unknown, out of range, or differs
+            from that of the checkpoint.
         UnsupportedModelError: `model.GPT` is not nanoGPT's, or the script never built one.
     """
     folder, arguments = Path(directory).resolve(), list(arguments)
@@ -161,8 +167,8 @@ def run(
     missing = [name for name in ("model.py", script) if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{folder} has no {' and no '.join(missing)}: --nanogpt-dir takes the folder of a nanoGPT "
-            "checkout (git clone https://github.com/karpathy/nanoGPT)."
+            f"{folder} has no {' and no '.join(missing)}: --nanogpt-dir takes the folder of a "
+            "nanoGPT checkout (git clone https://github.com/karpathy/nanoGPT)."
         )
     state = _Run(options or {})
     with inside(folder, [script, *arguments]):
@@ -185,12 +191,14 @@ def run(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lip_plugin.integrations.nanogpt",
-        usage="%(prog)s --nanogpt-dir DIR [--lip_KEY=VALUE ...] [train.py|sample.py] [its arguments ...]",
-        description="Run an untouched nanoGPT checkout with norm-constrained weights, LipschitzMuon, and a "
-        "certificate beside every checkpoint. Paths are relative to DIR, as in nanoGPT. "
-        f"{SETTINGS} beside {CHECKPOINT} keeps the {OPTION_PREFIX}* options, so init_from=resume and "
-        "sample.py need none of them.",
-        epilog="Meanings: LipschitzConfig's documentation, and for the rates Options in this module.",
+        usage="%(prog)s --nanogpt-dir DIR [--lip_KEY=VALUE ...] [train.py|sample.py] "
+        "[its arguments ...]",
+        description="Run an untouched nanoGPT checkout with norm-constrained weights, "
+        "LipschitzMuon, and a certificate beside every checkpoint. Paths are relative to DIR, as "
+        f"in nanoGPT. {SETTINGS} beside {CHECKPOINT} keeps the {OPTION_PREFIX}* options, so "
+        "init_from=resume and sample.py need none of them.",
+        epilog="Meanings: LipschitzConfig's documentation, and for the rates Options in this "
+        "module.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -208,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _value(text: str) -> Any:
-    """A python literal, as nanoGPT reads its own options; any other text is a string."""
+    """Read a python literal, as nanoGPT does for its options. Any other text is a string."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -216,7 +224,11 @@ def _value(text: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 (by SystemExit) for options that are not understood."""
+    """The command line.
+
+    Returns:
+        The exit status. Options that are not understood end the process with status 2.
+    """
     parser = _parser()
     known, theirs = parser.parse_known_args(argv)
     unknown = [a for a in theirs if a.startswith(OPTION_PREFIX)]

@@ -1,1 +1,1 @@
-"""peft: adapters within caps and budgets."""
+"""peft: adapters that are held within caps and budgets."""

@@ -1,9 +1,16 @@
-"""constrain_adapters(model, budget): every block of the change s B A within a budget, on any base, capped or not.
+"""Budgets for adapters: `constrain_adapters` bounds every block of the change s B A.
 
-The nearest factors within a budget c are found from k x k matrices alone. With E = B into = U S V^T (peft_factors.py),
-clipping S at c gives the change that is nearest to s B A in the Frobenius norm (and every other unitarily invariant
-one) among all matrices within c; its rows are combinations of those of A, so A stays as it is and
-B <- B into V diag(min(1, c / S)) V^T back.
+A budget needs no caps on the base, which may be untouched or quantized. Open this file for the
+marking of the layers, and for the projections that keep budgets.
+
+The nearest factors within a budget c follow from k x k matrices alone. Let E = B into = U S V^T be
+the change in the coordinates of factors.py. Clipping S at c gives the matrix within c that is
+nearest to s B A, in the Frobenius norm and every other unitarily invariant norm. Its rows are
+combinations of the rows of A. So A stays as it is, and
+
+    B <- B into V diag(min(1, c / S)) V^T back
+
+The proof is in docs/maths.md, section 15.
 """
 
 from __future__ import annotations
@@ -34,37 +41,41 @@ from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment, one_block
 from lip_plugin.model.parts import parts
 from lip_plugin.surgery.plan import Plan, RetrofitReport
 
-ACCEPT = 1.0 + 1e-4  # of a budget, in the norm: what is left alone
-# Of a DoRA's budget the part that B A may use; the magnitudes share the rest.
+ACCEPT = 1.0 + 1e-4  # a block with a norm up to this times its budget is left alone
+# The share of a DoRA's budget that s B A may use. The magnitudes use the rest.
 DORA_SHARE = 0.5
-# What is tried in turn on a block above its budget: the clipping, then (what rounding to the adapter's dtype left) less.
+# Factors on the budget that are tried in turn on a block above it. The first is the exact clipping.
+# The smaller ones are for what rounding to the adapter's dtype leaves above.
 _ATTEMPTS = (1.0, 0.996, 0.98, 0.9, 0.5, 0.0)
 
 
 def constrain_adapters(
     model: nn.Module, budget: float, *, relative: bool = False, granularity: str = "head"
 ) -> RetrofitReport:
-    """Hold every block of what LoRA adds, s B A (of DoRA W' - W0), within a budget in the RMS->RMS norm.
+    """Hold every block of what LoRA adds to a layer within a budget in the RMS->RMS norm.
 
-    Marks the layers; `attach_projection(optimizer, model)`, LipschitzMuon or LipschitzCallback then keep the budget after
-    every step. The base may be retrofitted (its caps hold as well) or untouched. Call it again to change the budget;
-    `release_adapters` takes it off.
+    LoRA adds s B A. For DoRA the change is W' - W0. This call only marks the layers. Afterwards
+    `attach_projection(optimizer, model)`, LipschitzMuon or LipschitzCallback keep the budget after
+    every step. The base may be untouched, or retrofitted, and then its caps hold as well. Call it
+    again to change the budget, and `release_adapters` to take it off.
 
     Args:
-        model: with peft's LoRA adapters on it.
+        model: a model with peft's LoRA adapters on it.
         budget: largest RMS->RMS norm of a block's change.
-        relative: the budget is a share of the base's own norms: of the largest norm among the blocks of the same role in
-            the layer (the heads of q, say).
-        granularity: `"head"` bounds each head of q, k and v on its own where the model's family is known;
-            `"matrix"` takes whole matrices.
+        relative: take the budget as a share of the base's own norms. The norm that counts is the
+            largest among the blocks of the same role in the layer (the heads of q, say).
+        granularity: `"head"` bounds each head of q, k and v on its own if the model's family is
+            known. `"matrix"` bounds whole matrices.
 
     Returns:
-        A report that prints as a table, one line per layer.
+        A report that prints as a table, with one line for each layer.
 
     Raises:
-        ConfigError: a budget that is not positive and finite, a relative one on a base of zeros.
-        UnsupportedModelError: no LoRA adapters, or a kind without a rule; see `peft_layers`.
-        TrainerError: adapters are merged. Nothing was changed.
+        ConfigError: the budget is not positive and finite, or it is relative and a base is zero.
+        UnsupportedModelError: there are no LoRA adapters, or one has no rule (see layers.py).
+        TrainerError: adapters are merged.
+
+    After any of these errors nothing was changed.
     """
     require_module(model, "constrain_adapters")
     if (
@@ -92,14 +103,15 @@ def constrain_adapters(
         )  # type: ignore[misc]
     if not plan.steps:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no LoRA layer. Call get_peft_model(model, LoraConfig(...)) first. (OFT and HRA keep "
-            "norms by themselves and have no size that a budget could bound.)"
+            f"{type(model).__name__} has no LoRA layer. Call get_peft_model(model, "
+            "LoraConfig(...)) first. (OFT and HRA keep norms by themselves and have no size that a "
+            "budget could bound.)"
         )
     return plan.carry_out()
 
 
 def release_adapters(model: nn.Module) -> int:
-    """Take the budgets off again; gives the number of layers that had one."""
+    """Take the budgets off again. Returns the number of layers that had one."""
     found = [m for m in model.modules() if BUDGET in m.__dict__]
     for module in found:
         del module.__dict__[BUDGET]
@@ -112,7 +124,7 @@ def has_budget(model: nn.Module) -> bool:
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
-    """The LoRA layers on linear maps, checked."""
+    """The (name, layer) pairs of LoRA on linear maps. Raises for those without a rule."""
     found = []
     for name, module in model.named_modules():
         layer: Any = module
@@ -126,7 +138,8 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
             or hasattr(layer, "parameter_name")
         ):
             raise UnsupportedModelError(
-                f"{name}: LoRA on {type(base).__name__}, where a change has no rule here. Leave it out of target_modules."
+                f"{name}: LoRA on {type(base).__name__}, where a change has no rule here. Leave it "
+                "out of target_modules."
             )
         try:
             refuse_function(layer)
@@ -138,7 +151,7 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _roles(model: nn.Module) -> dict[str, tuple[str, Any]]:
-    """name -> (role, Parts) of every linear map of the model inside, if its family is known; else empty."""
+    """The (role, Parts) of every linear map, by its full name; empty if the family is unknown."""
     for prefix, module in model.named_modules():
         try:
             names = parts(module, find_family(module).architecture)
@@ -149,7 +162,7 @@ def _roles(model: nn.Module) -> dict[str, tuple[str, Any]]:
 
 
 def _layout(name: str, layer: Any, budget: float, role: Any, granularity: str) -> Layout:
-    """Blocks of the change: as the base's own, as its family's, or the whole matrix."""
+    """Blocks of the change: those of the base, or of its family, or the whole matrix."""
     base = layer.base_layer
     if isinstance(base, Constrained):
         parts_ = base.layout.segments
@@ -173,7 +186,7 @@ def _with_cap(segment: Segment, cap: float) -> Segment:
 
 @torch.no_grad()
 def _relative(name: str, layout: Layout, layer: Any) -> Layout:
-    """The budgets as shares of the base's norms now."""
+    """The layout with budgets that are shares of the base's present norms."""
     segments = []
     weight = base_weight(layer)
     for segment, blocks in layout.views(
@@ -182,8 +195,8 @@ def _relative(name: str, layout: Layout, layer: Any) -> Layout:
         size = float(rms_to_rms_upper(blocks).max())
         if not 0 < size < math.inf:
             raise ConfigError(
-                f"{name}: the base's {segment.role} block is {size:g}, so a share of it is no budget. "
-                "Use relative=False."
+                f"{name}: the base's {segment.role} block is {size:g}, so a share of it is no "
+                "budget. Use relative=False."
             )
         assert segment.cap is not None
         segments.append(_with_cap(segment, segment.cap * size))
@@ -191,19 +204,23 @@ def _relative(name: str, layout: Layout, layer: Any) -> Layout:
 
 
 def limits(layout: Layout, d_in: int) -> list[tuple[Segment, float]]:
-    """(segment, its cap in the 2-norm) of the segments that have one."""
+    """The (segment, its cap as a 2-norm) pairs of the segments that have a cap."""
     return [(s, s.cap * math.sqrt(s.d_out / d_in)) for s in layout.segments if s.cap is not None]
 
 
 def budgets_of(f: Factors) -> list[tuple[Segment, float]]:
-    """(segment, what s B A may have there in the 2-norm): the budget, or DoRA's share of it."""
+    """The (segment, largest 2-norm of s B A) pairs: budgets, or the shares that DoRA leaves."""
     assert f.budget is not None
     share = DORA_SHARE if f.kind == DORA else 1.0
     return [(s, share * c) for s, c in limits(f.budget, f.factors[0][0].shape[1])]
 
 
 def clip_to_budget_(factors: list[Factors]) -> None:
-    """Bring every block of the change within its budget; blocks within keep every bit. `coordinates` were called."""
+    """Bring every block of the change within its budget, by changing B.
+
+    Blocks that are within it keep every bit. `coordinates` must have been called on each of
+    `factors`.
+    """
     open_ = [(f, s, c) for f in factors for s, c in budgets_of(f)]
     for aim in _ATTEMPTS:
         above = _above(open_)
@@ -223,7 +240,11 @@ def clip_to_budget_(factors: list[Factors]) -> None:
 
 
 def shorten_to_budget_(factors: list[Factors]) -> None:
-    """Scale the blocks that a projection left above their budget: the smaller change is within the cap as well (convex)."""
+    """Scale down the blocks that a projection to the caps has left above their budget.
+
+    The shorter change is within the cap as well, because the set of changes within a cap is convex
+    and holds zero.
+    """
     for f in factors:
         f.coordinates()
         caps = budgets_of(f)
@@ -235,7 +256,7 @@ def shorten_to_budget_(factors: list[Factors]) -> None:
                 rows = f.b(slice(segment.start, segment.stop)).unflatten(
                     0, (segment.count, segment.d_out)
                 )
-                # by a little more, for what rounding to bf16 may lengthen
+                # It becomes a little shorter than needed, because rounding to bf16 may lengthen it.
                 f.write_blocks(
                     segment, at, rows[at] * (budget / size[at] * (1 - 2**-8))[:, None, None]
                 )
@@ -244,7 +265,7 @@ def shorten_to_budget_(factors: list[Factors]) -> None:
 def _above(
     open_: list[tuple[Factors, Segment, float]],
 ) -> list[tuple[tuple[Factors, Segment, float], Tensor]]:
-    """The entries with blocks above the budget, and which; one synchronization."""
+    """The entries with blocks above the budget, and which blocks; one synchronization."""
     if not open_:
         return []
     sizes = change_sizes([(f, s) for f, s, _ in open_])

@@ -1,9 +1,15 @@
-"""DoRA's magnitudes within what caps and budgets allow: W' = diag(g) V with V = W0 + s B A and g = m / rows(V).
+"""DoRA's magnitudes m, held within what caps and budgets allow.
 
-norm(W'_b) <= max(g) norm(V_b), so g <= cap / norm(V_b) on the block's rows keeps the cap; and as
-W' - W0 = (g - 1) W0 + g s B A, abs(g - 1) <= t with t norm(W0_b) + (1 + t) norm(s B_b A) <= budget keeps a budget.
-V is held first (peft_lora.py), so norm(V_b) <= cap, and g <= 1 always does. The rows of V come without forming it:
-with s A = into^T Q^T, Q orthonormal, and E = B into, rows(V)^2 = rows(W0)^2 + 2 sum(E * (W0 Q)) + rows(E)^2.
+A DoRA layer multiplies with W' = diag(g) V, where V = W0 + s B A and g = m / rows(V). rows(V) are
+the 2-norms of the rows of V. For each block b of rows:
+
+- Caps: norm(W'_b) <= max(g) norm(V_b). So g <= cap / norm(V_b) on its rows keeps the cap. V itself
+  is brought within the cap first (enforce.py). Then norm(V_b) <= cap, so g <= 1 always keeps it.
+- Budgets: W' - W0 = diag(g - 1) W0 + diag(g) s B A. So abs(g - 1) <= t keeps the budget if
+  t norm(W0_b) + (1 + t) norm(s B_b A) <= budget.
+
+rows(V) are computed without forming V. In the coordinates of factors.py the change is E Q^T with
+orthonormal columns of Q, so rows(V)^2 = rows(W0)^2 + 2 sum(E * (W0 Q)) + rows(E)^2.
 """
 
 from __future__ import annotations
@@ -19,20 +25,23 @@ from lip_plugin.integrations.peft.budget import limits
 from lip_plugin.integrations.peft.factors import Factors, change_sizes
 from lip_plugin.model.layers import is_transposed
 
-_SLACK = 1e-5  # of float32: peft's own rows(V), ours, and their quotient
+_SLACK = 1e-5  # float32 rounding of peft's rows(V), of ours, and of their quotient
 _ROWS: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = WeakKeyDictionary()
 
 
 def hold_magnitudes_(f: Factors, base_norms: list[Tensor], *, near: bool) -> None:
-    """Clamp m into the range that cap and budget leave; entries within keep every bit.
+    """Clamp m into the range that cap and budget leave. Entries within it keep every bit.
 
-    In bfloat16 m is 1/256 coarse, and no budget finer than that share of W0's norm can be kept: leave adapters in float32,
-    as peft does by default.
+    bfloat16 is 1/256 coarse, so in it no budget finer than that share of W0's norm can be kept.
+    Leave adapters in float32, as peft does by default.
 
-    `base_norms`: sigma_max of W0's blocks, by held segment. `near`: V was projected, so its blocks may be at their caps.
+    Args:
+        f: a DoRA layer. `coordinates` must have been called.
+        base_norms: sigma_max of the blocks of W0, for each segment with a cap or budget.
+        near: whether V was projected, so that its blocks may be at their caps.
     """
     m: Any = f.magnitude
-    low, high = rows_of(f, refuse=False)  # a row that is zero now gets m = 0
+    low, high = rows_of(f, refuse=False)  # a row that has become zero gets m = 0
     ceiling = torch.full_like(low, torch.inf)
     floor = torch.zeros_like(low)
     d_in = f.factors[0][0].shape[1]
@@ -53,11 +62,11 @@ def hold_magnitudes_(f: Factors, base_norms: list[Tensor], *, near: bool) -> Non
     least = torch.minimum(floor * high * (1.0 + _SLACK), most)
     now = m.detach().double()
     wanted = torch.minimum(torch.maximum(now, least), most)
-    if f.budget is None:  # m may be negative: a row turned around is as long, but far from W0's
+    # m may be negative. Such a row is as long, so its cap holds, but its change from W0 is large.
+    if f.budget is None:
         wanted = torch.where(now < 0, torch.maximum(now, -most), wanted)
-    off = (
-        wanted - now
-    ).abs() > 0.5 * _SLACK * now.abs()  # less is what rounding m to its dtype leaves
+    # Smaller differences are left by the rounding of m to its dtype.
+    off = (wanted - now).abs() > 0.5 * _SLACK * now.abs()
     if bool(off.any()):
         rounded = wanted.to(m.dtype)
         down = (wanted * (1.0 - torch.finfo(m.dtype).eps)).to(m.dtype)
@@ -75,9 +84,14 @@ def _take(rows: Tensor, segment: Any) -> Tensor:
 
 
 def rows_of(f: Factors, *, refuse: bool = True) -> tuple[Tensor, Tensor]:
-    """Bounds from below and above of the 2-norms of V's rows, float64 [d_out].
+    """Bounds from below and above of the 2-norms of V's rows, each float64 [d_out].
 
-    Raises UnsupportedModelError for a row that is zero, which DoRA divides by (unless told not to `refuse`).
+    Args:
+        f: a DoRA layer.
+        refuse: raise for rows of zeros, which DoRA would divide by.
+
+    Raises:
+        UnsupportedModelError: a row is zero, and `refuse` is set.
     """
     weight = f.weight()
     matrix = weight.t() if is_transposed(f.layer.base_layer) else weight
@@ -87,7 +101,7 @@ def rows_of(f: Factors, *, refuse: bool = True) -> tuple[Tensor, Tensor]:
         known = (key, matrix.double().square().sum(1))
         _ROWS[f.layer] = known
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    q = f.full_coordinates()  # in them B A is E, and no term is larger than what it adds up to
+    q = f.full_coordinates()  # in these coordinates the sums below do not cancel
     e = f.b(slice(None)) @ f.into
     f.coordinates()
     cross = (e * (matrix.to(wide) @ q.to(wide)).double()).sum(1)
@@ -101,7 +115,8 @@ def rows_of(f: Factors, *, refuse: bool = True) -> tuple[Tensor, Tensor]:
     if refuse and bool((low == 0).any()):
         row = int((low == 0).nonzero()[0])
         raise UnsupportedModelError(
-            f"{f.name}: row {row} of W0 + s B A is zero, and DoRA divides by its length. Leave the layer out of target_modules "
-            "(a fresh retrofit's output maps start at zero), or use a plain LoraConfig."
+            f"{f.name}: row {row} of W0 + s B A is zero, and DoRA divides by its length. Leave the "
+            "layer out of target_modules (a fresh retrofit's output maps start at zero), or use a "
+            "plain LoraConfig."
         )
     return low, high

@@ -1,17 +1,26 @@
-"""peft's adapters within caps: every block of the weight that a LoRA or DoRA layer multiplies with, in the RMS->RMS norm.
+"""Projections of peft's adapters: blocks that a LoRA or DoRA layer multiplies with keep caps.
 
-    retrofit(base); model = get_peft_model(base, LoraConfig(...)); attach_projection(optimizer, model)
+    retrofit(base)
+    model = get_peft_model(base, LoraConfig(...))
+    attach_projection(optimizer, model)
 
-After each step, block by block (blocks differ in rows of B, so each is a problem of its own):
-1. the size e of the block's change comes from k x k matrices; where norm(W0_b) + e is within the cap, nothing is done;
-2. elsewhere B is replaced by a point of {B : norm(W0_b + s B_b A) <= cap}, with A fixed (linalg/low_rank.py, with
-   s A = R Q^T and E = B R). What is feasible keeps every bit;
-3. budgets (peft_budget.py) are kept first, and once more behind 2, by shortening; DoRA's magnitudes last (peft_dora.py).
+After each step every block of rows is treated on its own, because each has its own rows of B:
 
-A base AT its caps leaves little room: scaling B would give nothing at all, since almost every
-direction leaves the ball. Z(l) keeps what turns or shrinks the singular directions that A reads and
-filters out what would lengthen them: training goes on, slower. The cure is room: retrofit with a
-`w_max` above the norms of the base. `project_adapters` says what is refused. OFT and HRA need none of this.
+1. Budgets are kept first (budget.py).
+2. The norm e of the block's change is computed from k x k matrices. If norm(W0_b) + e is within the
+   cap, nothing is done.
+3. Otherwise B_b is replaced by a point of {B_b : norm(W0_b + s B_b A) <= cap}, with A fixed
+   (nearest.py, lip_plugin/linalg/low_rank.py). A point of that set keeps every bit.
+4. A change that step 3 left above its budget is shortened.
+5. DoRA's magnitudes are clamped last (dora.py).
+
+A base at its caps leaves little room. Scaling B would leave nothing at all, because almost every
+direction leaves the ball. The projection of step 3 keeps what turns or shrinks the singular
+directions that A reads, and filters out what would lengthen them. Training goes on, but slower.
+The cure is room: retrofit with a `w_max` above the norms of the base.
+
+OFT and HRA keep norms by themselves and need none of this. What is refused is listed at
+`project_adapters`.
 """
 
 from __future__ import annotations
@@ -50,27 +59,33 @@ from lip_plugin.model.adapters import BlockNorms, LayerWrapper, register_layer_w
 from lip_plugin.model.layout import Segment
 from lip_plugin.optim.finite import check_finite
 
-WITHIN = 1.0 + 5e-5  # as peft_blocks.ACCEPT, of the norm
-BASE_TOLERANCE = 1e-3  # a base may exceed its cap by what storage in bf16 does to it
-# Of frozen bases, by layer: what they were found from, and the norms of their blocks.
+WITHIN = 1.0 + 5e-5  # of the norm; nearest.ACCEPT says the same of its square
+BASE_TOLERANCE = 1e-3  # how far storage in bf16 may lift a base above its cap
+# Norms of the blocks of frozen bases, by layer, with what they were computed from.
 _NORMS: WeakKeyDictionary[nn.Module, tuple[tuple, list[Tensor]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.0) -> int:
-    """Bring every block of W0 + s B A within its cap * (1 + 1e-4), RMS->RMS, by changing B only (and DoRA's m).
+    """Bring every block of W0 + s B A within cap * (1 + 1e-4), in the RMS->RMS norm.
 
-    Adapters that are active and trainable move together (all active ones, if none is trainable);
-    frozen active ones count as part of W0; inactive ones are not looked at. `method` and `lr` are
-    not used: on the adapters there is one map. Called by every projection of a model with caps or budgets.
+    Only B is changed, and DoRA's m. All active and trainable adapters of a layer move together. If
+    none is trainable, all active ones move. Other active ones count as part of W0, and inactive
+    ones are not looked at. Every projection of a model with caps or budgets calls this function.
+
+    Args:
+        model: the model with adapters.
+        method: not used, because adapters have only one projection.
+        lr: not used.
 
     Returns:
-        The number of blocks looked at.
+        The number of blocks that were looked at.
 
     Raises:
-        UnsupportedModelError: an adapter without a rule (see peft_layers.py), on an embedding, or on a layer without a
-            cap or budget.
-        ConfigError: W0 is above its cap. TrainerError: adapters are merged into W0.
+        UnsupportedModelError: an adapter has no rule (see layers.py), or is on an embedding, or on
+            a layer without a cap or budget.
+        ConfigError: W0 is above its cap.
+        TrainerError: adapters are merged into W0.
         NonFiniteError: a factor holds nan or inf. No adapter was changed.
     """
     found = find_adapters(model)
@@ -90,7 +105,10 @@ def project_adapters(model: nn.Module, method: str | None = None, lr: float = 0.
 
 @torch.no_grad()
 def find_adapters(model: nn.Module) -> list[Factors]:
-    """The LoRA and DoRA layers that a projection would look at; raises what `project_adapters` does, but for W0 above its cap."""
+    """Find the LoRA and DoRA layers that a projection would look at, and check them.
+
+    It raises what `project_adapters` raises, except for a W0 above its cap.
+    """
     found, named = [], []
     for name, layer, kind in wrapped_layers(model):
         if kind in TURNING:
@@ -111,7 +129,7 @@ def find_adapters(model: nn.Module) -> list[Factors]:
 
 
 def _near(found: list[Factors], bases: list[list[Tensor]]) -> list[Factors]:
-    """Layers with a block for which norm(W0_b) + norm(change) says too little; one synchronization."""
+    """The layers with a block for which norm(W0_b) + norm(change) is above the cap."""
     asked, flags = [], []
     for f, norms in zip(found, bases, strict=True):
         caps = limits(f.layout, f.factors[0][0].shape[1]) if f.layout is not None else []
@@ -128,12 +146,12 @@ def _near(found: list[Factors], bases: list[list[Tensor]]) -> list[Factors]:
 
 
 def _base_norms(f: Factors) -> list[Tensor]:
-    """[count] proven sigma_max of the blocks of W0 (with its frozen adapters), of each held segment; from the cache.
+    """Proven sigma_max [count] of the blocks of W0 for each segment with a cap or budget, cached.
 
-    Raises ConfigError for a base above its caps.
+    W0 includes frozen adapters. Raises ConfigError if W0 is above a cap.
     """
     if f.layout is None and f.kind != "dora":
-        return []  # a plain budget asks nothing of W0
+        return []  # a plain budget does not depend on W0
     key = f.sources()
     known = _NORMS.get(f.layer)
     if known is None or known[0] != key:
@@ -159,17 +177,19 @@ def _refuse_above(name: str, segment: Segment, w: Tensor, norm: Tensor) -> None:
     worst = float(sigma_max_exact(w[int(norm.argmax())])) / limit
     if worst > 1.0 + BASE_TOLERANCE:
         raise ConfigError(
-            f"{name}: the base weight's {segment.role} block is {worst:.4g} times its cap {segment.cap:g}, "
-            "so no adapter could be within it. Call project_(model) once, before training the adapters, or "
-            "retrofit with a larger w_max."
+            f"{name}: the base weight's {segment.role} block is {worst:.4g} times its cap "
+            f"{segment.cap:g}, so no adapter could be within it. Call project_(model) once, before "
+            "training the adapters, or retrofit with a larger w_max."
         )
 
 
 @torch.no_grad()
 def merged_block_norms(model: nn.Module) -> list[BlockNorms]:
-    """Proven upper RMS->RMS norms of the merged blocks over their caps, one entry for each adapted layer with caps.
+    """Proven RMS->RMS norms of the merged blocks over their caps, from above.
 
-    And for each layer with a budget one of its change over the budget, under the name "<layer> (change)".
+    Returns:
+        One entry for each adapted layer with caps. For each layer with a budget there is one more,
+        of its change over the budget, under the name "<layer> (change)".
     """
     norms = []
     for name, layer, _ in wrapped_layers(model):

@@ -1,7 +1,9 @@
-"""One LoRA layer as a projection sees it: the movable adapters side by side, in coordinates where s B A is B alone.
+"""One LoRA layer as a projection sees it: its movable adapters, in coordinates of A's rows.
 
-With s A = into^T times an orthonormal basis of A's rows, E = B into has the singular values of s B A, block of rows by
-block of rows, and is n x k: every norm of a change is that of a k x k matrix.
+Let A [k, d_in] be the A of all movable adapters below each other, and B [d_out, k] their scaled B
+beside each other, so that their whole change is B A. Then A = into Q^T with Q^T Q = 1, and the
+change is E Q^T with E = B into. So E has the singular values of the change, in each block of rows.
+It has only k columns, and every norm of a change is that of a k x k matrix.
 """
 
 from __future__ import annotations
@@ -26,18 +28,24 @@ from lip_plugin.model.batches import refuse_sharded
 from lip_plugin.model.layers import Constrained
 from lip_plugin.model.layout import Layout, Segment
 
-_GRAM = 1e-14  # float64's unit, times more than k: what squaring A loses of its largest eigenvalue
+# More than k times float64's unit roundoff: what is lost when A is squared, as a share of the
+# largest eigenvalue.
+_GRAM = 1e-14
 _RANK = 1e-13  # singular values of A below this share of the largest count as zero
 
 
 class Factors:
-    """The adapters of one layer that may be changed. Everything is float64, but the adapters themselves.
+    """The adapters of one layer that a projection may change.
+
+    Everything is float64, except the adapters themselves.
 
     Attributes:
-        movable: the active adapters with a trainable B (all active ones, if none is trainable).
-        fixed: the other active ones; they count as part of W0.
-        layout: of the base's capped blocks; None where the base has no caps.
-        budget: of the change's blocks (its segments' caps are the budgets); None where none was set.
+        movable: the active adapters with a trainable B, or all active ones if none is trainable.
+        fixed: the other active ones. They count as part of W0.
+        layout: the base's capped blocks, or None if the base has no caps.
+        budget: the blocks of the change, with budgets in place of caps, or None if none was set.
+        factors: (A, B, scaling) of each movable adapter whose scaling is not zero.
+        named: (name, tensor) of everything that the active adapters train here.
     """
 
     def __init__(self, name: str, layer: Any) -> None:
@@ -60,26 +68,31 @@ class Factors:
 
     @property
     def magnitude(self) -> Tensor | None:
-        """DoRA's m [d_out]; None of a LoRA."""
+        """DoRA's m [d_out], or None if this is a LoRA."""
         return (
             self.layer.lora_magnitude_vector[self.movable[0]].weight if self.kind == DORA else None
         )
 
     def rows(self) -> Tensor:
-        """A of all movable adapters below each other [k, d_in]."""
+        """The A of all movable adapters below each other, [k, d_in]."""
         return torch.cat([a.detach().double() for a, _, _ in self.factors])
 
     def coordinates(self) -> None:
-        """into [k, k] and back, its inverse, from the k x k Gram matrix of A's rows."""
+        """Compute `into` [k, k] and its inverse `back`, from the k x k Gram matrix of A's rows."""
         a = self.rows()
         squares, v = torch.linalg.eigh(a @ a.T)
-        # upwards by more than eigh can be wrong, so that sizes are from above, and into has an inverse
+        # The squares are raised by more than eigh can be wrong. So sizes are bounds from above, and
+        # `into` has an inverse.
         s = (squares.clamp_min(0.0) + _GRAM * squares[-1].clamp_min(1e-200)).sqrt()
         self.into = v * s
         self.back = (v / s).T
 
     def full_coordinates(self) -> Tensor:
-        """The same to full precision from A itself; gives the orthonormal basis Q [d_in, k] too."""
+        """Compute `into` and `back` to full precision, from A itself.
+
+        Returns:
+            The orthonormal basis Q [d_in, k].
+        """
         q, r = torch.linalg.qr(self.rows().T)
         u, s, vh = torch.linalg.svd(r, full_matrices=False)
         kept = s > _RANK * s.max()
@@ -88,22 +101,22 @@ class Factors:
         return (q @ u) * kept
 
     def b(self, rows: slice) -> Tensor:
-        """Scaled B of all movable adapters, [rows, k]."""
+        """The scaled B of all movable adapters beside each other, [rows, k]."""
         return torch.cat([b.detach()[rows].double() * s for _, b, s in self.factors], dim=1)
 
     def blocks(self, segment: Segment) -> Tensor:
-        """E of a segment's blocks [count, d_out, k]: its singular values are those of s B A there."""
+        """E of a segment's blocks, [count, d_out, k]. It has the change's singular values."""
         rows = self.b(slice(segment.start, segment.stop)) @ self.into
         return rows.unflatten(0, (segment.count, segment.d_out))
 
     def write(self, rows: Any, new: Tensor) -> None:
-        """Put rows of the scaled B back into the adapters."""
+        """Write rows of the scaled B back into the adapters."""
         parts = new.split([b.shape[1] for _, b, _ in self.factors], dim=1)
         for (_, b, s), part in zip(self.factors, parts, strict=True):
             b[rows] = (part / s).to(b.dtype)
 
     def write_blocks(self, segment: Segment, at: Tensor, new: Tensor) -> None:
-        """The same for blocks number `at` of a segment; new [len(at), d_out, k]."""
+        """Write blocks `at` of a segment back into the adapters; `new` is [len(at), d_out, k]."""
         first = segment.start + at * segment.d_out
         rows = first[:, None] + torch.arange(segment.d_out, device=at.device)
         self.write(rows.flatten(), new.flatten(0, 1))
@@ -118,7 +131,7 @@ class Factors:
         return weight
 
     def sources(self) -> tuple:
-        """What `weight` depends on, as a value to compare."""
+        """What `weight` depends on, as a value that can be compared."""
         base = self.layer.base_layer
         tensors = [
             base.weight,
@@ -133,9 +146,13 @@ class Factors:
 
 
 def change_sizes(found: list[tuple[Factors, Segment]]) -> list[Tensor]:
-    """[count] sigma_max of s B A for the blocks of each segment, float64 from k x k matrices, rounded up.
+    """sigma_max of the change for the blocks of each segment, from k x k matrices, rounded up.
 
-    `coordinates` must have been called on each.
+    Args:
+        found: layers with their segments. `coordinates` must have been called on each layer.
+
+    Returns:
+        A float64 tensor [count] for each segment.
     """
     grams = []
     for factors, segment in found:
@@ -145,7 +162,7 @@ def change_sizes(found: list[tuple[Factors, Segment]]) -> list[Tensor]:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, gram in enumerate(grams):
         groups[(gram.shape[-1], gram.device)].append(i)
-    for members in groups.values():  # one call for all of one rank: the calls are what costs
+    for members in groups.values():  # one call for all of one rank, because calls are slow
         tops = (
             torch.linalg.eigvalsh(torch.cat([grams[i] for i in members]))[:, -1]
             .clamp_min(0.0)

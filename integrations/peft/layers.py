@@ -1,11 +1,15 @@
-"""peft's layers, told by their attributes (peft is never imported): which there are, and what each multiplies with.
+"""peft's layers: which kinds there are, and which weight each one multiplies with.
 
-    LoRA, rslora    W0 + s B A                      several active adapters add up
-    DoRA            diag(m / rows(V)) V             V = W0 + s B A, rows(V) its rows' 2-norms; one active adapter
-    OFT, COFT       W0 R^T                          R block by block the Cayley transform of a skew matrix: orthogonal
-    HRA             W0 H_1 H_2 ...                  reflections: orthogonal
+    LoRA, rslora    W0 + s B A              several active adapters add up
+    DoRA            diag(m / rows(V)) V     V = W0 + s B A; one active adapter
+    OFT, COFT       W0 R^T                  R is orthogonal, block by block the Cayley transform of
+                                            a skew matrix
+    HRA             W0 H_1 H_2 ...          reflections, which are orthogonal
 
-The last two turn what enters W0 and change the norm of no block of rows, so within a cap they need no projection.
+rows(V) are the 2-norms of the rows of V. The last two kinds turn what enters W0 and change the
+norm of no block of rows. So they need no projection to stay within a cap.
+
+The layers are recognized by their attributes; peft is never imported.
 """
 
 from __future__ import annotations
@@ -23,11 +27,18 @@ from lip_plugin.model.scales import entry_cap
 
 LORA, DORA, OFT, HRA = "lora", "dora", "oft", "hra"
 TURNING = (OFT, HRA)
-BUDGET = "lip_budget"  # attribute of a layer: see peft_budget.py
+BUDGET = "lip_budget"  # name of the attribute in which a layer keeps its budget; see budget.py
 
 
 def kind_of(layer: Any) -> str | None:
-    """Which of the four a module is; None for a module that wraps no layer. Raises UnsupportedModelError for any other tuner."""
+    """Which of the four kinds a layer is.
+
+    Returns:
+        LORA, DORA, OFT or HRA, or None for a module that wraps no layer.
+
+    Raises:
+        UnsupportedModelError: the layer is of another tuner.
+    """
     if not isinstance(getattr(layer, "base_layer", None), nn.Module):
         return None
     if hasattr(layer, "oft_R"):
@@ -36,17 +47,22 @@ def kind_of(layer: Any) -> str | None:
         return HRA
     if not hasattr(layer, "lora_A"):
         raise UnsupportedModelError(
-            f"{type(layer).__module__}.{type(layer).__name__} has no rule here: its weight's norm is neither kept by "
-            "itself (as by OFT and HRA) nor by a projection (as with LoRA). Use LoraConfig, OFTConfig or HRAConfig."
+            f"{type(layer).__module__}.{type(layer).__name__} has no rule here: its weight's norm "
+            "is neither kept by itself (as by OFT and HRA) nor by a projection (as with LoRA). Use "
+            "LoraConfig, OFTConfig or HRAConfig."
         )
     magnitudes = getattr(layer, "lora_magnitude_vector", None) or ()
     return DORA if any(a in magnitudes for a in active(layer)) else LORA
 
 
 def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """(name, layer, kind) of every layer that an adapter wraps and whose weight can be held.
+    """Find every layer that an adapter wraps, and whose weight can be held.
 
-    Raises UnsupportedModelError, by name and with the cure, for adapters without a rule.
+    Yields:
+        (name, layer, kind).
+
+    Raises:
+        UnsupportedModelError: an adapter has no rule. The message names it and says what to do.
     """
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -54,7 +70,7 @@ def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
             continue
         held = isinstance(base, Constrained) or BUDGET in module.__dict__
         if not hasattr(module, "lora_A") and not held:
-            continue  # what another library wraps, and nobody asked us to hold
+            continue  # another library wraps this layer, and it has neither cap nor budget
         try:
             kind = kind_of(module)
             refuse_function(module)
@@ -66,40 +82,40 @@ def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of the LoRA and DoRA layers among `wrapped_layers`."""
+    """Yield (name, layer) of the LoRA and DoRA layers among `wrapped_layers`."""
     return ((name, layer) for name, layer, kind in wrapped_layers(model) if kind not in TURNING)
 
 
 def _refuse_place(name: str, layer: Any, held: bool) -> None:
-    """Adapters where nothing could be held."""
+    """Raise UnsupportedModelError for an adapter in a place where nothing can be held."""
     base = layer.base_layer
     if len(getattr(layer, "lora_embedding_A", ())):
         raise UnsupportedModelError(
-            f"{name}: LoRA on an embedding has no projection here, and its rows are capped. Leave the "
-            "embedding out of target_modules."
+            f"{name}: LoRA on an embedding has no projection here, and its rows are capped. Leave "
+            "the embedding out of target_modules."
         )
     if not held or hasattr(layer, "parameter_name"):
         raise UnsupportedModelError(
-            f"{name}: LoRA on {type(base).__name__}, which has no cap. Order: retrofit(model), then "
-            "get_peft_model; target linear layers that the retrofit's report lists. Without a retrofit, bound the change: "
-            "constrain_adapters(model, budget=0.1, relative=True)."
+            f"{name}: LoRA on {type(base).__name__}, which has no cap. Order: retrofit(model), "
+            "then get_peft_model; target linear layers that the retrofit's report lists. Without a "
+            "retrofit, bound the change: constrain_adapters(model, budget=0.1, relative=True)."
         )
     if entry_cap(base) is not None:
         raise UnsupportedModelError(
-            f"{name}: its output is capped entrywise (gate_max), and an adapter adds behind the cap. Leave this layer "
-            "out of target_modules, or retrofit with gate_max=None."
+            f"{name}: its output is capped entrywise (gate_max), and an adapter adds behind the "
+            "cap. Leave this layer out of target_modules, or retrofit with gate_max=None."
         )
 
 
 def refuse_function(layer: Any) -> None:
-    """Raise UnsupportedModelError for an adapter whose function is not that of one of the weights above."""
+    """Raise UnsupportedModelError for an adapter that is not in the table of this file's head."""
     kind = kind_of(layer)
     what = f"{type(layer).__module__}.{type(layer).__name__}"
     if kind == OFT:
         if any(layer.oft_R[a].use_cayley_neumann for a in active(layer)):
             raise UnsupportedModelError(
-                f"{what} with use_cayley_neumann=True, a truncated series that is not orthogonal and lengthens the weight. "
-                "Use OFTConfig(use_cayley_neumann=False)."
+                f"{what} with use_cayley_neumann=True, a truncated series that is not orthogonal "
+                "and lengthens the weight. Use OFTConfig(use_cayley_neumann=False)."
             )
         return
     if kind == HRA:
@@ -108,18 +124,19 @@ def refuse_function(layer: Any) -> None:
     odd = [v for a, v in variants.items() if a in active(layer) and "Dora" not in type(v).__name__]
     if odd or hasattr(layer, "lora_E"):
         raise UnsupportedModelError(
-            f"{what}, a variant of LoRA ({type(odd[0]).__name__ if odd else 'AdaLoRA'}) that computes another weight than "
-            "W0 + s B A. Use a plain LoraConfig, or use_dora=True."
+            f"{what}, a variant of LoRA ({type(odd[0]).__name__ if odd else 'AdaLoRA'}) that "
+            "computes another weight than W0 + s B A. Use a plain LoraConfig, or use_dora=True."
         )
     if kind == DORA and len(active(layer)) > 1:
         raise UnsupportedModelError(
-            f"{what} with several active adapters, of which one is DoRA: their magnitudes scale W0 once each, and no bound "
-            "is proven for that. Activate one adapter: model.set_adapter(name)."
+            f"{what} with several active adapters, of which one is DoRA: their magnitudes scale W0 "
+            "once each, and no bound is proven for that. Activate one adapter: "
+            "model.set_adapter(name)."
         )
 
 
 def active(layer: Any) -> list[str]:
-    """Names of the active adapters that this layer has."""
+    """The names of the active adapters that this layer has."""
     held = next(getattr(layer, n) for n in ("lora_A", "oft_R", "hra_u") if hasattr(layer, n))
     return [a for a in layer.active_adapters if a in held]
 
@@ -133,7 +150,7 @@ def refuse_merged(name: str, layer: Any) -> None:
 
 
 def parameters_of(layer: Any, adapter: str, kind: str) -> list[tuple[str, Tensor]]:
-    """(name relative to the layer, tensor) of everything that one adapter trains here."""
+    """(name relative to the layer, tensor) of everything that one adapter trains in this layer."""
     if kind == OFT:
         return [(f"oft_R.{adapter}", layer.oft_R[adapter].weight)]
     if kind == HRA:
@@ -147,14 +164,17 @@ def parameters_of(layer: Any, adapter: str, kind: str) -> list[tuple[str, Tensor
 
 
 def base_weight(layer: Any) -> Tensor:
-    """W0 in storage orientation, dequantized where it has to be; the very Parameter's values where it is plain."""
+    """W0 in storage orientation, dequantized if need be.
+
+    If it is plain, the result shares the Parameter's memory.
+    """
     base = layer.base_layer
     weight = None if is_linear(base) else dequantized(base)
     return base.weight.detach() if weight is None else weight
 
 
 def with_deltas(layer: Any, adapters: list[str], dtype: torch.dtype) -> Tensor:
-    """W0 + sum of s B A over these LoRA adapters, in storage orientation."""
+    """W0 + the sum of s B A over these LoRA adapters, in storage orientation."""
     weight, transposed = base_weight(layer).to(dtype), is_transposed(layer.base_layer)
     for a in adapters:
         delta = layer.lora_B[a].weight.detach().to(dtype) @ layer.lora_A[a].weight.detach().to(
@@ -166,9 +186,12 @@ def with_deltas(layer: Any, adapters: list[str], dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def merged_weight(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The weight that an adapted layer computes with, in its base layer's storage orientation; a new tensor.
+    """Compute the weight that an adapted layer multiplies with.
 
-    W0 as stored if its adapters are merged already or disabled.
+    If its adapters are merged already, or disabled, that is W0 as it is stored.
+
+    Returns:
+        A new tensor of this dtype, in the base layer's storage orientation.
     """
     wrapped: Any = layer
     if wrapped.merged or wrapped.disable_adapters:
@@ -191,7 +214,7 @@ def merged_weight(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Tenso
 
 
 def _turn(layer: Any, adapter: str, kind: str, dtype: torch.dtype) -> Tensor:
-    """The matrix R [d_in, d_in] that x is multiplied with from the left before W0: y = W0 (R^T x), orthogonal."""
+    """The orthogonal matrix R [d_in, d_in] of an adapter that computes y = W0 (R^T x)."""
     if kind == HRA:
         u = layer.hra_u[adapter].detach().to(dtype)
         eye = torch.eye(len(u), dtype=dtype, device=u.device)
@@ -204,7 +227,7 @@ def _turn(layer: Any, adapter: str, kind: str, dtype: torch.dtype) -> Tensor:
         return product.T
     oft = layer.oft_R[adapter]
     weight = oft.weight.detach().to(dtype)
-    if oft.coft:  # its forward pulls the weight towards zero first, and keeps it there
+    if oft.coft:  # the forward of COFT first projects the weight towards zero, as here
         weight = oft._project_batch(weight, eps=oft.eps)
     skew = oft._pytorch_skew_symmetric(weight, oft.block_size)
     eye = torch.eye(oft.block_size, dtype=dtype, device=skew.device).expand_as(skew)
@@ -216,7 +239,11 @@ def _turn(layer: Any, adapter: str, kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def saved_module(module: nn.Module) -> nn.Module | None:
-    """Of modules_to_save (a classifier's head, say): the copy that runs now, or the original; None for any other module."""
+    """The layer that runs in place of one of peft's modules_to_save (a classifier's head, say).
+
+    Returns:
+        The copy that is active, or the original, or None for any other module.
+    """
     wrapper: Any = module
     if (
         f"{type(module).__module__}.{type(module).__qualname__}"
@@ -225,7 +252,7 @@ def saved_module(module: nn.Module) -> nn.Module | None:
         return None
     if wrapper.disable_adapters or not wrapper.active_adapters:
         return wrapper.original_module
-    held = wrapper.modules_to_save  # of other adapters, perhaps
+    held = wrapper.modules_to_save  # it may hold copies of other adapters only
     return next(
         (held[name] for name in wrapper.active_adapters[:1] if name in held),
         wrapper.original_module,
@@ -233,7 +260,10 @@ def saved_module(module: nn.Module) -> nn.Module | None:
 
 
 def adapter_facts(module: nn.Module) -> str:
-    """What the merged weight of an adapted layer depends on besides Parameters; empty for any other module."""
+    """What the merged weight of an adapted layer depends on besides Parameters, as text.
+
+    It is empty for any other module.
+    """
     layer: Any = module
     if saved_module(module) is not None:
         return (
@@ -264,9 +294,13 @@ def adapter_facts(module: nn.Module) -> str:
 
 
 def read_weight(module: nn.Module) -> Tensor | None:
-    """For the certificate: the merged weight of an adapted layer, None for any other module.
+    """The merged weight of an adapted layer, for the certificate.
 
-    Raises UnsupportedModelError for adapters whose function is not that of one weight.
+    Returns:
+        The weight, or None for any other module.
+
+    Raises:
+        UnsupportedModelError: the layer computes something else than a product with one weight.
     """
     layer: Any = module
     try:

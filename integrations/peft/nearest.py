@@ -1,7 +1,9 @@
-"""Blocks of one LoRA layer against their caps: the exact test, and the nearest feasible B, for those where sizes say too little.
+"""Blocks of a LoRA layer against their caps: the exact test, and the nearest feasible B.
 
-The mathematics is in lip_plugin/linalg/low_rank.py. What is long here is what meets W0: skinny products, each a pass over
-W0 or over its eigenvectors, written in the orientation that is fast (r = 8 columns from the left: three times).
+They are needed for blocks whose norms alone do not prove that the cap holds (see enforce.py). The
+mathematics is in lip_plugin/linalg/low_rank.py. This file computes what that needs from W0. These
+are products of W0, or of its eigenvectors, with a few columns. Each product reads all of W0, so it
+is written in the orientation that is fast: r = 8 columns from the left are three times faster.
 """
 
 from __future__ import annotations
@@ -18,18 +20,23 @@ from lip_plugin.integrations.peft.factors import Factors
 from lip_plugin.linalg.low_rank import LowRankProblem, Spectrum
 from lip_plugin.model.layout import Segment
 
-ACCEPT = 1.0 + 1e-4  # largest eigenvalue of T that is left alone: norm <= cap * (1 + 5e-5)
-_ROOM = 1e-5  # a base at its cap is given this much, so that C is positive definite
+# A block is left alone if the largest eigenvalue of T is at most this: norm <= cap * (1 + 5e-5).
+ACCEPT = 1.0 + 1e-4
+_ROOM = 1e-5  # additional room for a base at its cap, so that C is positive definite
 _FAR = 1e3  # deltas longer than this many caps are shortened first, so that Z(l) does not cancel
-# What is tried in turn on a block that is above its cap: the projection, again (what rounding to the
-# adapter's dtype left), then shorter deltas. W0 is feasible and the set convex, so it ends.
+# What is tried in turn on a block that is above its cap. None is the projection; the second one
+# treats what rounding to the adapter's dtype has left. Then the change is multiplied by a factor.
+# This ends, because W0 itself is feasible and the set is convex.
 _ATTEMPTS = (None, None, 0.98, 0.9, 0.5, 0.1, 0.0)
-# Eigenvectors of frozen bases, by layer, and what they were found from.
+# Eigenvectors of frozen bases, by layer, with what they were computed from.
 _CACHE: WeakKeyDictionary[nn.Module, tuple[tuple, list[Spectrum]]] = WeakKeyDictionary()
 
 
 def project_blocks_(near: list[Factors]) -> None:
-    """Bring every capped block of these layers within its cap by changing B: all blocks of one shape at once."""
+    """Bring every capped block of these layers within its cap by changing B.
+
+    All blocks of one shape are treated at once.
+    """
     groups: dict[tuple, list[_Piece]] = defaultdict(list)
     for f in near:
         for p in _pieces(f):
@@ -42,7 +49,7 @@ def project_blocks_(near: list[Factors]) -> None:
 
 
 def _pieces(f: Factors) -> list[_Piece]:
-    """Coordinates of A, and everything of W0 that does not change with B."""
+    """Everything of W0 that does not change with B, in the coordinates of A."""
     assert f.layout is not None
     weight, spectra, q = f.weight(), spectra_of(f), f.full_coordinates()
     views = list(capped_blocks(f.layout, weight))
@@ -56,12 +63,15 @@ def _pieces(f: Factors) -> list[_Piece]:
 
 
 def _times(w: Tensor, x: Tensor) -> Tensor:
-    """w @ x for a skinny x, from the other side."""
+    """w @ x for an x with few columns, computed from the other side."""
     return (x.mT @ w.mT).mT
 
 
 class _Piece:
-    """The blocks of one segment of one layer: Y = W0 Q, E = the change, Z = Y + E; hat as LowRankProblem asks."""
+    """The blocks of one segment of one layer.
+
+    Y = W0 Q, E is the change, and Z = Y + E. `hat` has the meaning that it has in LowRankProblem.
+    """
 
     def __init__(
         self,
@@ -77,7 +87,7 @@ class _Piece:
         self.w, self.q = w, q
         self.rows = slice(segment.start, segment.stop)
         self.tall = w.shape[-2] > w.shape[-1]
-        if self.tall:  # basis^T W0^T W0 Q = energy basis^T Q: no pass over W0
+        if self.tall:  # basis^T W0^T W0 Q = energy basis^T Q, so W0 need not be read
             inner = self._turned(q.expand(len(w), -1, -1))
             self.hat_y = spectrum.energy[:, :, None] * inner
             self.gram_y = inner.mT @ self.hat_y
@@ -94,7 +104,7 @@ class _Piece:
         return _times(self.spectrum.basis.mT, x.to(self.wide)).double()
 
     def problem(self) -> LowRankProblem:
-        """The question whether these blocks, as stored now, are within their caps."""
+        """The question whether these blocks, as they are stored now, are within their caps."""
         e = self._blocks(self.owner.b(self.rows) @ self.owner.into)
         size = torch.linalg.vector_norm(e, dim=(-2, -1))
         self.short = (_FAR * self.spectrum.ceiling.sqrt() / size.clamp_min(1e-300)).clamp(max=1.0)
@@ -128,14 +138,14 @@ class _Piece:
         self.owner.write_blocks(self.segment, at, old + change @ self.owner.back)
 
     def shorten(self, at: Tensor, factor: float) -> None:
-        """Multiply B of blocks number `at`."""
+        """Multiply B of blocks number `at` by `factor`."""
         self.owner.write_blocks(
             self.segment, at, self._blocks(self.owner.b(self.rows))[at] * factor
         )
 
 
 def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
-    """Treat the blocks that are above their caps once; gives the pieces that had some."""
+    """Treat the blocks that are above their caps once. Returns the pieces that had some."""
     found = [p.problem() for p in pieces]
     batch = LowRankProblem.stack(found)
     far = torch.cat([p.short for p in pieces]) < 1.0
@@ -160,7 +170,10 @@ def _attempt(pieces: list[_Piece], factor: float | None) -> list[_Piece]:
 
 
 def spectra_of(f: Factors) -> list[Spectrum]:
-    """Spectra of the blocks of W0 (with its frozen adapters), from the cache if nothing was written since."""
+    """Spectra of the blocks of W0 with its frozen adapters.
+
+    They come from the cache if nothing was written to W0 since they were computed.
+    """
     key = f.sources()
     known = _CACHE.get(f.layer)
     if known is None or known[0] != key:
@@ -182,5 +195,5 @@ def _spectrum(segment: Segment, w: Tensor) -> Spectrum:
 
 
 def capped_blocks(layout: Any, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
-    """(segment, its blocks) of the segments with a cap."""
+    """The (segment, its blocks) pairs of the segments with a cap."""
     return ((s, v) for s, v in layout.views(weight) if s.cap is not None)

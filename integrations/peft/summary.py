@@ -1,4 +1,7 @@
-"""print_adapter_summary(model): one line about adapters under constraint, as print_trainable_parameters gives."""
+"""`print_adapter_summary(model)`: one line about adapters under constraint.
+
+It is the counterpart of peft's print_trainable_parameters.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,25 @@ from lip_plugin.surgery.state import constraints_of
 
 
 def adapter_summary(model: nn.Module, **attack: Any) -> str:
-    """Layers and blocks that adapters change, their norms over caps and budgets, and the drift from the base.
+    """Summarize adapters in one line: their number, their norms, and the drift from the base.
 
-    All proven, RMS->RMS; the drift is that of `drift(model, **attack)` (restarts=0 leaves its attack out), and is left out
-    for families without a certificate.
+    Norms are proven RMS->RMS norms over caps and budgets. The drift is left out for families
+    without a certificate.
 
-    Raises NotRetrofittedError for a model with neither caps nor budgets, and what `drift` raises for merged adapters.
+    Args:
+        model: a model with adapters, and with caps or budgets.
+        attack: arguments of `drift`; restarts=0 leaves its attack out.
+
+    Raises:
+        NotRetrofittedError: the model has neither caps nor budgets.
+        What `drift` raises for merged adapters.
     """
     root, _ = constraints_of(model)
     names = {name for name, _, _ in wrapped_layers(root)}
     norms = merged_block_norms(root)
     parts = [
-        f"adapters: {len(names)} layers, {sum(n.count for n in norms if n.name in names)} capped blocks"
+        f"adapters: {len(names)} layers, {sum(n.count for n in norms if n.name in names)} capped "
+        "blocks"
     ]
     for what, found in (
         ("merged norms <= {:.4g} of their caps", [n for n in norms if n.name in names]),

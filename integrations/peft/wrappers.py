@@ -1,9 +1,11 @@
-"""peft's own modules around a model: which compute what the model inside them computes, told by name (peft is never imported).
+"""peft's own modules around a model, and which of them compute what the model inside computes.
 
-    PeftModel and its kin       run the tuner inside, unless their adapter is a soft prompt
-    LoraModel, OFTModel, ...    run the model, whose layers they wrapped one by one
+    PeftModel and its kin       run the tuner inside, unless an adapter is a soft prompt
+    LoraModel, OFTModel, ...    run the model, whose layers they have wrapped one by one
 
-What a wrapped layer multiplies with is peft_layers.py's; the tuners listed here are those whose layers have a rule there.
+layers.py says which weight a wrapped layer multiplies with. The tuners listed here are those whose
+layers have a rule there. Modules are recognized by the names of their classes; peft is never
+imported.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ def _inside_peft_model(module: nn.Module) -> nn.Module:
         name, config = next(iter(kinds.items()))
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise UnsupportedModelError(
-            f"Adapter {name!r} is a soft prompt ({kind}): the model then reads learned keys, values or embeddings "
-            "besides its tokens, of any size, and no rule bounds those. Use LoRA, DoRA, OFT or HRA, or certify the "
-            "base: model.get_base_model()."
+            f"Adapter {name!r} is a soft prompt ({kind}): the model then reads learned keys, "
+            "values or embeddings besides its tokens, of any size, and no rule bounds those. Use "
+            "LoRA, DoRA, OFT or HRA, or certify the base: model.get_base_model()."
         )
     return model.base_model
 
@@ -55,8 +57,9 @@ def _inside_tuner(module: nn.Module) -> nn.Module:
     cls, tuner = type(module), module
     if f"{cls.__module__}.{cls.__qualname__}" not in _TUNERS:
         raise UnsupportedModelError(
-            f"{cls.__name__} has no rule here: what its layers compute is not W0 + s B A, nor W0 times an orthogonal "
-            "matrix. Use LoRA, DoRA, OFT or HRA, or merge it first: model = model.merge_and_unload()."
+            f"{cls.__name__} has no rule here: what its layers compute is not W0 + s B A, nor W0 "
+            "times an orthogonal matrix. Use LoRA, DoRA, OFT or HRA, or merge it first: model = "
+            "model.merge_and_unload()."
         )
     held: Any = tuner
     return held.model

@@ -1,4 +1,12 @@
-"""certify(model) -> Certificate: a proven upper bound on Lip(embeddings -> logits)."""
+"""`certify(model)`: a proven upper bound of Lip(embeddings -> logits), as a `Certificate`.
+
+Open this file to see how a certificate comes about. `certify` builds the graph of the model,
+compares it with the model, and finds the norms of the weights. `bound_of` then applies the rules of
+all nodes to these norms, from the first block to the logits.
+
+A certificate comes from one of two sources. "weights" measures the norms of the weights as they are
+now. "caps" uses the caps alone, so its number holds for every step of a run that keeps the caps.
+"""
 
 from __future__ import annotations
 
@@ -42,21 +50,29 @@ def certify(
     check: bool = True,
     norms: Iterable[BlockNorms] | None = None,
 ) -> Certificate:
-    """Prove an upper bound on Lip(embeddings -> logits), token norm to token norm.
+    """Prove an upper bound of Lip(embeddings -> logits), from token norm to token norm.
 
     Args:
-        model: a model of a known family, retrofitted or not, wrapped or not. Of a sharded one (FSDP2) every process
-            calls this, together; the first gathers it in main memory, and all get its certificate.
-        source: `"weights"` measures every norm (upwards, in float64); `"caps"` uses the caps alone.
-        check: compare the graph with what was passed first, by a small forward of it. The longer comparison on random
-            weights is remembered while nothing but weights changes.
-        norms: for `"caps"`: what `block_norms(model)` gave for the weights as they are, if it was asked already. A
-            certificate from caps is given only if every block is within its cap now.
+        model: a model of a known family. It may be retrofitted or not, wrapped or not. If it is
+            sharded (FSDP2), all processes have to make this call together. The first process
+            gathers the model in its main memory, and every process gets the certificate.
+        source: `"weights"` measures every norm in float64, rounded up. `"caps"` uses the caps
+            alone.
+        check: whether to compare the graph with the object that was passed, by a small forward of
+            it, before a number is given. The longer part of the comparison, on random weights, is
+            not repeated as long as nothing but weights changes.
+        norms: for `"caps"` only. A certificate from caps is given only if every block is within its
+            cap now. If `block_norms(model)` was called already for the weights as they are, pass
+            its result here; otherwise it is called again.
+
+    Returns:
+        The certificate, with the fingerprint of what it belongs to.
 
     Raises:
-        CertificateError: the graph does not reproduce the model, a layer has no cap, or a block is above its own.
-        ConfigError: an unknown source.
-        UnsupportedModelError: a module without a proven rule.
+        CertificateError: the graph does not reproduce the model; or, from caps, a layer has no cap
+            or a block is above its cap.
+        ConfigError: the source is unknown.
+        UnsupportedModelError: a module has no proven rule.
         NonFiniteError: a weight holds nan or inf.
     """
     if source not in SOURCES:
@@ -75,11 +91,28 @@ def certify(
 def bound_of(
     graph: Graph, norms: ProvenNorms, source: str, radius_upper: Decimal | None = None
 ) -> Certificate:
-    """The rules on given norms. `radius_upper`: of the embeddings, where they are not in memory any more."""
-    # the bound is for the very ball that is stated, so the radius is rounded up to a float first
+    """Apply the rules of all nodes to given norms, from token norm to token norm.
+
+    Args:
+        graph: the graph of the model.
+        norms: proven norms of the weights, or of everything within the caps.
+        source: "weights" or "caps", whichever the norms are from.
+        radius_upper: the radius, if it is known already. A caller that streams the weights passes
+            it, because the embeddings are no longer in memory by then.
+
+    Returns:
+        A certificate without a fingerprint. The caller adds that.
+
+    Raises:
+        CertificateError: source "caps", and a table in front of the first block has no cap.
+    """
+    # A certificate states its radius as a float. The bound has to hold on exactly that ball, so the
+    # radius is rounded up to a float before the rules are applied.
     start = to_float(radius_of(graph, source) if radius_upper is None else radius_upper)
     radius = up(start)
     total, logit, rows = ONE, Decimal(0), []
+    # `difference` bounds how fast a difference of two logits moves. Only linear maps and constants
+    # keep it finite, so what is left of it at the end is about the head.
     difference = INF
     for node in graph.body.nodes:
         if isinstance(node, Linear):
@@ -96,7 +129,9 @@ def bound_of(
         rows.append(LayerBound(node.name, to_float(radius), to_float(b.lipschitz), log10(total)))
         radius = b.radius
     d_out = _width(reversed(graph.body.nodes), "d_out")
-    difference = min(difference, mul(root(up(2 * d_out)), total))  # norm2(e_i - e_j) is sqrt(2)
+    # z_i - z_j is the inner product of the logits with e_i - e_j, whose 2-norm is sqrt(2). The
+    # 2-norm of the logits is sqrt(d_out) times their RMS norm.
+    difference = min(difference, mul(root(up(2 * d_out)), total))
     return Certificate(
         lipschitz=to_float(total),
         log10_lipschitz=log10(total),
@@ -115,7 +150,7 @@ def bound_of(
 
 
 def _width(nodes: Iterable[Any], side: str) -> int:
-    """`d_in` of the first linear map, or `d_out` of the first in a reversed list."""
+    """The width `side` ("d_in" or "d_out") of the first linear map among the nodes that has it."""
     return next(
         int(getattr(n, side))
         for n in walk(nodes)
@@ -123,30 +158,32 @@ def _width(nodes: Iterable[Any], side: str) -> int:
     )
 
 
+# What the bound takes for granted, for the certificate's `assumptions`.
 def _assumptions(graph: Graph, source: str) -> tuple[str, ...]:
     lines = [
-        "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is rounded up. What rounding of the "
-        "forward pass adds is not in it (forward_rounding_upper bounds that)",
-        "inputs of the first block have token norm at most the radius, as every sum of one row from each "
-        "embedding table has (embeddings of another origin may not)",
-        "the graph's forward was compared with the model's own on random weights; attention functions and "
-        "activations of the libraries are what they were then",
+        "eval mode (no dropout), real arithmetic on the weights as stored; the bound itself is "
+        "rounded up. What rounding of the forward pass adds is not in it (forward_rounding_upper "
+        "bounds that)",
+        "inputs of the first block have token norm at most the radius, as every sum of one row "
+        "from each embedding table has (embeddings of another origin may not)",
+        "the graph's forward was compared with the model's own on random weights; attention "
+        "functions and activations of the libraries are what they were then",
     ]
     if graph.patches is not None:
         lines[1] = (
-            "inputs of the first block have token norm at most the radius, as those of every image of the size that "
-            "the model was built for have, whose pixel entries, after normalization, are at most "
-            f"{graph.entry.pixel_max:g} in absolute value"
+            "inputs of the first block have token norm at most the radius, as those of every image "
+            "of the size that the model was built for have, whose pixel entries, after "
+            f"normalization, are at most {graph.entry.pixel_max:g} in absolute value"
         )
     if source == "caps":
         lines.append(f"every block is within its cap times {CAP_SLACK}")
-        caps = capped_weights(
-            graph.root
-        )  # by what is constrained, not by name: peft moves a weight to its base_layer
+        # They are found by the modules that are constrained, and not by names known beforehand,
+        # because peft moves a weight into a `base_layer` and so renames it.
+        caps = capped_weights(graph.root)
         free = [n for n, p in graph.root.named_parameters() if n not in caps and p.requires_grad]
         if free:
             lines.append(
-                f"biases, gains of kept norms and what else has no cap ({len(free)} tensors) as they are "
-                "now: after a later step it needs a new certificate"
+                f"biases, gains of kept norms and what else has no cap ({len(free)} tensors) as "
+                "they are now: after a later step it needs a new certificate"
             )
     return tuple(lines)

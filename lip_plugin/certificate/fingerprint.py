@@ -1,10 +1,14 @@
-"""Which weights and which settings a certificate belongs to.
+"""The fingerprint and the settings that tell which model a certificate belongs to.
 
-A fingerprint is a sha256 over the name, dtype, shape and bytes of every parameter and persistent buffer.
-It does not depend on device, process or order, and is the same for a model in memory and for its
-safetensors file. A certificate from caps belongs to a structure and not to weights, so there the bytes of
-capped blocks are replaced by their caps; what has no cap (biases, gains of kept norms) counts as it is,
-because it enters the bound as it is. Settings are what the model's config says about its function.
+A fingerprint is a sha256 over the name, dtype, shape and bytes of every parameter and persistent
+buffer. It does not depend on device, process or order. It is the same for a model in memory and for
+the safetensors file of that model.
+
+A certificate from caps belongs to a structure and not to weights. Its fingerprint therefore takes
+the caps of capped weights in place of their bytes. Tensors without a cap (biases, gains of kept
+norms) count with their bytes there too, because they enter the bound as they are.
+
+The settings are what the model's config says about the function that the model computes.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ if TYPE_CHECKING:
     pass
 
 
-# Fields of a model's config that do not change the function that is certified (eval mode, real
-# arithmetic, ids to logits). vocab_size is in the shapes of the weights already.
+# Fields of a model's config that do not change the function that is certified. That function goes
+# from ids to logits, in eval mode and in real arithmetic. vocab_size is left out as well, because
+# the shapes of the weights tell it already.
 _NO_EFFECT = frozenset(
     {
         *(
@@ -63,21 +68,30 @@ _NO_EFFECT_ENDINGS = ("_token_id", "_dropout", "_pdrop", "_dropout_prob")
 
 
 class Fingerprint:
-    """Collects tensors one by one, in any order; `value()` is their fingerprint so far."""
+    """Collects tensors one by one, in any order.
+
+    `value()` gives the fingerprint of all tensors that were added so far.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[str, list[int], str]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor with its values; one that is stored under several names is added under each."""
+        """Add a tensor with its values. If it has several names, add it under each of them."""
         self._entries[name] = (str(tensor.dtype), list(tensor.shape), _digest(name, tensor))
 
     def add_alias(self, name: str, other: str) -> None:
-        """Add `name` for the tensor that is there as `other`."""
+        """Add `name` as a further name of the tensor that was added as `other`."""
         self._entries[name] = self._entries[other]
 
     def add_capped(self, name: str, tensor: Tensor, layout: tuple) -> None:
-        """Add a tensor by its caps instead of its values (see Layout.to_plain); may be on the meta device."""
+        """Add a tensor with its caps in place of its values.
+
+        Args:
+            name: the tensor's name.
+            tensor: the tensor. Only its dtype and shape are read, so it may be on the meta device.
+            layout: the blocks and their caps, as `Layout.to_plain` gives them.
+        """
         self._entries[name] = (str(tensor.dtype), list(tensor.shape), json.dumps(layout))
 
     def value(self) -> str:
@@ -86,12 +100,12 @@ class Fingerprint:
 
 
 def _digest(name: str, tensor: Tensor) -> str:
-    """sha256 of the tensor's bytes, row-major, in its own dtype (little-endian, as in safetensors)."""
+    """sha256 of the tensor's bytes: row-major, own dtype, little-endian as in safetensors."""
     refuse_sharded(tensor)
     if tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
         raise UnsupportedModelError(
-            f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own: nothing to "
-            "fingerprint. Load the model, plain and unquantized, then certify."
+            f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own: "
+            "nothing to fingerprint. Load the model, plain and unquantized, then certify."
         )
     plain = tensor.detach().cpu().contiguous()
     size = plain.numel() * plain.element_size()
@@ -100,14 +114,20 @@ def _digest(name: str, tensor: Tensor) -> str:
 
 
 def stored_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by its name; a shared one under each of its names."""
+    """Every parameter and persistent buffer by its name. A shared one is there under each name."""
     return {k: v for k, v in root.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
 
 
 def fingerprint(root: nn.Module, source: str = "weights") -> str:
-    """`"sha256:..."` of the weights, or, for source `"caps"`, of the caps and of what has none.
+    """The fingerprint of a model's parameters and persistent buffers, as `"sha256:..."`.
 
-    Raises UnsupportedModelError for sharded tensors and those without values (meta device).
+    Args:
+        root: the model of a known family, without wrappers.
+        source: `"weights"` takes the bytes of all tensors. `"caps"` takes the caps of capped
+            weights, and the bytes of all other tensors.
+
+    Raises:
+        UnsupportedModelError: a tensor is sharded, or has no values (on the meta device).
     """
     found = Fingerprint()
     caps = capped_weights(root) if source == "caps" else {}
@@ -124,7 +144,7 @@ def fingerprint(root: nn.Module, source: str = "weights") -> str:
 
 
 def capped_weights(root: nn.Module) -> dict[str, tuple]:
-    """Names of the weights whose blocks are capped, with their layouts as plain data."""
+    """The layout of every weight whose blocks are capped, as plain data, by the weight's name."""
     return {
         name if isinstance(module, RowParameter) else f"{name}.weight": module.layout.to_plain()
         for name, module in constrained_modules(root)
@@ -132,7 +152,11 @@ def capped_weights(root: nn.Module) -> dict[str, tuple]:
 
 
 def settings_of(root: nn.Module) -> dict[str, Any]:
-    """What the model's config (and its LipschitzConfig, if it has one) says about its function; JSON types."""
+    """What the model's config says about its function, in types that JSON has.
+
+    Of a retrofitted model its LipschitzConfig is included, as "lipschitz". Floors under norms are
+    included as "floors".
+    """
     config: Any = root.config
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     kept = {
@@ -143,7 +167,8 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
     state = find_retrofit(root)
     if state is not None:
         kept["lipschitz"] = state[1].config.to_dict()
-    # floors under norms change no weight, and stay when a model is released
+    # Floors under norms are listed on their own: they change no weight, and they stay when
+    # `release` takes the LipschitzConfig off a model.
     floors = {n: m.floor for n, m in root.named_modules() if isinstance(m, Floored) and m.floor}
     if floors:
         kept["floors"] = floors
@@ -152,10 +177,11 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
 
 
 def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line per setting in `stated` that is another in `found`.
+    """One line for every setting of a certificate (`stated`) that is another in a model (`found`).
 
-    What only `found` has is newer than `stated`: a field of a library's config is ignored, an option of the retrofit
-    must be at its default, which leaves a model as it was before there was the option.
+    A setting that only `found` has is newer than the certificate. If it is a field of a library's
+    config, it is ignored. If it is an option of the retrofit, it must be at its default, because
+    the default leaves a model as it was before the option existed.
     """
     now, before = {"floors": {}, **found}, {"floors": {}, **stated}
     functions = [side.pop("function", None) for side in (now, before)]
@@ -169,7 +195,8 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
         ]
     elif retrofitted != was:
         pairs.append(("lipschitz", retrofitted, was))
-    if functions[0] is not None and functions[1] is not None:  # certificates of before had none
+    # older certificates carry no "function", and then there is nothing to compare
+    if functions[0] is not None and functions[1] is not None:
         places = sorted({*functions[0], *functions[1]})
         pairs += [(place, functions[0].get(place), functions[1].get(place)) for place in places]
     return [f"{key} is {a!r} and was {b!r}" for key, a, b in pairs if a != b]

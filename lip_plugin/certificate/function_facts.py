@@ -1,7 +1,8 @@
-"""Every number and choice that a model's function has besides its weights, as plain text by place.
+"""Everything that a model's function depends on besides its weights, as plain text by place.
 
-A certificate carries this, and `verify` compares it: a scale, an eps, an activation, a window, the active adapters and
-their scaling are no weights and mostly in no config, yet another value is another function.
+Such facts are a scale, an eps, an activation, a window, the active adapters and their scaling. They
+are no weights, and most of them are in no config, yet another value means another function. So a
+certificate carries them, and `Certificate.verify` compares them with those of the model.
 """
 
 from __future__ import annotations
@@ -19,26 +20,33 @@ from lip_plugin.certificate.graph.nodes import Norm, Scale
 from lip_plugin.model.adapters import wrapper_facts
 
 _PLAIN = (bool, int, float, str, type(None))
-_NAMES = ("name", "role")  # where it is, not what it does
+_NAMES = ("name", "role")  # these fields tell where a node is, and not what it computes
 
 
 def function_of(graph: Graph) -> dict[str, str]:
-    """{place: what is computed there, but for weights}; equal for two models of equal weights only if their functions are."""
+    """What is computed at each place of a graph, without the weights, as {place: text}.
+
+    If two models have equal weights and equal facts, they compute the same function.
+    """
     found: dict[str, str] = {}
     for place, text in _facts(graph):
         key, count = place, 1
-        while key in found:  # one module may stand for several nodes
+        while key in found:  # several nodes may belong to one module, and so have one name
             count += 1
             key = f"{place} ({count})"
         found[key] = text
     return found
 
 
+# (place, fact) of the entry, of every node that has facts, and of every wrapped linear layer.
 def _facts(graph: Graph) -> Iterator[tuple[str, str]]:
     entry = graph.entry
     for role, table in sorted(entry.tables.items()):
         yield table.name, f"{role} rows from {table.offset}, times {table.scale!r}"
-    inputs = f"patch={entry.patch} image={entry.image} pixel_max={entry.pixel_max!r} padding={entry.padding!r}"
+    inputs = (
+        f"patch={entry.patch} image={entry.image} pixel_max={entry.pixel_max!r} "
+        f"padding={entry.padding!r}"
+    )
     yield "inputs", inputs
     if entry.norm is not None:
         yield entry.norm.name, _text(entry.norm)
@@ -53,7 +61,7 @@ def _facts(graph: Graph) -> Iterator[tuple[str, str]]:
 
 
 def _text(node: Any) -> str:
-    """Class of a node and its plain fields; of an attention also its parts that carry no weights."""
+    """The class of a node and its plain fields. Of an attention, also what its parts compute."""
     parts = [type(node).__name__]
     for f in fields(node) if is_dataclass(node) else ():
         value = getattr(node, f.name)

@@ -1,4 +1,7 @@
-"""radius_of(graph, source): bound on the token norm of what enters the first block."""
+"""`radius_of(graph, source)`: a bound on the token norm of what enters the first block.
+
+A certificate holds on the ball of this radius. docs/maths.md, section 12, has the proofs.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,22 @@ from lip_plugin.linalg.norms import sigma_max_upper, sum_rms_max_upper
 
 
 def radius_of(graph: Graph, source: str) -> Decimal:
-    """Bound on the token norm of what enters the first block, for every input that the entry describes.
+    """Bound the token norm of what enters the first block, for all inputs that the entry describes.
 
-    Sums of one row of each table, all of them; from caps their largest RMS norms add up. Images: a patch of entries at most
-    `pixel_max` has RMS norm at most that, so its embedding at most N(W) pixel_max + RMS(bias).
+    For token models this is the largest RMS norm of a sum of one row from each table. From weights,
+    all such sums are looked at, unless they are too many (see `sum_rms_max_upper`). From caps, the
+    caps of the tables are added up.
+
+    For images, a patch whose entries are at most `pixel_max` in absolute value has RMS norm at most
+    `pixel_max`. So its embedding has RMS norm at most N(W) pixel_max + RMS(bias), where N(W) is the
+    RMS->RMS norm of the patch matrix. The row "first" takes the place of one patch.
 
     Args:
-        source: "weights" measures, "caps" uses the caps of tables and maps alone.
+        graph: the graph of the model.
+        source: "weights" measures tables and maps. "caps" uses their caps alone.
+
+    Returns:
+        The radius, rounded up.
 
     Raises:
         CertificateError: source "caps", and a table or map has no cap.
@@ -42,14 +54,14 @@ def radius_of(graph: Graph, source: str) -> Decimal:
 
 
 def _sums(tables: Iterable[Table], source: str) -> Decimal:
-    """Largest RMS norm of a sum of one row of each."""
+    """Bound on the largest RMS norm of a sum of one row from each table."""
     if source == "caps":
         return add(*(mul(ROW_SLACK, _cap(t.name, t.module), up(abs(t.scale))) for t in tables))
     return up(sum_rms_max_upper([t.read() for t in tables]))
 
 
 def _mapped(graph: Graph, linear: Linear, r: Decimal, source: str) -> Decimal:
-    """Bound on W x + b for RMS norms of x up to r."""
+    """Bound on the RMS norm of W x + b, for all x of RMS norm at most r."""
     if source == "caps":
         n = mul(CAP_SLACK, _cap(linear.name, graph.root.get_submodule(linear.name)))
     else:
@@ -58,6 +70,7 @@ def _mapped(graph: Graph, linear: Linear, r: Decimal, source: str) -> Decimal:
     return add(mul(n, r), rms(linear.bias()))
 
 
+# The cap of a table (in RMS norm) or of a map (in RMS->RMS norm), which is one block each.
 def _cap(name: str, module: Any) -> Decimal:
     layout = getattr(module, "layout", None)
     if layout is None or layout.segments[0].cap is None:

@@ -1,4 +1,8 @@
-"""plan_caps(model, target): which caps keep a model under a Lipschitz bound for a whole run."""
+"""`plan_caps(model, target)`: the caps that keep a model under a Lipschitz bound for a whole run.
+
+The certificate from caps grows with `w_max`, the cap of most blocks. So the largest `w_max` under a
+given bound is found by bisection, on a copy of the model that has no matrices in memory.
+"""
 
 from __future__ import annotations
 
@@ -27,36 +31,39 @@ from lip_plugin.surgery.presets import chosen_config
 from lip_plugin.surgery.retrofit import retrofit
 from lip_plugin.surgery.state import find_retrofit
 
-_SMALLEST, _LARGEST = 1e-3, 1e3  # where w_max is looked for
-_FREE = (
-    "w_max",
-    "overrides",
-    "method",
-    "init",
-)  # what another config of a retrofitted model may change
-_TOLERANCE = 1e-4  # of log10 w_max
+_SMALLEST, _LARGEST = 1e-3, 1e3  # w_max is looked for between these
+# If a model is retrofitted already, a new config may differ from its own in these fields only.
+_FREE = ("w_max", "overrides", "method", "init")
+_TOLERANCE = 1e-4  # the bisection stops when log10(w_max) is known this well
 
 
 @sharded_too
 def plan_caps(
     model: nn.Module, target: float, config: LipschitzConfig | str | None = None
 ) -> LipschitzConfig:
-    """The config with the largest `w_max` whose certificate from caps is at most `target`, token norm to token norm.
+    """Find the largest `w_max` whose certificate from caps is at most `target`.
 
-    So the bound holds at every step of a run, before the first. `overrides` (a head with more room, say)
-    stay as they are; only `w_max` is chosen, to four digits, rounded down. The model is not changed,
-    and its weights are not copied.
+    The target is a bound from token norm to token norm. It is known before the first step of a run,
+    and it holds at every step. Only `w_max` is chosen, to four digits, rounded down. `overrides` (a
+    head with more room, say) stay as they are. The model is not changed, and its matrices are not
+    copied.
 
     Args:
-        model: retrofitted or not. Biases are taken as they are, or, of a model that a retrofit would
-            start afresh, as zero.
-        target: bound on Lip(embeddings -> logits), above 0.
-        config: everything but `w_max`, or the name of a preset, fitted to the model's family as by
-            `retrofit`; None takes the retrofitted model's own, or the defaults.
+        model: a model of a known family, retrofitted or not. Its biases are taken as they are. If a
+            retrofit would start the model afresh, they are taken as zero. If the model is sharded,
+            all processes have to make this call together.
+        target: the bound on Lip(embeddings -> logits), above 0.
+        config: everything but `w_max`. The name of a preset is fitted to the model's family, as by
+            `retrofit`. None takes the config of the retrofitted model, or the defaults.
+
+    Returns:
+        The config with that `w_max`.
 
     Raises:
-        ConfigError: the target is below what w_max = 0.001 gives (the message says how much that is); or not positive.
-        Whatever `retrofit` refuses.
+        ConfigError: the target is not a finite number above 0; or it is below what w_max = 0.001
+            gives, and then the message says how much that is; or the config would change a model
+            that is retrofitted already in more than its caps, method and init.
+        LipschitzError: everything that `retrofit` would refuse, with the same error.
     """
     is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
     if not is_number or not 0 < target < math.inf:
@@ -76,8 +83,9 @@ def plan_caps(
     least = log10_bound(_SMALLEST)
     if least > goal:
         raise ConfigError(
-            f"plan_caps(target={target:g}): with w_max = {_SMALLEST} the bound is still 10^{least:.2f}, because the residual "
-            "path and the layers in `overrides` (the head?) alone give that. Lower those, or raise the target."
+            f"plan_caps(target={target:g}): with w_max = {_SMALLEST} the bound is still "
+            f"10^{least:.2f}, because the residual path and the layers in `overrides` (the head?) "
+            "alone give that. Lower those, or raise the target."
         )
     if log10_bound(_LARGEST) <= goal:
         return replace(config, w_max=_LARGEST)
@@ -90,7 +98,7 @@ def plan_caps(
 
 
 def _check(model: nn.Module, present: LipschitzConfig | None, config: LipschitzConfig) -> None:
-    """Refuse a config that a retrofit of this model would refuse, or whose constants are not the model's."""
+    """Raise for a config that `retrofit` would refuse, or that does not fit a retrofitted model."""
     if present is None:
         family = find_family(model)
         names = parts(model, family.architecture)
@@ -103,13 +111,16 @@ def _check(model: nn.Module, present: LipschitzConfig | None, config: LipschitzC
     fixed = [name for name in changed if name not in _FREE]
     if fixed:
         raise ConfigError(
-            f"plan_caps: {', '.join(fixed)} of this model were set when it was retrofitted. Call release(model), or plan on "
-            "a model that is not retrofitted."
+            f"plan_caps: {', '.join(fixed)} of this model were set when it was retrofitted. Call "
+            "release(model), or plan on a model that is not retrofitted."
         )
 
 
 def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
-    """A retrofitted copy with shapes, biases and tables of positions; its matrices are on the meta device."""
+    """A retrofitted copy of the model, with biases and position biases but without matrices.
+
+    The matrices are on the meta device, where they have shapes and no values.
+    """
     found = find_retrofit(model)
     root: Any = found[0] if found else model
     tables = {id(m.weight) for m in root.modules() if isinstance(m, OffsetBias)}
@@ -134,7 +145,7 @@ def _skeleton(model: nn.Module, config: LipschitzConfig) -> nn.Module:
 
 @torch.no_grad()
 def _start_tables_(twin: nn.Module) -> None:
-    """Give position tables that a retrofit made on the meta device the values that they start with."""
+    """Give position biases that the retrofit put on the meta device the values they start with."""
     for module in twin.modules():
         if isinstance(module, OffsetBias) and module.weight.is_meta:
             heads, offsets = module.weight.shape
@@ -143,11 +154,12 @@ def _start_tables_(twin: nn.Module) -> None:
             module.weight = nn.Parameter(start.to(module.weight.dtype), requires_grad=learned)
 
 
+# Give every matrix of the skeleton the cap that it has under this config. Tables keep theirs.
 def _set_caps_(graph: Graph, config: LipschitzConfig) -> None:
     for name, module in graph.root.named_modules():
         if isinstance(module, Constrained) and module.layout.norm != ROW:
             if module.layout.segments[0].role == "patch":
-                continue  # its cap is a share of embedding_max, as a table's
+                continue  # its cap is a share of embedding_max, as that of a table, and not w_max
             layout = module.layout
             cap = cap_of(name, config)
             module.layout = Layout(

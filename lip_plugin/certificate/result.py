@@ -1,4 +1,9 @@
-"""Certificate: the proven numbers, their JSON, and whose they are."""
+"""`Certificate`: the proven numbers, their form as JSON, and the model that they belong to.
+
+The functions in front of the class check a certificate. `check_belongs` asks whether it was
+computed from a given model. `check_same` compares a stated certificate with one that was computed
+anew. Each raises CertificateError with the reason.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +29,33 @@ from lip_plugin.errors import CertificateError, ConfigError, NotRetrofittedError
 from lip_plugin.model.adapters import BlockNorms
 from lip_plugin.surgery.block_norms import block_norms
 
-# By how much the log10 of a recomputed bound may exceed the stated one: this, and this share of it. ProvenNorms are
-# 0.1 % loose, and otherwise so on another machine, and a bound is a product of many of them. What is stated
-# below that was not computed from these weights by these rules.
+# How far the log10 of a stated bound may lie below that of the recomputed one: by this number, plus
+# this share of the stated log10. Proven norms may be up to 0.1 % too high, by another amount on
+# another machine, and a bound is a product of many of them. A bound that is stated below this
+# margin was not computed from these weights by these rules.
 _REPRODUCED = 0.01
 
 
 def check_settings(certificate: Certificate, settings: Mapping[str, Any]) -> None:
-    """Raise CertificateError, naming the fields, if a certificate was computed under other settings."""
+    """Raise CertificateError if a certificate was computed under other settings than these.
+
+    The message names the fields that differ.
+    """
     wrong = differences(certificate.settings, settings)
     if wrong:
         raise CertificateError(
-            f"the certificate belongs to a model with other settings: {'; '.join(wrong[:5])}. The config was changed "
-            "after it was written: restore the config, or certify again if the change was meant."
+            "the certificate belongs to a model with other settings: "
+            f"{'; '.join(wrong[:5])}. The config was changed after it was written: restore the "
+            "config, or certify again if the change was meant."
         )
 
 
 def check_belongs(certificate: Certificate, model: nn.Module) -> None:
     """Raise CertificateError unless the certificate was computed from this very model.
 
-    From weights: the same bytes in every parameter and persistent buffer, the same settings. From caps: the
-    same structure, caps and uncapped tensors, and every block within its cap now.
+    The settings must be the same, and the model must still compute what its graph computes. A
+    certificate from weights needs the same bytes in every parameter and persistent buffer. One from
+    caps needs the same structure, caps and uncapped tensors, and every block within its cap now.
     """
     with torch.no_grad():
         graph = build(model)
@@ -56,40 +67,57 @@ def check_belongs(certificate: Certificate, model: nn.Module) -> None:
 
 
 def check_within_caps(root: nn.Module, norms: Iterable[BlockNorms] | None = None) -> None:
-    """Raise CertificateError unless every block is within its cap now: `norms` if they were measured already."""
+    """Raise CertificateError unless every block is within its cap now, up to `CAP_SLACK`.
+
+    Args:
+        root: the model of a known family, without wrappers.
+        norms: what `block_norms(root)` gave, if the blocks were measured already.
+    """
     try:
         measured = block_norms(root) if norms is None else list(norms)
     except NotRetrofittedError as error:
         raise CertificateError(
-            "This model has no caps, so nothing can be said from caps alone. Use source='weights', or retrofit(model)."
+            "This model has no caps, so nothing can be said from caps alone. Use "
+            "source='weights', or retrofit(model)."
         ) from error
-    # of an adapter's change: its budget bounds a drift, and is no cap
+    # The name "<layer> (change)" is about the change that an adapter makes. The budget of a change
+    # bounds a drift, and it is no cap.
     capped_blocks = [b for b in measured if not b.name.endswith(" (change)")]
     worst = max(capped_blocks, key=lambda b: b.worst_over_cap, default=None)
     if worst is not None and not worst.worst_over_cap <= float(CAP_SLACK):
         raise CertificateError(
-            f"{worst.name} is {worst.worst_over_cap:.4g} times its cap now, so a bound from caps is not about this model. "
-            "Call project_(model) first, or certify from the weights."
+            f"{worst.name} is {worst.worst_over_cap:.4g} times its cap now, so a bound from caps "
+            "is not about this model. Call project_(model) first, or certify from the weights."
         )
 
 
 def check_fingerprint(certificate: Certificate, found: str) -> None:
-    """Raise CertificateError if the certificate carries another fingerprint than `found`."""
+    """Raise CertificateError if the certificate's fingerprint is another than `found`."""
     if certificate.weights != found:
         what = "weights" if certificate.source == "weights" else "caps, biases or structure"
         raise CertificateError(
-            f"the certificate belongs to other {what}: it carries {certificate.weights[:23] or 'no fingerprint'}..., "
-            f"the model has {found[:23]}... . Restore what it was computed from, or certify again."
+            f"the certificate belongs to other {what}: it carries "
+            f"{certificate.weights[:23] or 'no fingerprint'}..., the model has {found[:23]}... . "
+            "Restore what it was computed from, or certify again."
         )
 
 
 def check_same(stated: Certificate, fresh: Certificate) -> None:
-    """Raise CertificateError unless a stated certificate is of the same model as a fresh one, and not below it."""
+    """Raise CertificateError unless a stated certificate agrees with one computed anew.
+
+    Both must be about the same model, under the same settings. No number that is stated may lie
+    below the recomputed one by more than rounding explains.
+
+    Args:
+        stated: the certificate to check, read from a file say.
+        fresh: the certificate that was computed now from the model.
+    """
     check_settings(stated, fresh.settings)
     check_fingerprint(stated, fresh.weights)
     if _kept(stated) != _kept(fresh):
         raise CertificateError(
-            f"it speaks of {_kept(stated)}, and the model's is of {_kept(fresh)}: it was edited, or made by other rules."
+            f"it speaks of {_kept(stated)}, and the model's is of {_kept(fresh)}: it was edited, "
+            "or made by other rules."
         )
     pairs = [
         ("lipschitz (log10)", stated.log10_lipschitz, fresh.log10_lipschitz),
@@ -104,18 +132,18 @@ def check_same(stated: Certificate, fresh: Certificate) -> None:
     wrong = next(((name, a, b) for name, a, b in pairs if _below(a, b)), None)
     if wrong is not None:
         raise CertificateError(
-            f"it states 10^{wrong[1]:.4g} for {wrong[0]}, and only 10^{wrong[2]:.4g} can be proven: it was edited, or made "
-            "by other rules."
+            f"it states 10^{wrong[1]:.4g} for {wrong[0]}, and only 10^{wrong[2]:.4g} can be "
+            "proven: it was edited, or made by other rules."
         )
     if stated.radius < fresh.radius * (1 - 1e-9):
         raise CertificateError(
-            f"it states radius {stated.radius:.4g}, and inputs reach {fresh.radius:.4g}, for which {fresh.lipschitz:.6g} can be "
-            "proven: it was edited, or made by other rules."
+            f"it states radius {stated.radius:.4g}, and inputs reach {fresh.radius:.4g}, for "
+            f"which {fresh.lipschitz:.6g} can be proven: it was edited, or made by other rules."
         )
 
 
 def _kept(certificate: Certificate) -> tuple[Any, ...]:
-    """What rounding cannot change."""
+    """The fields that rounding cannot change, so that they have to be equal."""
     c = certificate
     return c.norm, c.source, c.d_in, c.d_out, tuple(layer.name for layer in c.layers)
 
@@ -125,7 +153,7 @@ def _log10(value: float) -> float:
 
 
 def _below(stated: float, fresh: float) -> bool:
-    """Whether a stated logarithm lies below the recomputed one by more than rounding may cause."""
+    """Whether a stated log10 lies below the recomputed one by more than `_REPRODUCED` allows."""
     return fresh - stated > (_REPRODUCED * (1 + abs(stated)) if math.isfinite(stated) else 0.0)
 
 
@@ -136,13 +164,14 @@ NORM = "token norm (largest RMS norm of a token) -> token norm"
 
 @dataclass(frozen=True)
 class LayerBound:
-    """One line of a certificate.
+    """One line of a certificate: the bound of one sub-block, norm slot or head.
 
     Attributes:
-        name: module of the sub-block (or norm slot, or head).
+        name: the module's name.
         radius: bound on the token norm of what enters it.
-        lipschitz: bound on its own constant there (residual included).
-        log10_total: log10 of the bound from the embeddings up to and including it.
+        lipschitz: bound on its own Lipschitz constant on the ball of that radius, from token norm
+            to token norm. The residual path around a sub-block is included.
+        log10_total: log10 of the bound from the embeddings up to and including this line.
     """
 
     name: str
@@ -155,25 +184,31 @@ class LayerBound:
 class Certificate:
     """A proven bound on how fast the logits of a model can move with its embeddings.
 
-    For any two inputs of the first block whose token norms are at most `radius`, the token norm of
-    the logits' difference is at most `lipschitz` times that of the inputs' difference: any mask,
-    any length, with or without KV cache, in eval mode, in real arithmetic on the stored weights.
+    Take any two inputs of the first block whose token norms are at most `radius`. The token norm of
+    the difference of their logits is at most `lipschitz` times the token norm of the difference of
+    the inputs. This holds for any mask and any length, with or without KV cache, in eval mode, and
+    in real arithmetic on the stored weights.
 
     Attributes:
-        lipschitz: the bound; inf where it exceeds 1.8e308 (see `log10_lipschitz`).
-        log10_lipschitz: its base-10 logarithm, rounded up.
-        radius: the ball it holds on, in token norm; every input made of tokens lies in it.
-        norm: which norms it is between.
-        source: `"weights"` (as they are) or `"caps"` (holds for every step of a run).
-        layers: one LayerBound per sub-block.
-        logit_difference: bound on how fast the difference of any two logits of a token moves, per unit
-            of the inputs' token norm: what decides whether a prediction can change.
+        lipschitz: the bound. It is inf where it exceeds 1.8e308; then see `log10_lipschitz`.
+        log10_lipschitz: the base-10 logarithm of the bound, rounded up.
+        radius: the bound holds on the ball of this radius, in token norm. Every input made of
+            tokens lies in that ball.
+        norm: the norms that the bound is between, in words.
+        source: `"weights"` if it is about the weights as they are. `"caps"` if it holds for every
+            step of a run that keeps the caps.
+        layers: one LayerBound for each sub-block, and for each other step up to the logits.
+        logit_difference: bound on how far the difference of any two logits of a token moves, per
+            unit of token norm of the inputs' difference. It decides whether a prediction can
+            change.
         d_in, d_out: widths of the embeddings and of the logits.
-        attention_logit: all attention logits lie, up to a shift per row, within +- this.
-        assumptions: what the number takes for granted.
-        model: class and family it was computed for.
-        weights: fingerprint of what it belongs to (see certificate/fingerprint.py), `verify` compares it.
-        settings: what the model's config said about its function.
+        attention_logit: all attention logits of a row lie within +- this number, up to a shift that
+            is common to the row.
+        assumptions: what the bound takes for granted, one sentence each.
+        model: class and family of the model.
+        weights: fingerprint of the model (see lip_plugin/certificate/fingerprint.py). `verify`
+            compares it.
+        settings: what the model's config said about its function, and what function_facts.py found.
     """
 
     lipschitz: float
@@ -194,8 +229,8 @@ class Certificate:
     def verify(self, model: nn.Module) -> None:
         """Raise CertificateError unless this certificate was computed from this very model.
 
-        It asks whose certificate this is, not whether the number is right; for that, certify again. Of a sharded
-        model every process asks, together.
+        This does not tell whether the number is right. To find that out, certify again. If the
+        model is sharded, all processes have to make this call together.
         """
         if has_shards(model):
             on_first_process(model, self.verify)
@@ -203,10 +238,14 @@ class Certificate:
             check_belongs(self, model)
 
     def l2(self, tokens: int) -> float:
-        """Bound between Euclidean norms over a whole sequence of `tokens` tokens: l2 -> l2.
+        """The bound between Euclidean norms over a whole sequence of `tokens` tokens: l2 -> l2.
 
-        norm2(all logits' differences) <= l2 * norm2(all embeddings' differences), from the token norm by
-        norm2 <= sqrt(tokens d) times it on one side and it <= norm2 / sqrt(d) on the other.
+        It says norm2(all logits' differences) <= l2 * norm2(all embeddings' differences). It
+        follows from `lipschitz` by two facts about a sequence of vectors of width d. Its norm2 is
+        at most sqrt(tokens d) times its token norm, which is used for the logits. Its token norm is
+        at most norm2 / sqrt(d), which is used for the embeddings.
+
+        Raises ConfigError if `tokens` is below 1.
         """
         if tokens < 1:
             raise ConfigError(f"Certificate.l2(tokens={tokens}): must be at least 1.")
@@ -214,11 +253,14 @@ class Certificate:
         return to_float(mul(up(self.lipschitz), ratio))
 
     def smallest_entropy_lower(self, visible: int) -> float:
-        """Proven lower bound, in nats, on every attention row's entropy over `visible` tokens."""
+        """Proven lower bound, in nats, on the entropy of attention over `visible` tokens."""
         return smallest_entropy_lower(self.attention_logit, visible)
 
     def to_json(self) -> str:
-        """JSON text with a digest, which `from_json` checks. Infinities are written as strings."""
+        """The certificate as JSON text. Infinities are written as strings.
+
+        The text carries a digest of its content, which `from_json` checks.
+        """
         body = _encode(asdict(self))
         return json.dumps(
             {"format": FORMAT, "digest": _digest(body), "certificate": body}, indent=1
@@ -226,7 +268,10 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """Inverse of `to_json`. Raises CertificateError for any other text, or one changed since."""
+        """The certificate that `to_json` wrote.
+
+        Raises CertificateError for any other text, and for a text that was changed since.
+        """
         try:
             outer = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
@@ -235,8 +280,9 @@ class Certificate:
             ) from error
         if isinstance(outer, Mapping) and outer.get("format") == _WITHOUT_FINGERPRINT:
             raise CertificateError(
-                "this certificate is from before certificates carried the fingerprint of their weights (format 1), so "
-                "nothing tells which weights it belongs to: write a new one with certify(model).to_json()."
+                "this certificate is from before certificates carried the fingerprint of their "
+                "weights (format 1), so nothing tells which weights it belongs to: write a new one "
+                "with certify(model).to_json()."
             )
         if not isinstance(outer, Mapping) or outer.get("format") != FORMAT:
             raise CertificateError(
@@ -270,7 +316,10 @@ class Certificate:
             if math.isfinite(self.lipschitz)
             else f"10^{self.log10_lipschitz:.2f}"
         )
-        last = f"Lipschitz <= {value} from {self.source}, on token norm <= {self.radius:.4g} ({self.model})"
+        last = (
+            f"Lipschitz <= {value} from {self.source}, on token norm <= {self.radius:.4g} "
+            f"({self.model})"
+        )
         pairs = (
             f"any difference of two logits moves at most {self.logit_difference:.6g} times as far"
         )

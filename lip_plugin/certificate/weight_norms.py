@@ -1,4 +1,8 @@
-"""The numbers that a bound starts from: proven norms of the weights, or of everything within the caps."""
+"""The numbers that every bound starts from: proven norms of the weights.
+
+`weight_norms` measures the weights as they are. `cap_norms` gives bounds on the norms of all
+weights that keep the caps. Both give `ProvenNorms`, which the rules of the nodes read.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,17 @@ from lip_plugin.model.heads import linear_layout
 from lip_plugin.model.layers import is_transposed
 from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment
 
-# How far above its cap rounding may leave a block, in any dtype: what every projection promises
-# (float32 leaves 1e-5, a weight that somebody else wrote 5e-4, bf16 1e-3). Rows are re-checked as stored.
+# How far above its cap a block may be left by rounding, in any dtype. Every projection promises
+# this factor: float32 leaves 1e-5, a weight that somebody else wrote 5e-4, and bf16 1e-3. Rows of
+# tables need less, because they are checked again as they are stored.
 CAP_SLACK, ROW_SLACK = Decimal("1.001"), Decimal("1.000000001")
 
 
 def refuse_non_finite_weights(root: nn.Module) -> None:
-    """Raise NonFiniteError naming the first parameter that holds nan or inf: no norm would see a bias's."""
+    """Raise NonFiniteError, naming the first parameter that holds nan or inf.
+
+    The norms would refuse such a weight as well, but they do not look at biases.
+    """
     named = [(name, p.detach()) for name, p in root.named_parameters() if p.numel()]
     extremes = [torch.stack(torch.aminmax(p)).abs().amax().double().cpu() for _, p in named]
     for (name, _), extreme in zip(named, extremes, strict=True):
@@ -36,10 +44,17 @@ def refuse_non_finite_weights(root: nn.Module) -> None:
 
 
 def weight_norms(graph: Graph) -> ProvenNorms:
-    """Proven norms of the weights as they are, those that the rules ask for.
+    """Prove upper bounds of all norms that the rules ask for, of the weights as they are.
 
-    Batched by shape within one layer, so that the last digit does not depend on which other layers
-    are there: a certificate streamed layer by layer is then the same number.
+    Blocks of equal shape are measured in one batch, but only within a layer. So the last digit does
+    not depend on which other layers are there, and a certificate that is streamed layer by layer
+    (see streaming.py) is the same number.
+
+    Args:
+        graph: the graph of the model. Its `only` restricts what is measured.
+
+    Raises:
+        NonFiniteError: a weight holds nan or inf.
     """
     norms = ProvenNorms()
     linears = graph.linears()
@@ -54,10 +69,11 @@ def weight_norms(graph: Graph) -> ProvenNorms:
 
 
 def _module(node: str) -> str:
-    """Full name of the module that a linear node is, or is a part of."""
+    """Full name of a linear node's module. A fused module's nodes are called name[part]."""
     return node.partition("[")[0]
 
 
+# The norms of these linear maps, and the joint norms of each node whose maps are all among them.
 def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -> ProvenNorms:
     norms = matrix_norms(graph, linears)
     for node in walk(graph.body.nodes):
@@ -69,17 +85,28 @@ def _measured(graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]]) -
 def matrix_norms(
     graph: Graph, linears: list[tuple[str, str, nn.Module, Tensor]], *, pairs: bool = True
 ) -> ProvenNorms:
-    """Proven norms of single matrices, given as `Graph.linears` lists them; rows of gates and of the head by themselves.
+    """Prove upper bounds of the norms of single matrices.
 
-    `pairs` False leaves out the distances between rows of the head.
+    Args:
+        graph: the graph of the model.
+        linears: the linear maps, as `Graph.linears` lists them. Rows are measured by themselves for
+            gates and for the head only, because no other rule gains by that.
+        pairs: whether to measure the distances between rows of the head.
+
+    Returns:
+        The norms by the name of the linear map. `joint`, about several maps together, is empty.
+
+    Raises:
+        NonFiniteError: a weight holds nan or inf.
     """
     weights: list[Tensor] = []
     layouts: list[Layout] = []
-    keys: list[tuple[str, str]] = []  # (name of the linear map, what is measured of it)
+    keys: list[tuple[str, str]] = []  # (name of the linear map, "all", "heads" or "whole")
     for role, name, module, weight in linears:
         wanted = {"all": _one_block(module, weight)}
         if role in ("q", "k", "v", "qkv"):
-            # no rule asks for the whole of k or v: only heads, and the whole of q, are worth their time
+            # No rule asks for the whole of k or v by itself. So only the heads are measured, and
+            # the whole of q.
             heads = linear_layout(module, role, 0.0, graph.parts, "head")
             whole_q = linear_layout(module, role, 0.0, graph.parts, "matrix").segments[:1]
             wanted = {"heads": heads}
@@ -103,17 +130,20 @@ def matrix_norms(
         whole = {r: norm2(values) for r, values in heads_of.items()}
         whole |= {r: values[0] for r, values in sigma.get((name, "whole"), {}).items()}
         total = norm2(whole.values()) if whole else sigma[name, "all"]["all"][0]
-        row = total  # no row is longer than sigma_max; only gates gain by knowing more
+        # No row is longer than sigma_max. For most maps that is enough.
+        row = total
         if role in ("gate", "up", "head"):
             matrix = weight.detach().t() if is_transposed(module) else weight.detach()
             row = min(total, mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1]))))
-        apart = mul(root(up(2)), total)  # norm2(e_i - e_j) is sqrt(2)
+        # The difference of rows i and j is W^T (e_i - e_j), and norm2(e_i - e_j) is sqrt(2).
+        apart = mul(root(up(2)), total)
         if role == "head" and pairs:
             apart = min(apart, up(row_distance_max_upper(weight.detach())))
         norms[name] = LinearNorms(total, row, whole, heads_of, apart)
     return norms
 
 
+# The layout of a weight that is measured as one block.
 def _one_block(module: nn.Module, weight: Tensor) -> Layout:
     transposed = is_transposed(module)
     rows = weight.shape[1 if transposed else 0]
@@ -121,9 +151,15 @@ def _one_block(module: nn.Module, weight: Tensor) -> Layout:
 
 
 def cap_norms(graph: Graph) -> ProvenNorms:
-    """The same bounds from the caps alone, so true after every step of a run.
+    """Bounds of the norms of all weights that keep the caps, up to `CAP_SLACK`.
 
-    Raises CertificateError for a layer without a cap.
+    They come from the caps alone, so they are true after every step of a run.
+
+    Args:
+        graph: the graph of the retrofitted model.
+
+    Raises:
+        CertificateError: a layer has no cap.
     """
     norms = ProvenNorms()
     for role, name, module, weight in graph.linears():
@@ -134,15 +170,15 @@ def cap_norms(graph: Graph) -> ProvenNorms:
             )
         d_in = weight.shape[0 if layout.transposed else 1]
         heads = {s.role: s for s in linear_layout(module, role, 0.0, graph.parts, "head").segments}
-        # of a fused map with a node for each part, the segments of this part; else all of them
+        # A fused gate and up has one node for each part. Such a node takes the segments of its own
+        # part, and any other node takes all segments.
         segments = [s for s in layout.segments if s.role == role] or list(layout.segments)
-        # a block's cap in RMS->RMS norm is a cap on sigma_max of cap * sqrt(d_out / d_in)
+        # A cap c on a block in RMS->RMS norm is a cap of c sqrt(d_out / d_in) on its sigma_max.
         sigma = {
             s.role: mul(CAP_SLACK, up(s.cap), root(div(up(s.d_out), up(d_in)))) for s in segments
         }
-        counts = {
-            r: sum(s.count for s in segments if s.role == r) for r in sigma
-        }  # heads may be interleaved
+        # If heads are interleaved, a role has one segment for each head.
+        counts = {r: sum(s.count for s in segments if s.role == r) for r in sigma}
         whole = {r: norm2([sigma[r]] * count) for r, count in counts.items()}
         per_head = {r: [sigma[r]] * s.count for r, s in heads.items() if r in sigma}
         total = norm2(whole.values())

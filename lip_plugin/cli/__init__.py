@@ -1,1 +1,4 @@
-"""The command line, on top of everything; nobody imports it."""
+"""The command `lip-plugin`: what it does with saved models, and the page it writes about a run.
+
+Nothing in lip_plugin imports this folder.
+"""

@@ -1,4 +1,8 @@
-"""The command line: lip-plugin certify | falsify | report. Results go to stdout, everything else to stderr."""
+"""The command line: lip-plugin certify | falsify | report.
+
+Results go to stdout, everything else goes to stderr. `main` runs one command, and the functions
+below it do what the three commands promise.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from torch import nn
 from lip_plugin.certificate.attack.falsify import Falsification, falsify
 from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.result import Certificate, check_same
+from lip_plugin.cli.charts import require_matplotlib
 from lip_plugin.cli.report import Report, bound_text, render
 from lip_plugin.cli.saved import (
     CERTIFICATE,
@@ -46,8 +51,8 @@ EXIT_CODES = """exit codes:
   2  bad input: truncated or edited files, nan, a config or certificate of other weights
   3  not supported: a model or layer without a proven rule, or without the caps that were asked for
   4  falsified: an attack exceeded the claimed bound"""
-_STREAM_FROM = 1 << 30  # bytes of weights from which on certify reads them layer by layer
-_RESTARTS = 5  # starts of one round of an attack: one of each kind that falsify has
+_STREAM_FROM = 1 << 30  # certify reads weights of this many bytes or more layer by layer
+_RESTARTS = 5  # one round of an attack has one start of each kind that falsify knows
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +62,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (see --help), or raises SystemExit for wrong usage and --help."""
+    """Run one command.
+
+    Args:
+        argv: the words after `lip-plugin`; None takes them from the command line.
+
+    Returns:
+        The exit code, one of `EXIT_CODES`.
+
+    Raises:
+        SystemExit: the words do not fit (code 1), or help was asked for (code 0).
+    """
     args = _parser().parse_args(argv)
     try:
         code, result, text = args.run(args)
@@ -85,7 +100,7 @@ def _code_of(error: BaseException) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Infinities as strings: JSON has none."""
+    """The same value with infinities and nan as strings, because JSON has none of them."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):
@@ -117,7 +132,10 @@ def _parser() -> _Parser:
         sub.add_argument("--debug", action="store_true", help="show where an error was raised")
         return sub
 
-    model = "PATH: folder of save_pretrained or of a Trainer checkpoint, nanoGPT's ckpt.pt, or a certificate.json"
+    model = (
+        "PATH: folder of save_pretrained or of a Trainer checkpoint, nanoGPT's ckpt.pt, "
+        "or a certificate.json"
+    )
     sub = command(
         "certify",
         _certify,
@@ -198,7 +216,10 @@ def _certify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def _prove(args: argparse.Namespace, folder: Path) -> Certificate:
-    """The certificate of what lies in the folder, streamed if that is asked for or the files are large."""
+    """The certificate of what lies in the folder.
+
+    The weights are read layer by layer if that is asked for, and by default if the files are large.
+    """
     hugging_face = (folder / "config.json").is_file()
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     if args.stream and not hugging_face:
@@ -216,7 +237,12 @@ def _prove(args: argparse.Namespace, folder: Path) -> Certificate:
 
 
 def _check_stated(stated: Certificate, fresh: Certificate, folder: Path) -> None:
-    """Raise CertificateError unless the certificate beside the weights is theirs, and proven."""
+    """Raise CertificateError unless the stated certificate belongs to the weights and is proven.
+
+    Args:
+        stated: the certificate that lies beside the weights.
+        fresh: the certificate that was just computed from them.
+    """
     try:
         check_same(stated, fresh)
     except CertificateError as error:
@@ -240,7 +266,8 @@ def _falsify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         claim, origin = proven.lipschitz, "proven now"
     if stated is not None and stated.radius < found.radius * (1 - 1e-9):
         raise CertificateError(
-            f"{CERTIFICATE} speaks of radius {stated.radius:.4g} only, and tokens reach {found.radius:.4g}: it was edited."
+            f"{CERTIFICATE} speaks of radius {stated.radius:.4g} only, and tokens reach "
+            f"{found.radius:.4g}: it was edited."
         )
     exceeded = found.lower_bound > min(claim, proven.lipschitz)
     result = {
@@ -261,7 +288,7 @@ def _falsify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def _attack(args: argparse.Namespace, model: nn.Module) -> Falsification:
-    """The best of several rounds, each with its own random numbers."""
+    """The best find of several rounds, each of which has its own random numbers."""
     rounds = [
         falsify(model, _RESTARTS, args.steps, tokens=args.tokens, seed=seed)
         for seed in _bar(args, range(args.rounds), "attack")
@@ -274,6 +301,7 @@ def _effort(args: argparse.Namespace) -> str:
 
 
 def _report(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    require_matplotlib()  # before the attack, which may take minutes
     run = args.path
     args.path = model_of_run(run)
     model, stated = load(args.path, args.nanogpt_dir), beside(args.path)
@@ -334,7 +362,11 @@ def _bar(args: argparse.Namespace, items: Any, what: str) -> Iterator[Any]:
 
 @contextmanager
 def _proving() -> Iterator[None]:
-    """The input was read; what fails now is something that nothing can be proven about."""
+    """Turn a failed proof into UnsupportedModelError.
+
+    The input could be read before this, so that a failure means that the model has no proof and not
+    that the files are bad.
+    """
     try:
         yield
     except CertificateError as error:

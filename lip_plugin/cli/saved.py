@@ -1,4 +1,8 @@
-"""What lies in a folder: a saved model of any kind, the certificate beside it, the log of its run."""
+"""Find and read what the commands need from a folder.
+
+A folder can hold a saved model of any known kind, the certificate beside it, and the log of the run
+that made it.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,26 @@ CERTIFICATE, CHECKPOINT = "certificate.json", "ckpt.pt"
 
 
 def folder_of(path: Path) -> Path:
+    """The path itself if it is a folder, and otherwise the folder around the file."""
     return path if path.is_dir() else path.parent
 
 
 def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a saved model, of Hugging Face or of nanoGPT."""
     return any((folder / name).is_file() for name in ("config.json", CHECKPOINT))
 
 
 def load(path: Path, nanogpt_dir: Path | None = None) -> nn.Module:
-    """The model at the path, whole, with every check that its kind of checkpoint allows."""
+    """Load the whole model at the path, with every check that its kind of checkpoint allows.
+
+    Args:
+        path: a folder, or a file in it.
+        nanogpt_dir: checkout of nanoGPT whose model.py made a ckpt.pt; other models need none.
+
+    Raises:
+        ConfigError: the model is nanoGPT's and its checkout was not given.
+        CheckpointError: the path is a file that cannot be loaded by itself, or the model is broken.
+    """
     folder = folder_of(path)
     if path.name == CHECKPOINT or (folder / CHECKPOINT).is_file():
         if nanogpt_dir is None:
@@ -39,7 +54,15 @@ def load(path: Path, nanogpt_dir: Path | None = None) -> nn.Module:
 
 
 def beside(path: Path) -> Certificate | None:
-    """The certificate that was given, or lies beside the weights; None if there is none."""
+    """Read the certificate that was given, or the one that lies beside the weights.
+
+    Returns:
+        The certificate, or None if there is none.
+
+    Raises:
+        CheckpointError: the path does not exist.
+        CertificateError: the certificate was truncated or edited.
+    """
     file = path if path.suffix == ".json" else folder_of(path) / CERTIFICATE
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
@@ -52,7 +75,11 @@ def beside(path: Path) -> Certificate | None:
 
 
 def model_of_run(run: Path) -> Path:
-    """Where a run keeps its last model: itself, its folder `model`, or its last checkpoint."""
+    """Find where a run keeps its last model: itself, its folder `model`, or its last checkpoint.
+
+    Raises:
+        CheckpointError: there is no model in any of these places.
+    """
     if run.is_file() or has_weights(run):
         return run
     steps = [p for p in run.glob("checkpoint-*") if p.name[11:].isdecimal() and has_weights(p)]
@@ -66,7 +93,19 @@ def model_of_run(run: Path) -> Path:
 
 
 def history(run: Path, model: Path) -> list[dict[str, Any]]:
-    """The Trainer's log: trainer_state.json of the newest place that has one, or metrics.json."""
+    """Read the Trainer's log of a run.
+
+    Args:
+        run: output folder of the run.
+        model: folder of its last model.
+
+    Returns:
+        The rows of the first file that there is: trainer_state.json beside the model or in the run,
+        metrics.json in the run, trainer_state.json of the newest checkpoint. [] if there is none.
+
+    Raises:
+        CheckpointError: that file is not a log.
+    """
     folder = run if run.is_dir() else run.parent
     newest = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
     for path in (

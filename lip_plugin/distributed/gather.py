@@ -1,9 +1,10 @@
-"""A sharded model (FSDP2) as a plain one on the first process, for whatever has to look at all of it.
+"""A sharded model (FSDP2) as a plain one on the first process.
 
-A certificate compares the graph with the model's own forward, on copies, and reads every weight. A sharded model can
-neither be copied nor run on one process alone. So its weights are gathered, one at a time, into a plain
-model of the same modules in the first process's main memory, with FSDP's classes and hooks taken off; what is
-asked for is computed there, and its answer, or its error, is given to all processes.
+A certificate reads every weight, and compares its graph with the model's own forward on copies of
+the model. A sharded model can neither be copied nor be run on one process alone. So its weights are
+gathered, one at a time, into a plain model of the same modules, in the main memory of the first
+process and without the classes and hooks of FSDP. What is asked for is computed there. Its result,
+or its error, is given to all processes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lip_plugin.face import require_module
 
 T = TypeVar("T")
 P = ParamSpec("P")
-_OURS = "torch.distributed."  # where FSDP's hooks and states come from
+_OURS = "torch.distributed."  # the package that FSDP's hooks and states come from
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -35,18 +36,30 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def on_first_process(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
-    """`function` of a plain copy of a sharded model, computed on rank 0 of the world; the same result everywhere.
+    """Call `function` on rank 0 with a plain copy of a sharded model, and give all its result.
 
-    Collective: every process calls it, in the same order. The result has to pickle.
+    This is collective: every process calls it, in the same order, and gets the result.
 
-    Raises what `function` raises, on every process; UnsupportedModelError for a model that is not spread over all of them.
+    Args:
+        model: Sharded over all processes.
+        function: Takes the plain copy. Its result has to pickle.
+
+    Returns:
+        What `function` returned, on every process.
+
+    Raises:
+        UnsupportedModelError: The model is not spread over all processes.
+        Exception: Whatever `function` raises is raised on every process.
     """
     values = _whole_values(model)
     return on_first(lambda: function(_copy(model, values)))
 
 
 def together(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
-    """`function` on the first process, of the model or of a plain copy of a sharded one; its result, or error, on all."""
+    """Call `function` on rank 0, with the model, or with a plain copy if the model is sharded.
+
+    This is collective. Its result, or its error, is that of rank 0 on all processes.
+    """
     return (
         on_first_process(model, function)
         if has_shards(model)
@@ -55,7 +68,10 @@ def together(model: nn.Module, function: Callable[[nn.Module], T]) -> T:
 
 
 def sharded_too(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function of (model, ...) take sharded models: it is then collective, and has one result everywhere."""
+    """Decorate a function of (model, ...) so that it takes sharded models too.
+
+    With a sharded model the function is collective, and has the same result on all processes.
+    """
 
     @wraps(function)
     def either(model: Any, *rest: Any, **kwargs: Any) -> T:
@@ -69,7 +85,13 @@ def sharded_too(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def gathered(model: nn.Module) -> nn.Module | None:
-    """A plain copy of a sharded model with its whole weights, on the CPU of rank 0; None on the other processes."""
+    """A plain copy of a sharded model with its whole weights.
+
+    This is collective.
+
+    Returns:
+        The copy, on the CPU, on rank 0. None on the other processes.
+    """
     settle_(model)
     values = _whole_values(model)
     return _copy(model, values) if dist.get_rank() == 0 else None
@@ -77,13 +99,17 @@ def gathered(model: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def _whole_values(model: nn.Module) -> dict[int, Any]:
-    """Whole parameters and buffers by the id of the model's own, on rank 0; empty elsewhere. Collective, and nothing else."""
+    """The whole parameters and buffers, by the id of the model's own ones. Empty except on rank 0.
+
+    This is collective, and does nothing but gather.
+    """
     first, values = dist.get_rank() == 0, {}
     for tensor in _tensors(model):
         if is_sharded(tensor) and tensor.device_mesh.size() != dist.get_world_size():  # type: ignore[attr-defined]
             raise UnsupportedModelError(
-                f"the model is sharded over {tensor.device_mesh.size()} of {dist.get_world_size()} processes, so there are "  # type: ignore[attr-defined]
-                "several models, and one certificate cannot be for all of them. Shard over a mesh of all processes."
+                f"the model is sharded over {tensor.device_mesh.size()} of "  # type: ignore[attr-defined]
+                f"{dist.get_world_size()} processes, so there are several models, and one "
+                "certificate cannot be for all of them. Shard over a mesh of all processes."
             )
         value: Any = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
         if first:
@@ -95,13 +121,16 @@ def _whole_values(model: nn.Module) -> dict[int, Any]:
 
 
 def _copy(model: nn.Module, values: dict[int, Any]) -> nn.Module:
-    """The model with these values in place of its own tensors, its modules as they were before fully_shard."""
+    """A copy of the model with these values in place of its own tensors.
+
+    Its modules are as they were before fully_shard.
+    """
     with _plain_modules(model):
         return copy.deepcopy(model, dict(values))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer once, in the order of the modules: the same on every process."""
+    """Every parameter and buffer once, in the order of the modules, which all processes share."""
     seen: set[int] = set()
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -112,7 +141,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def _plain_modules(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules have the classes, hooks and attributes that they had before fully_shard."""
+    """Inside, the modules have the classes, hooks and attributes from before fully_shard."""
     from torch.distributed.fsdp import FSDPModule
 
     before: list[tuple[nn.Module, type, dict[str, Any]]] = []
@@ -136,7 +165,10 @@ def _plain_modules(model: nn.Module) -> Iterator[None]:
 
 
 def _is_distributed(hook: Any) -> bool:
-    """Whether torch.distributed registered the hook (a method of its states, or a wrapper around one)."""
+    """Whether torch.distributed registered the hook.
+
+    The hook may be a method of one of its states, or a wrapper around such a method.
+    """
     inner = getattr(hook, "__wrapped__", hook)
     owner = getattr(inner, "__self__", inner)
     module = (

@@ -1,15 +1,16 @@
-"""Whole matrices out of sharded or replicated ones: each is worked on by one process, and sent back.
+"""Work on whole matrices that are sharded or replicated over several processes.
 
-The norm of a shard is not the norm of its matrix, so a projection needs the matrix. Gathering every
-matrix everywhere would send each of them to all processes, and have all of them do the same work. Here
-each matrix has one owner, and its pieces travel once to it and once back:
+The norm of a shard is not the norm of its matrix, so a projection needs the whole matrix. If every
+process gathered every matrix, all of them would do the same work. Here each matrix has one owner.
+Its pieces travel once to the owner and once back:
 
-- sharded (DTensor, as FSDP2 makes them): one all-to-all brings the pieces to the owners, one takes them back;
-- replicated (DDP): every process has the matrix, so the owner starts at once, and one all-gather
-  hands the results round. Replicas are then equal to the bit by construction;
-- on one process: nothing is sent.
+- Sharded matrices (DTensors, as FSDP2 makes them): one all-to-all brings the pieces to the owners,
+  and another one takes them back.
+- Replicated matrices (DDP): every process has the matrix, so its owner starts at once, and one
+  all-gather hands the results round. Replicas are then equal to the bit by construction.
+- One process alone: nothing is sent.
 
-All of it is collective: every process of the group calls the same functions, in the same order.
+All of it is collective: every process of the group calls the same functions in the same order.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from torch import Tensor, nn
 from lip_plugin.errors import DistributedError, UnsupportedModelError
 
 T = TypeVar("T")
-# torch 2.13's name, and the one before
+# The name of this function since torch 2.13, or the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Elements that one process owns at a time: 64 MiB of float32, a few large matrices in a batch.
+# The most elements that one process owns in a round: 64 MiB of float32, or a few large matrices.
 _ROUND = 1 << 24
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where the values of a tensor are: on this process alone, on each of `group`, or cut along `dim` over it."""
+    """Where the values of a tensor are: on this process, on each of a group, or cut over it."""
 
-    group: Any = None  # torch.distributed.ProcessGroup; None: nobody else is concerned
-    dim: int | None = None  # None: whole on every process
+    group: Any = None  # a ProcessGroup, or None if only this process is concerned
+    dim: int | None = None  # the axis that is cut, or None if each process has the whole tensor
 
     @property
     def size(self) -> int:
@@ -50,19 +51,19 @@ class Home:
 
 
 def processes() -> int:
-    """How many processes there are; 1 without torch.distributed."""
+    """The number of processes, which is 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """`function()` on rank 0; its result, which has to pickle, or its error, on every process. Collective."""
+    """Call `function` on rank 0, and give all processes its result (it has to pickle) or error."""
     if processes() == 1:
         return function()
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = function()
-        except Exception as error:  # the others wait for an answer
+        except Exception as error:  # the other processes wait for an answer, so it is sent
             answer[1] = error
         try:
             pickle.dumps(answer)
@@ -80,12 +81,12 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether only a part of the tensor is on this process (a DTensor)."""
+    """Whether the tensor is a DTensor, of which this process may hold a part only."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is on this process: shares its memory; all of it unless it is a DTensor."""
+    """The part of a tensor that is on this process, sharing its memory; all of a plain tensor."""
     if not is_sharded(tensor):
         return tensor
     part: Any = tensor.to_local()  # type: ignore[attr-defined]
@@ -93,9 +94,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def home_of(tensor: Tensor, replicas: Any = None) -> Home:
-    """Where the tensor lives; `replicas` is the group that holds equal copies of what is not sharded.
+    """Where the values of a tensor are.
 
-    Raises UnsupportedModelError for a DTensor that is not plainly cut along one of its axes.
+    Args:
+        tensor: A plain tensor or a DTensor.
+        replicas: The process group whose members hold equal copies of what is not sharded, or None.
+
+    Raises:
+        UnsupportedModelError: A DTensor that is not plainly cut along one of its axes.
     """
     if not is_sharded(tensor):
         return Home(
@@ -105,17 +111,18 @@ def home_of(tensor: Tensor, replicas: Any = None) -> Home:
     for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
         if placement.is_replicate() or mesh.size(axis) == 1:
             continue
-        # a subclass (_StridedShard: FSDP over tensor parallel) interleaves its pieces
+        # A subclass of Shard interleaves its pieces (_StridedShard, of FSDP over tensor
+        # parallelism).
         if type(placement).__name__ != "Shard":
             raise UnsupportedModelError(
-                f"a parameter is placed as {placement}: only Shard and Replicate are supported. Use fully_shard "
-                "(FSDP2) alone, without tensor parallelism."
+                f"a parameter is placed as {placement}: only Shard and Replicate are supported. "
+                "Use fully_shard (FSDP2) alone, without tensor parallelism."
             )
         cut.append((axis, placement.dim % tensor.dim()))
     if len(cut) > 1:
         raise UnsupportedModelError(
-            f"a parameter is cut along {len(cut)} axes of its device mesh: shard over one of them and replicate over the "
-            "others (HSDP)."
+            f"a parameter is cut along {len(cut)} axes of its device mesh: shard over one of them "
+            "and replicate over the others (HSDP)."
         )
     if not cut:
         return Home()
@@ -124,7 +131,7 @@ def home_of(tensor: Tensor, replicas: Any = None) -> Home:
 
 
 def pieces_of(length: int, processes: int) -> list[int]:
-    """How many rows each process has of `length`, as torch.chunk cuts them: the last may have fewer, or none."""
+    """How many of `length` rows each process gets from torch.chunk. The last may have none."""
     chunk = -(-length // processes)
     return [
         max(0, min(chunk, length - start)) for start in range(0, chunk * processes, chunk or 1)
@@ -132,7 +139,10 @@ def pieces_of(length: int, processes: int) -> list[int]:
 
 
 def owners(costs: Sequence[float], processes: int) -> list[int]:
-    """An owner for each item, the work as even as may be: the costliest first, each to who has least so far."""
+    """An owner for each item. The work is shared as evenly as it may be.
+
+    The costliest items come first, and each goes to the process that has the least work so far.
+    """
     load = [0.0] * processes
     chosen = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -170,19 +180,23 @@ def on_owners(
     extra: Callable[[int], Tensor] | None = None,
     write: bool = True,
 ) -> None:
-    """Call `work(indices, wholes, extras)` on whole tensors, each on its owner, and keep what it writes to them.
+    """Call `work` on whole tensors, each on its owner, and keep what it writes to them.
 
     Args:
-        tensors: plain tensors or DTensors, the same on every process.
-        work: changes `wholes`, the plain whole tensors number `indices`, in place. Called once a round.
-        replicas: process group whose members hold equal copies of the tensors that are not sharded; the work on
-            those is shared out as well. None: this process does it for itself.
-        costs: of the work on each tensor; None takes its elements.
-        extra: another tensor for each one that is sharded, cut in the same way: given as this process's part, handed to
-            `work` whole. Of tensors that are not sharded `work` gets no extras.
-        write: hand the results back. False: `work` only looks.
+        tensors: Plain tensors or DTensors, the same on every process.
+        work: Called once a round as work(indices, wholes, extras). It changes `wholes` in place:
+            the plain whole tensors that stand at `indices` in `tensors`.
+        replicas: The process group whose members hold equal copies of the tensors that are not
+            sharded. The work on those is then shared out as well. With None this process does it
+            for itself.
+        costs: The cost of the work on each tensor. None takes its number of elements.
+        extra: Gives for the index of a sharded tensor this process's part of another tensor, which
+            is cut in the same way. `work` gets it whole. It gets no extras for other tensors.
+        write: Whether to hand the results back. With False `work` only looks.
 
-    Raises what `work` raises, once every process is through its exchanges, and DistributedError on the others.
+    Raises:
+        DistributedError: `work` failed on another process. On CUDA nobody asks.
+        Exception: What `work` raised here. It comes once every process is through its exchanges.
     """
     homes: dict[tuple[Home, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -199,9 +213,8 @@ def on_owners(
             if mine and failure is None:
                 try:
                     work(mine, wholes, extras)
-                except (
-                    Exception
-                ) as error:  # told when all are through: nobody is left waiting in an exchange
+                # It is raised when all are through, so that nobody is left waiting in an exchange.
+                except Exception as error:
                     failure = error
             if write:
                 _give_back(home, likes, owner, wholes)
@@ -211,7 +224,7 @@ def on_owners(
 def _shares(
     home: Home, tensors: Sequence[Tensor], members: list[int], costs: Sequence[float] | None
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(numbers of tensors, their owners), round by round; alone all at once, since nothing is copied."""
+    """(indices of tensors, their owners) of each round. A process alone needs one round."""
     if home.size == 1:
         yield members, [0] * len(members)
         return
@@ -226,7 +239,10 @@ def _shares(
 def _raise_together(
     failure: BaseException | None, groups: list[Any], tensors: Sequence[Tensor]
 ) -> None:
-    """Raise on every process if one has failed. On CUDA, where asking would cost a synchronization, only there."""
+    """Raise on every process if one has failed.
+
+    On CUDA only the process that failed raises, because asking would cost a synchronization.
+    """
     failed = torch.tensor([float(failure is not None)])
     if groups and local(tensors[0]).device.type == "cpu":
         for group in groups:
@@ -240,7 +256,7 @@ def _raise_together(
 
 
 def largest_together(values: Tensor, groups: Sequence[Any]) -> Tensor:
-    """The entrywise largest over all processes of each group; nan counts as inf."""
+    """The entrywise largest value over all processes of each group. nan counts as inf."""
     values = torch.nan_to_num(values, nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     for group in groups:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
@@ -248,7 +264,11 @@ def largest_together(values: Tensor, groups: Sequence[Any]) -> Tensor:
 
 
 def groups_of(tensors: Sequence[Tensor], replicas: Any = None) -> list[Any]:
-    """All process groups that hold parts or copies of the tensors, each once, in order: who has to agree about them."""
+    """The process groups that hold parts or copies of the tensors, each once.
+
+    These are the processes that have to agree about the tensors. The order is the same on all of
+    them.
+    """
     found: dict[Any, None] = {}
     for tensor in tensors:
         if is_sharded(tensor):
@@ -264,8 +284,9 @@ def groups_of(tensors: Sequence[Tensor], replicas: Any = None) -> list[Any]:
 def settle_(model: nn.Module) -> None:
     """Put every FSDP2 module back to its shards.
 
-    After a forward pass without a backward pass FSDP2 leaves some parameters gathered: `module.weight` is then a copy that
-    nobody trains, and what is written to it is lost. Sends nothing; does nothing to what is sharded already.
+    After a forward pass without a backward pass FSDP2 leaves some parameters gathered.
+    `module.weight` is then a copy that nobody trains, and what is written to it is lost. This sends
+    nothing, and does nothing to modules that are sharded already.
     """
     for module in model.modules():
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
@@ -273,7 +294,7 @@ def settle_(model: nn.Module) -> None:
 
 
 def replicas_of(model: nn.Module) -> Any:
-    """The process group of the DistributedDataParallel around or inside `model`; None without one."""
+    """The process group of the DistributedDataParallel that `model` is or holds, or None."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return module.process_group
@@ -283,7 +304,7 @@ def replicas_of(model: nn.Module) -> Any:
 def _gathered(
     home: Home, tensors: list[Tensor], owner: list[int], parts: list[Tensor] | None = None
 ) -> list[Tensor]:
-    """The whole tensors that this process owns; or, of `parts` cut like `tensors`, the whole ones of those."""
+    """The whole tensors that this process owns: of `tensors`, or of `parts` cut like them."""
     parts = [local(t) for t in tensors] if parts is None else [local(p) for p in parts]
     if home.dim is None:
         return [part for part, of in zip(parts, owner, strict=True) if of == home.rank]
@@ -347,11 +368,11 @@ def _give_back(home: Home, tensors: list[Tensor], owner: list[int], wholes: list
 
 
 def _hand_round(home: Home, tensors: list[Tensor], owner: list[int]) -> None:
-    """Replicas: every process takes each tensor from its owner."""
+    """For replicas: every process takes each tensor from its owner."""
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         typed = [(t, of) for t, of in zip(tensors, owner, strict=True) if t.dtype == dtype]
         counts = [sum(t.numel() for t, of in typed if of == s) for s in range(home.size)]
-        send = typed[0][0].new_zeros(max(counts))  # all-gather takes equal lengths
+        send = typed[0][0].new_zeros(max(counts))  # all-gather needs equal lengths
         mine = [t.flatten() for t, of in typed if of == home.rank]
         if mine:
             send[: counts[home.rank]] = torch.cat(mine)
@@ -365,11 +386,11 @@ def _hand_round(home: Home, tensors: list[Tensor], owner: list[int]) -> None:
 
 
 def _flat(piece: Tensor, dim: int) -> Tensor:
-    """Entries in order, the axis that is cut first: pieces below each other make the whole."""
+    """The entries with axis `dim` first. Pieces that were cut along `dim` then join end to end."""
     return piece.movedim(dim, 0).reshape(-1)
 
 
 def _shaped(entries: Tensor, shape: Sequence[int], dim: int) -> Tensor:
-    """Inverse of `_flat`."""
+    """The inverse of `_flat`."""
     moved = [shape[dim], *(n for axis, n in enumerate(shape) if axis != dim)]
     return entries.view(moved).movedim(0, dim)

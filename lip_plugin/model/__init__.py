@@ -1,1 +1,1 @@
-"""What a model is, and the modules that a retrofit leaves in it. Decides nothing."""
+"""Descriptions of models, and the modules that a retrofit leaves in them. It decides nothing."""

@@ -1,4 +1,8 @@
-"""Activations whose largest slope is proven, and the modules that a retrofit puts in their place: 1-Lipschitz."""
+"""Activations whose largest slope is proven, and the 1-Lipschitz modules that replace them.
+
+Open this file to see which activations have a rule, or to add one. A retrofit that removes norms
+divides each activation by its largest slope, or puts another one in its place.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ from torch import Tensor, nn
 
 from lip_plugin.errors import UnsupportedModelError
 
-# Largest slopes, rounded up at the last digit; tests/model/test_layers.py recomputes them in float64.
-# gelu (erf): at x = sqrt(2); gelu (tanh form): near x = 1.4; silu: near x = 2.4.
+# The largest slopes, rounded up in the last digit. tests/model/test_layers.py recomputes them in
+# float64. That of gelu (erf) is at x = sqrt(2), that of its tanh form near x = 1.4, that of silu
+# near x = 2.4.
 SLOPE_UPPER = {
     "relu": 1.0,
     "tanh": 1.0,
@@ -23,7 +28,7 @@ SLOPE_UPPER = {
 
 
 class Abs(nn.Module):
-    """x -> abs(x): slopes 1 and -1 only, so norms and gradients pass whole."""
+    """x -> abs(x). Its slopes are 1 and -1 only, so norms and gradients pass whole."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.abs()
@@ -33,9 +38,10 @@ REPLACEMENTS: dict[str, type[nn.Module]] = {"abs": Abs}
 
 
 class FunctionActivation(nn.Module):
-    """x -> f(x) of `ACTIVATIONS`, standing for a call of that function in a library's forward.
+    """x -> f(x) of `ACTIVATIONS`, for a place where a library's forward calls f as a function.
 
-    There is no module in the library's model at that place, so nothing can be scaled there, nor hooked.
+    There is no module in the library's model at that place. So nothing can be scaled there, nor
+    hooked.
     """
 
     def __init__(self, kind: str) -> None:
@@ -47,11 +53,14 @@ class FunctionActivation(nn.Module):
 
 
 class ScaledActivation(nn.Module):
-    """x -> act(x) / slope, with slope an upper bound of act's largest slope: 1-Lipschitz.
+    """x -> act(x) / slope, with slope an upper bound of the largest slope of act: 1-Lipschitz.
 
     Args:
-        act: the activation module or function as the model had it.
-        kind: its name in SLOPE_UPPER.
+        act: The activation module or function that the model had.
+        kind: Its name in SLOPE_UPPER.
+
+    Raises:
+        UnsupportedModelError: No slope is proven for this name.
     """
 
     def __init__(self, act: Callable[[Tensor], Tensor], kind: str) -> None:
@@ -70,7 +79,7 @@ class ScaledActivation(nn.Module):
         return f"kind={self.kind}, slope=1/{SLOPE_UPPER[self.kind]}"
 
 
-# What each kind computes: the function that its slope is proven for.
+# The function that each slope is proven for.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
@@ -79,23 +88,32 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "abs": torch.abs,
 }
-# The classes whose source was read, by module. A look-alike (a clipped or trainable one) is not here; the integrations
-# register those of their libraries.
+# The activation classes whose source was read, by module. A look-alike, such as a clipped or a
+# trainable one, is not here. The integrations register the classes of their libraries.
 _ACTIVATION_CLASSES: dict[str, set[str]] = {
     "torch.nn.modules.activation": {"ReLU", "Tanh", "GELU", "SiLU"}
 }
 
 
 def register_activation_classes(module: str, *names: str) -> None:
-    """Make activation classes of a library known: each computes one of ACTIVATIONS, which its values then tell."""
+    """Make activation classes of a library known.
+
+    Args:
+        module: The full name of the module that they are in.
+        names: Their names. Each class has to compute one of ACTIVATIONS; `activation_kind` finds
+            out which one from its values.
+    """
     _ACTIVATION_CLASSES.setdefault(module, set()).update(names)
 
 
 def activation_kind(act: Any) -> str | None:
-    """Name in SLOPE_UPPER of the function this module computes; None if it is not a known one.
+    """Which function an activation module computes.
 
-    The class must be on the list above; which of its forms it computes is then told by its values
-    on [-30, 30], because one class has several (nn.GELU's `approximate`).
+    Its class must be a registered one. A class may have several forms (nn.GELU has `approximate`),
+    so the form is told by its values on [-30, 30].
+
+    Returns:
+        A name in SLOPE_UPPER, or None if the function is not known.
     """
     if isinstance(act, ScaledActivation):
         return act.kind
@@ -105,9 +123,8 @@ def activation_kind(act: Any) -> str | None:
             return kind
     if cls.__name__ not in _ACTIVATION_CLASSES.get(cls.__module__, ()):
         return None
-    probe = torch.linspace(
-        -30.0, 30.0, 961, dtype=torch.float64, device="cpu"
-    )  # also within a meta context
+    # The device is named, because this may run where the default device is meta.
+    probe = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         values = act(probe)
     for kind, reference in ACTIVATIONS.items():

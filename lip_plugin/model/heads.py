@@ -1,4 +1,7 @@
-"""Which rows of a linear map are which head of q, k and v: the blocks that are capped one by one."""
+"""Which rows of a linear map belong to which head of q, k and v.
+
+Heads are usually capped one by one, so this file makes the layouts of linear maps.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from lip_plugin.model.parts import LayerParts, Parts
 
 
 def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
-    """Width of one attention head."""
+    """The width of one attention head."""
     linears = layer.attention.linears
     module: Any = model.get_submodule(linears.get("qkv") or linears["q"])
     module = getattr(module, "base_layer", module)  # an adapter may wrap it
@@ -28,14 +31,23 @@ def head_dim(model: nn.Module, layer: LayerParts, names: Parts) -> int:
 def linear_layout(
     module: Any, role: str, cap: float, names: Parts, granularity: str, *, interleaved: bool = False
 ) -> Layout:
-    """Blocks of one linear map: heads of q, k, v (or each as a whole), everything else one block.
+    """The blocks of one linear map, as a Layout with caps in the RMS->RMS norm.
+
+    q, k and v are cut into heads, or are one block each. The gate and the up map of a fused
+    `gate_up` are one block each. Every other map is one block.
 
     Args:
-        interleaved: the rows of a fused map are those of q, k, v head by head, as the weight is
-            stored in some families; a graph's weights have all rows of q first, then k, then v.
+        module: The linear map.
+        role: Its role: "q", "k", "v", "qkv", "gate_up", or another one.
+        cap: The cap of each block.
+        names: The parts of the model, for the numbers of heads.
+        granularity: `"head"` or `"matrix"`, as in LipschitzConfig.
+        interleaved: Whether the rows of a fused map are those of q, k and v head by head, as some
+            families store the weight. (The weights in a certificate's graph have all rows of q
+            first, then those of k, then those of v.)
 
     Raises:
-        UnsupportedModelError: rows that do not fall into heads.
+        UnsupportedModelError: The rows do not fall into heads of equal size.
         ConfigError: granularity "matrix" for interleaved rows.
     """
     transposed = is_transposed(module)
@@ -57,8 +69,9 @@ def linear_layout(
     if interleaved and role == "qkv":
         if granularity != "head":
             raise ConfigError(
-                f"The rows of q, k and v are interleaved in the fused maps of {names.architecture.name}, so none of "
-                "them is one block of its weight. Use granularity='head'."
+                "The rows of q, k and v are interleaved in the fused maps of "
+                f"{names.architecture.name}, so none of them is one block of its weight. Use "
+                "granularity='head'."
             )
         turns = [(h, r) for h in range(names.n_heads) for r in roles]
         one_each = [Segment(r, i * d_head, 1, d_head, cap) for i, (_, r) in enumerate(turns)]

@@ -1,12 +1,12 @@
 """Blocks: which parts of a weight are capped on their own, and how to see them as batches.
 
-A weight is read as a matrix [d_out, d_in] (a Conv1D's transposed, a patch convolution's flattened to
-[d, channels * p * p]). Its rows are cut into segments;
-a segment is `count` equal blocks below each other, so it is a view [count, d_out / count, d_in] of
-the weight, without a copy. One head of q is a block; so is a whole feed-forward matrix.
+A weight is read as a matrix [d_out, d_in]. (A Conv1D stores it transposed. A patch convolution is
+flattened to [d, channels * p * p].) Its rows are cut into segments. A segment consists of `count`
+equal blocks below each other, so it is a view [count, rows of a block, d_in] of the weight, without
+a copy. One head of q is a block, and so is a whole feed-forward matrix.
 
-Layouts are made of strings and numbers only: an optimizer keeps them in its param_groups, where
-they outlive FSDP's swap of the tensors and go through `torch.load(weights_only=True)`.
+Layouts consist of strings and numbers only. An optimizer keeps them in its param_groups. There they
+outlive FSDP's swap of the tensors, and they go through `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-RMS_TO_RMS = "rms_to_rms"  # cap on sigma_max * sqrt(d_in / d_out) of each block
-ROW = "row"  # cap on the RMS norm of each row (embedding tables)
+RMS_TO_RMS = "rms_to_rms"  # caps are on sigma_max * sqrt(d_in / d_out) of each block
+ROW = "row"  # caps are on the RMS norm of each row, for embedding tables
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` blocks of `d_out` rows each, from row `start` on; `cap` None means measured only."""
+    """`count` blocks below each other, from row `start` on.
+
+    Attributes:
+        role: What the rows are, such as "q" or "down".
+        start: The first row.
+        count: The number of blocks.
+        d_out: The rows of each block.
+        cap: The cap of each block, in the norm of the layout. None means that it is only measured.
+    """
 
     role: str
     start: int
@@ -38,12 +46,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one weight falls into blocks.
+    """How one weight is cut into blocks.
 
     Attributes:
-        norm: `"rms_to_rms"` or `"row"`, the norm that the caps are stated in.
-        transposed: the weight is stored [d_in, d_out] (transformers' Conv1D).
-        segments: in order, covering every row once.
+        norm: `"rms_to_rms"` or `"row"`, the norm in which the caps are stated.
+        transposed: Whether the weight is stored [d_in, d_out], as by transformers' Conv1D.
+        segments: In order. Together they cover every row once.
     """
 
     norm: str
@@ -51,9 +59,13 @@ class Layout:
     segments: tuple[Segment, ...]
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as [d_out, d_in], a view; of a table with leading axes of size 1, its rows.
+        """The weight as a view [d_out, d_in].
 
-        Raises RuntimeError (torch's) where no view exists: a copy would lose what is written to it.
+        For a table with leading axes of size 1 these are its rows.
+
+        Raises:
+            RuntimeError: torch's own, where no view exists. A copy would lose what is written to
+                it.
         """
         if weight.dim() > 2:
             return (
@@ -64,11 +76,13 @@ class Layout:
         return weight.t() if self.transposed else weight
 
     def views(self, weight: Tensor) -> Iterator[tuple[Segment, Tensor]]:
-        """Yield (segment, view [count, d_out, d_in]) in order; writing to a view writes the weight."""
+        """Yield (segment, view [count, d_out, d_in]) in order.
+
+        Writing to a view writes to the weight.
+        """
         matrix = self.matrix(weight)
-        if (
-            self.norm == ROW
-        ):  # a table may be cropped to fewer rows after the retrofit (nanoGPT does)
+        # A table may have fewer rows than at the retrofit (nanoGPT crops it), so it is taken whole.
+        if self.norm == ROW:
             yield self.segments[0], matrix.unsqueeze(0)
             return
         for segment in self.segments:
@@ -76,20 +90,20 @@ class Layout:
             yield segment, rows.unflatten(0, (segment.count, segment.d_out))
 
     def to_plain(self) -> tuple:
-        """Nested tuples of strings and numbers."""
+        """The layout as nested tuples of strings and numbers."""
         return (self.norm, self.transposed, tuple(astuple(s) for s in self.segments))
 
     @classmethod
     def from_plain(cls, plain: tuple) -> Layout:
-        """Inverse of `to_plain` (lists are taken as well)."""
+        """The inverse of `to_plain`. Lists are taken as well as tuples."""
         norm, transposed, segments = plain
         return cls(norm, bool(transposed), tuple(Segment(*s) for s in segments))
 
     def covers(self, weight: Tensor) -> bool:
-        """Whether the segments tile the rows of `weight` exactly."""
-        if weight.dim() < 2:  # flattened
+        """Whether the segments cover the rows of `weight` exactly."""
+        if weight.dim() < 2:  # it was flattened
             return False
-        rows = weight.shape[1 if self.transposed else 0]  # by shapes alone: it may be sharded
+        rows = weight.shape[1 if self.transposed else 0]  # only shapes: the weight may be sharded
         edges = [0, *(s.stop for s in self.segments)]
         return all(s.start == e for s, e in zip(self.segments, edges)) and edges[-1] == rows
 
@@ -97,16 +111,28 @@ class Layout:
 def one_block(
     role: str, d_out: int, cap: float | None, *, norm: str = RMS_TO_RMS, transposed: bool = False
 ) -> Layout:
-    """Layout of a weight that is one block."""
+    """The layout of a weight that is one block.
+
+    Args:
+        role: What the rows are.
+        d_out: The number of rows.
+        cap: In `norm`, or None.
+        norm: RMS_TO_RMS or ROW.
+        transposed: Whether the weight is stored [d_in, d_out].
+    """
     return Layout(norm, transposed, (Segment(role, 0, 1, d_out, cap),))
 
 
 @torch.no_grad()
 def clamp_rows_(rows: Tensor, cap: float) -> None:
-    """Scale down, in place, every row of [..., n, d] whose RMS norm exceeds `cap`.
+    """Scale down, in place, every row whose RMS norm exceeds `cap`.
 
-    The quotient is formed in float64 and the stored row re-checked, because rounding to a short
-    dtype can lift a row above the cap again.
+    The quotient is formed in float64. The stored row is checked once more, because rounding to a
+    short dtype can lift it above the cap again.
+
+    Args:
+        rows: [..., n, d].
+        cap: The largest RMS norm of a row.
     """
     margin = 1.0 - 4 * torch.finfo(rows.dtype).eps
     for _ in range(2):

@@ -1,4 +1,8 @@
-"""parts(model, architecture): the full names of everything that an architecture describes, checked."""
+"""parts(model, architecture): the full module names of everything that an architecture describes.
+
+An Architecture holds relative names. This file puts them together, layer by layer, and checks that
+each part exists in the model. Surgery and certificate then walk the result.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,16 @@ from lip_plugin.model.layers import RowParameter, table_of
 
 @dataclass(frozen=True)
 class BranchParts:
-    """Full names in one sub-block; `linears` maps roles to names, in running order."""
+    """The full names in one sub-block.
+
+    Attributes:
+        module: The attention or MLP module.
+        scale: The module whose output the retrofit multiplies.
+        norm, branch_norm, sum_norm: The norm slots, or None; see `Branch`.
+        linears: Role -> name of each linear map, in running order.
+        act: The activation, or None.
+        qk_norms: The QK-norms that there are.
+    """
 
     module: str
     scale: str
@@ -28,7 +41,7 @@ class BranchParts:
     qk_norms: tuple[str, ...] = ()
 
     def norms(self) -> Iterator[str]:
-        """Full names of its norm slots."""
+        """The full names of its norm slots."""
         yield from filter(None, (self.norm, self.branch_norm, self.sum_norm))
         yield from self.qk_norms
 
@@ -48,9 +61,12 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class Knob:
-    """A number of the forward besides weights: attribute of a module, or of `model.config` (owner None).
+    """A number in the forward pass that is no weight, such as a multiplier or a softcap.
 
-    `neutral` is the value that takes it out of the forward: 1 for a factor, None for a softcap.
+    Attributes:
+        owner: The full name of the module that has it as an attribute. None is `model.config`.
+        attribute: The name of the attribute.
+        neutral: The value that takes it out of the forward: 1 for a factor, None for a softcap.
     """
 
     owner: str | None
@@ -83,7 +99,7 @@ class Parts:
         return [(role, name) for role, name in named.items() if name]
 
     def linears(self) -> Iterator[tuple[str, str]]:
-        """(role, full name) of every linear map in running order, so the head last."""
+        """(role, full name) of every linear map in running order, so that the head is last."""
         a = self.architecture
         if a.patches:
             yield "patch", a.patches
@@ -96,7 +112,7 @@ class Parts:
         yield "head", a.head
 
     def norms(self) -> Iterator[str]:
-        """Full names of all norm slots."""
+        """The full names of all norm slots."""
         a = self.architecture
         yield from filter(None, [a.entry_norm])
         for layer in self.layers:
@@ -106,18 +122,23 @@ class Parts:
         yield from (path for kind, path in a.readout if kind == "norm")
 
     def activations(self) -> Iterator[str]:
-        """Full names of all activations."""
+        """The full names of all activations."""
         for layer in self.layers:
             yield from (branch.act for branch in layer.branches if branch.act)
         yield from (path for kind, path in self.architecture.readout if kind == "act")
 
 
+# A dotted name out of its parts. Empty parts are left out.
 def _join(*names: str) -> str:
     return ".".join(n for n in names if n)
 
 
 def parts(model: nn.Module, architecture: Architecture) -> Parts:
-    """Resolve an architecture on a model; raises UnsupportedModelError naming a part that is missing."""
+    """Resolve an architecture on a model.
+
+    Raises:
+        UnsupportedModelError: A part is missing. The message names it.
+    """
     config: Any = model.config
     n_heads = int(getattr(config, architecture.heads))
     kv = getattr(config, architecture.kv_heads, None) if architecture.kv_heads else None
@@ -142,6 +163,7 @@ def parts(model: nn.Module, architecture: Architecture) -> Parts:
     return found
 
 
+# The names in the layer with this full name.
 def _layer(layer: str, architecture: Architecture) -> LayerParts:
     a, m = architecture.attention, architecture.mlp
     attention = {"qkv": a.qkv, "q": a.q, "k": a.k, "v": a.v, "out": a.out}
@@ -154,6 +176,7 @@ def _layer(layer: str, architecture: Architecture) -> LayerParts:
     )
 
 
+# The names in one sub-block of the layer with this full name.
 def _branch(layer: str, branch: Branch, linears: dict[str, str | None], **more: Any) -> BranchParts:
     module = _join(layer, branch.module)
     slots = (branch.norm, branch.branch_norm, branch.sum_norm)
@@ -166,7 +189,7 @@ def _branch(layer: str, branch: Branch, linears: dict[str, str | None], **more: 
 def _knobs(
     model: nn.Module, architecture: Architecture, layers: list[LayerParts]
 ) -> Iterator[Knob]:
-    """Those that this model has, a config's copy of a module's attribute included."""
+    """The knobs that this model has. A config's copy of a module's attribute is one more knob."""
     wanted: list[tuple[str, str, float | None]] = []
     for path in architecture.embedding_scale:
         owner, _, attribute = path.rpartition(".")
@@ -184,15 +207,18 @@ def _knobs(
     yield from (Knob(None, a, n) for a, n in neutrals.items() if hasattr(model.config, a))
 
 
-_COPY = re.compile(
-    r"\.(original_module|modules_to_save\.[^.]+)(?=\.)"
-)  # segments of peft's modules_to_save
+# The segments that peft's modules_to_save puts into a parameter's name.
+_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.)")
 
 
 def refuse_undescribed(model: nn.Module, names: Parts) -> None:
-    """Raise UnsupportedModelError for a parameter outside everything that the architecture describes.
+    """Check that the architecture describes every parameter of the model.
 
-    What an adapter adds inside a described layer is that layer's, and so is a copy that peft trains beside it.
+    What an adapter adds inside a described layer belongs to that layer. So does a copy of a layer
+    that peft trains beside it.
+
+    Raises:
+        UnsupportedModelError: A parameter lies outside everything that is described.
     """
     described = {*(name for _, name in names.linears()), *names.norms()}
     rows = [(name, table_of(model, name)) for _, name in names.tables()]
@@ -207,23 +233,32 @@ def refuse_undescribed(model: nn.Module, names: Parts) -> None:
         if not inside and name not in bare:
             owner = name.rpartition(".")[0]
             raise UnsupportedModelError(
-                f"{owner or type(model).__name__} ({type(model.get_submodule(owner)).__name__}) has weights that the "
-                "architecture does not describe, so nothing could be proven about the model. Mixture-of-experts, "
-                "state-space and cross-attention layers have no rule here."
+                f"{owner or type(model).__name__} ({type(model.get_submodule(owner)).__name__}) "
+                "has weights that the architecture does not describe, so nothing could be proven "
+                "about the model. Mixture-of-experts, state-space and cross-attention layers have "
+                "no rule here."
             )
 
 
+# The module with this full name. Raises UnsupportedModelError if the model has none.
 def _get(model: nn.Module, name: str, architecture: Architecture) -> Any:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} was taken for family {architecture.name!r}, but has no module {name!r}. "
-            "Retrofit the model with its language-model head (AutoModelForCausalLM) or classifier, before any wrapper."
+            f"{type(model).__name__} was taken for family {architecture.name!r}, but has no "
+            f"module {name!r}. Retrofit the model with its language-model head "
+            "(AutoModelForCausalLM) or classifier, before any wrapper."
         ) from error
 
 
 def owner_of(model: nn.Module, module: str, path: str) -> tuple[Any, str]:
-    """(module, attribute) of a dotted attribute path relative to a module's full name."""
+    """(module, attribute) of a dotted path.
+
+    Args:
+        model: The model.
+        module: The full name of a module.
+        path: A path of an attribute, relative to that module.
+    """
     owner, _, attribute = f"{module}.{path}".rpartition(".")
     return model.get_submodule(owner), attribute

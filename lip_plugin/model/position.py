@@ -1,9 +1,12 @@
-"""Attention by position: a bias on the logits that depends on head and offset only, learned or fixed.
+"""Attention by position: a bias on the logits that depends on head and offset only.
 
-It costs nothing in a certificate: a bias that does not depend on the input moves no logit. The module's
-forward is not rewritten. It runs inside a mode that sees its one call of
-`torch.nn.functional.scaled_dot_product_attention` and adds the bias to that call's mask; so it works in every
-library that attends by that function, with and without KV cache, under compile and checkpointing.
+Such a bias does not depend on the input, so it moves no logit when the input moves, and costs
+nothing in a certificate. It can be learned or fixed.
+
+The attention module's forward is not rewritten. It runs inside a mode that sees its one call of
+`torch.nn.functional.scaled_dot_product_attention`, and adds the bias to the mask of that call. So
+it works in every library that attends by this function, with and without KV cache, under compile
+and under checkpointing.
 """
 
 from __future__ import annotations
@@ -18,27 +21,32 @@ from torch.overrides import TorchFunctionMode
 
 from lip_plugin.errors import UnsupportedModelError
 
-MAX_OFFSETS = (
-    4096  # further tokens share the last entry, so the biases of any length lie in one range
-)
+# Tokens that are further away share the last entry. So the biases lie in one range for any length.
+MAX_OFFSETS = 4096
 _SLOT = "position_bias"
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Slopes 2^(-8 (h+1) / H) of ALiBi's heads (arXiv 2108.12409, section 3), steepest first."""
+    """The slopes 2^(-8 (h+1) / H) of ALiBi's heads, steepest first.
+
+    Source: arXiv 2108.12409, section 3.
+    """
     return [2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)]
 
 
 class OffsetBias(nn.Module):
-    """Attention biases [heads, offsets]: `weight[h, o]` is added to the logit of a key o tokens back.
+    """Attention biases: `weight[h, o]` is added to the logit of a key that is o tokens back.
 
-    Starts as ALiBi, -slope_h * o. Where attention is not causal, o is the distance to either side.
+    The table [heads, offsets] starts as ALiBi, -slope_h * o. If attention is not causal, o is the
+    distance to either side.
 
     Args:
-        heads: query heads.
-        offsets: entries of the table; the last one is that of every larger offset.
-        content: False leaves q.k out: attention by position alone.
-        causal: offsets are counted backwards.
+        heads: The number of query heads.
+        offsets: The number of entries for each head. The last one is that of every larger offset
+            too.
+        content: False leaves q.k out, which is attention by position alone.
+        causal: Whether offsets are counted backwards only.
+        like: A tensor whose dtype and device the table takes. None takes torch's defaults.
     """
 
     def __init__(
@@ -57,14 +65,25 @@ class OffsetBias(nn.Module):
         self.content, self.causal = content, causal
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Biases [heads, len(queries), len(keys)], or [batch, heads, ...] for queries [batch, queries]."""
+        """The biases between queries and keys.
+
+        Args:
+            queries: Positions [queries], or [batch, queries].
+            keys: Positions [keys].
+
+        Returns:
+            [heads, queries, keys], or [batch, heads, queries, keys].
+        """
         offset = queries.unsqueeze(-1) - keys
         offset = offset.clamp_min(0) if self.causal else offset.abs()
         table = self.weight[:, offset.clamp_max(self.weight.shape[1] - 1)]
         return table if queries.dim() == 1 else table.transpose(0, 1)
 
     def spread(self) -> float:
-        """Largest difference of two biases of one head, rounded up: by so much position may part two logits."""
+        """The largest difference of two biases of one head, rounded up.
+
+        By so much the position alone can part two logits.
+        """
         table = self.weight.detach().double()
         return float((table.amax(1) - table.amin(1)).amax()) * (1 + 1e-15)
 
@@ -74,7 +93,7 @@ class OffsetBias(nn.Module):
 
 
 class _BiasedCall(TorchFunctionMode):
-    """Adds the bias to calls of scaled_dot_product_attention; everything else passes."""
+    """Adds the bias to calls of scaled_dot_product_attention. All other calls pass unchanged."""
 
     def __init__(self, bias: OffsetBias, calls: list[int]) -> None:
         super().__init__()
@@ -106,23 +125,37 @@ def biased_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`attention(query, key, value, ...)` with the bias in its mask; without content its weights at once.
+    """`attention(query, key, value, ...)` with the bias in its mask.
 
-    A query's position is its row's; behind a cache that of the last key it sees, or the last one without mask.
-    While it decodes one token, transformers packs the query heads that share a key head as rows of it.
+    Without content, the softmax of the mask gives the attention weights at once. Without a cache
+    the position of a query is that of its row. Behind a cache it is that of the last key that the
+    mask lets it see; without a mask the last query has the position of the last key. While it
+    decodes one token, transformers packs the query heads that share a key head as rows of it. The
+    biases are then packed alike.
+
+    Args:
+        bias: The biases.
+        attention: scaled_dot_product_attention itself. The other arguments are its own.
+
+    Returns:
+        What `attention` returns.
+
+    Raises:
+        UnsupportedModelError: The heads are packed in a way that is not known here.
     """
     group = bias.weight.shape[0] // query.shape[-3]
     rows, columns = query.shape[-2] // group, key.shape[-2]
     if group > 1 and rows != 1:
         raise UnsupportedModelError(
-            f"position biases of {bias.weight.shape[0]} heads met queries {tuple(query.shape)}: heads packed "
-            "in a way not known here."
+            f"position biases of {bias.weight.shape[0]} heads met queries {tuple(query.shape)}: "
+            "heads packed in a way not known here."
         )
     keys = torch.arange(columns, device=query.device)
     table = bias(_positions(attn_mask, is_causal, rows, keys), keys).to(query.dtype)
     if group > 1:
         table = table.unflatten(-3, (-1, group)).squeeze(-2)
-    # finfo.min and not -inf: a row that sees nothing (padding) becomes uniform instead of nan
+    # This is finfo.min and not -inf, so that a row that sees nothing (padding) becomes uniform and
+    # not nan.
     lowest = torch.finfo(query.dtype).min
     if is_causal:
         mask = table.masked_fill(torch.arange(rows, device=keys.device)[:, None] < keys, lowest)
@@ -151,7 +184,7 @@ def biased_attention(
 
 
 def _positions(attn_mask: Tensor | None, is_causal: bool, rows: int, keys: Tensor) -> Tensor:
-    """Positions of the queries among the keys, [rows], or [batch, rows] where a mask tells."""
+    """Positions of the queries among the keys: [rows], or [batch, rows] if the mask tells them."""
     columns = keys.shape[0]
     queries = torch.arange(rows, device=keys.device)
     if attn_mask is None or rows == columns:
@@ -165,17 +198,19 @@ def _positions(attn_mask: Tensor | None, is_causal: bool, rows: int, keys: Tenso
 
 
 class PositionBiased:
-    """Mixin in front of an attention class: the same forward, its attention biased by `position_bias`."""
+    """Mixin in front of an attention class: the same forward, with biased attention."""
 
     position_bias: OffsetBias
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        calls: list[int] = []  # not on the mode: compile does not give its attributes back
+        # Calls are not counted on the mode, because compile does not give its attributes back.
+        calls: list[int] = []
         with _BiasedCall(self.position_bias, calls):
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"{type(self).__name__} called scaled_dot_product_attention {len(calls)} times, so its position biases are "
+                f"{type(self).__name__} called scaled_dot_product_attention {len(calls)} times, "
+                "so its position biases are "
                 'not what was asked for. Load the model with attn_implementation="sdpa".'
             )
         return output
@@ -185,31 +220,37 @@ _NAME = "PositionBiased/"
 
 
 def __getattr__(name: str) -> Any:
-    """The biased class of an attention class, by a name that pickle can look up: PositionBiased/module/Class."""
+    """The biased class of an attention class, by a name that pickle can look up.
+
+    The name is PositionBiased/module/Class, with one part for each part of the module's name.
+    """
     if not name.startswith(_NAME):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     *path, leaf = name.removeprefix(_NAME).split("/")
     return _biased(getattr(importlib.import_module(".".join(path)), leaf))
 
 
+# The biased class of an attention class. It is made once, and kept under its name in this module.
 def _biased(parent: type) -> type:
     name = _NAME + "/".join([*parent.__module__.split("."), parent.__name__])
     known = globals().get(name)
-    if (
-        known is None or known.__mro__[2] is not parent
-    ):  # a reloaded module has another class of that name
+    # A module that was reloaded has another class of the same name.
+    if known is None or known.__mro__[2] is not parent:
         known = type(name, (PositionBiased, parent), {"__module__": __name__, "__qualname__": name})
         globals()[name] = known
     return known
 
 
 def position_bias(module: nn.Module) -> OffsetBias | None:
-    """The biases of an attention module; None without any."""
+    """The biases of an attention module. None without any."""
     return module.position_bias if isinstance(module, PositionBiased) else None
 
 
 def set_position_bias_(module: nn.Module, bias: OffsetBias | None) -> None:
-    """Give an attention module these biases, its class and forward else untouched; None takes them away."""
+    """Give an attention module these biases, or take them away with None.
+
+    Its class and forward are otherwise untouched.
+    """
     if isinstance(module, PositionBiased):
         del module.position_bias
         module.__class__ = type(module).__mro__[2]

@@ -1,4 +1,8 @@
-"""Constants in a forward pass: in a norm's slot, on what a branch reads or gives, as a cap on entries. All python floats."""
+"""Constants in a forward pass, all of them python floats.
+
+A retrofit that removes norms needs three kinds: a constant in a norm's slot (ConstantScale),
+factors on what a branch reads or gives (InputScale, BranchScale), and a cap on entries (EntryCap).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from torch import Tensor, nn
 
 
 class ConstantScale(nn.Module):
-    """x -> scale * x: what a removed norm leaves in its slot. Lipschitz constant abs(scale)."""
+    """x -> scale * x, which a removed norm leaves in its slot.
+
+    Its Lipschitz constant is abs(scale).
+    """
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -24,10 +31,10 @@ class ConstantScale(nn.Module):
 
 
 class BranchScale:
-    """Forward hook: scales a branch's output (the first entry, if it returns a tuple).
+    """Forward hook that multiplies a branch's output, or its first entry if it is a tuple.
 
-    It sits on the attention or MLP module, never inside the linear layer: peft adds its delta
-    outside the layer, and a scale inside would miss it.
+    It sits on the attention or MLP module, never inside on the linear layer. peft adds its change
+    outside that layer, so a scale inside would miss it.
     """
 
     def __init__(self, scale: float) -> None:
@@ -40,12 +47,12 @@ class BranchScale:
 
 
 def branch_scale(module: nn.Module) -> float:
-    """The factor that BranchScale hooks put on the module's output (1.0 without any)."""
+    """The factor that BranchScale hooks put on the module's output, which is 1.0 without any."""
     return math.prod(h.scale for h in module._forward_hooks.values() if isinstance(h, BranchScale))
 
 
 def set_branch_scale_(module: nn.Module, scale: float | None) -> None:
-    """Replace the module's BranchScale hook; None takes it away."""
+    """Replace the module's BranchScale hook. None takes it away."""
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, BranchScale):
             del module._forward_hooks[key]
@@ -54,10 +61,11 @@ def set_branch_scale_(module: nn.Module, scale: float | None) -> None:
 
 
 class InputScale:
-    """Forward pre-hook: scales what a branch reads, where there is no norm slot in front of it (olmo2).
+    """Forward pre-hook that multiplies what a branch reads.
 
-    On the attention or MLP module, for the same reason as BranchScale. What is scaled is the argument
-    `hidden_states`, or the first one.
+    It is for branches without a norm slot in front of them (olmo2). It sits on the attention or MLP
+    module, for the same reason as BranchScale. It multiplies the argument `hidden_states`, or else
+    the first one.
     """
 
     ARGUMENT = "hidden_states"
@@ -72,14 +80,14 @@ class InputScale:
 
 
 def input_scale(module: nn.Module) -> float:
-    """The factor that InputScale hooks put on what the module reads (1.0 without any)."""
+    """The factor that InputScale hooks put on what the module reads, which is 1.0 without any."""
     return math.prod(
         h.scale for h in module._forward_pre_hooks.values() if isinstance(h, InputScale)
     )
 
 
 def set_input_scale_(module: nn.Module, scale: float | None) -> None:
-    """Replace the module's InputScale hook; None takes it away."""
+    """Replace the module's InputScale hook. None takes it away."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, InputScale):
             del module._forward_pre_hooks[key]
@@ -89,9 +97,10 @@ def set_input_scale_(module: nn.Module, scale: float | None) -> None:
 
 
 class EntryCap:
-    """Forward hook: z -> cap tanh(z / cap) on the last `width` entries of the output (all of them by default).
+    """Forward hook: z -> cap tanh(z / cap) on the last `width` entries of the output.
 
-    For the two factors of a gated MLP: without it, one entry may be sqrt(d) times the RMS norm of all.
+    Without a width it acts on all entries. It is for the two factors of a gated MLP, where one
+    entry may otherwise be sqrt(d) times as large as the RMS norm of all.
     """
 
     def __init__(self, cap: float, width: int | None = None) -> None:
@@ -105,13 +114,13 @@ class EntryCap:
 
 
 def entry_cap(module: nn.Module) -> float | None:
-    """The smallest cap of EntryCap hooks on the module's output; None without any."""
+    """The smallest cap of the EntryCap hooks on the module's output. None without any."""
     caps = [h.cap for h in module._forward_hooks.values() if isinstance(h, EntryCap)]
     return min(caps) if caps else None
 
 
 def set_entry_cap_(module: nn.Module, cap: float | None, width: int | None = None) -> None:
-    """Replace the module's EntryCap hook; None takes it away."""
+    """Replace the module's EntryCap hook. None takes it away."""
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, EntryCap):
             del module._forward_hooks[key]

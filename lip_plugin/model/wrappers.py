@@ -1,8 +1,9 @@
-"""What may stand between the object that a user passes and the model of a known family inside it.
+"""Which modules may stand between the object that a user passes and the model inside it.
 
-A certificate is about the object that was passed. So everything around the model must be a wrapper whose forward we know
-to be the model's own; what is not in this registry is refused by name, whatever it computes. `register_wrapper` adds a
-kind (integrations/peft/wrappers.py adds peft's).
+A certificate is about the object that was passed. So everything around the model must be a wrapper
+whose forward is known to be that of the model. Any module that is not in this registry is refused
+by name, whatever it computes. `register_wrapper` adds a kind; integrations/peft/wrappers.py adds
+those of peft.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class Wrapper:
     """A kind of module that computes what the one module inside it computes.
 
     Attributes:
-        name: what users call it.
-        matches: whether a module is one (reads attributes, never raises).
-        inner: the module inside; raises UnsupportedModelError for one that changes the function after all.
-        runs_here: whether one process may run its forward at any time. That of DDP may wait for other processes, so it is
-            not run, and must carry nothing that a user added.
-        own_forward: whether the forward is the one that the wrapper was built with.
+        name: What users call it.
+        matches: Whether a module is of this kind. It reads attributes and never raises.
+        inner: The module inside. It raises UnsupportedModelError if the wrapper does change the
+            function.
+        runs_here: Whether one process may run its forward at any time. The forward of DDP may wait
+            for other processes, so it is not run, and must carry nothing that a user added.
+        own_forward: Whether the forward is still the one that the wrapper was built with.
     """
 
     name: str
@@ -43,26 +45,36 @@ _WRAPPERS: dict[str, Wrapper] = {}
 
 
 def register_wrapper(wrapper: Wrapper) -> None:
-    """Make a kind of wrapper known; the same name again replaces it."""
+    """Make a kind of wrapper known. One with the same name is replaced."""
     _WRAPPERS[wrapper.name] = wrapper
 
 
 def is_class(module: object, path: str) -> bool:
-    """Whether an object is of the class with this full name, or of a subclass, without importing anything."""
+    """Whether an object is of the class with this full name, or of a subclass.
+
+    Nothing is imported to find out.
+    """
     return any(f"{cls.__module__}.{cls.__qualname__}" == path for cls in type(module).__mro__)
 
 
 def exactly(*paths: str) -> Callable[[nn.Module], bool]:
-    """A test for modules of these very classes: a subclass may compute something else."""
+    """A test for modules of exactly these classes, given by full name.
+
+    A subclass does not pass, because it may compute something else.
+    """
     return lambda module: f"{type(module).__module__}.{type(module).__qualname__}" in paths
 
 
 def _compiled_as_built(module: nn.Module) -> bool:
-    """Whether a compiled module's forward is still the one that torch put there (functools.wraps hides what is not)."""
+    """Whether a compiled module's forward is still the one that torch put there.
+
+    The name of the function would not tell, because functools.wraps copies it. Its globals do.
+    """
     code = getattr(vars(module).get("forward"), "__globals__", {})
     return str(code.get("__name__")).startswith("torch._dynamo.")
 
 
+# A function that gives this attribute of a module.
 def _attribute(name: str) -> Callable[[nn.Module], nn.Module]:
     return lambda module: getattr(module, name)
 
@@ -91,17 +103,21 @@ for _wrapper in (
 
 
 def unwrap(model: nn.Module, marked: Callable[[nn.Module], bool]) -> tuple[nn.Module, nn.Module]:
-    """(what to run, the model of a known family inside it) of the object that a user passed.
-
-    What to run is the object itself, or, behind wrappers that one process must not run, the first module inside that it may.
+    """Look through the wrappers around a model.
 
     Args:
-        model: the object, wrapped or not.
-        marked: whether a module is known as a model, besides those whose family is known.
+        model: The object that a user passed, wrapped or not.
+        marked: Whether a module counts as a model although its family may not be known.
+
+    Returns:
+        (what to run, the model of a known family inside it). What to run is the object itself.
+        Behind wrappers that one process must not run, it is the first module inside that it may
+        run. If there is no model of a known family inside, both are the object; the caller refuses
+        its family.
 
     Raises:
-        UnsupportedModelError: a wrapper that is not registered, one that changes what is computed, or no model of a known
-            family inside. ConfigError: not a module at all.
+        UnsupportedModelError: A wrapper is not registered, or changes what is computed.
+        ConfigError: The object is no module at all.
     """
     require_module(model, "a certificate")
     subject = module = model
@@ -110,10 +126,10 @@ def unwrap(model: nn.Module, marked: Callable[[nn.Module], bool]) -> tuple[nn.Mo
         wrapper = next((w for w in _WRAPPERS.values() if w.matches(module)), None)
         if wrapper is None:
             _refuse(model, module, marked)
-            return model, model  # nothing known inside: its family is then refused by name
+            return model, model  # nothing known is inside, so the caller refuses it by name
         around.append((module, wrapper))
         module = wrapper.inner(module)
-        if not wrapper.runs_here:  # nor can what is around it
+        if not wrapper.runs_here:  # then what is around it cannot be run either
             for outside, kind in around:
                 _refuse_additions(outside, kind)
             subject, around = module, []
@@ -121,7 +137,7 @@ def unwrap(model: nn.Module, marked: Callable[[nn.Module], bool]) -> tuple[nn.Mo
 
 
 def _refuse(model: nn.Module, module: nn.Module, marked: Callable[[nn.Module], bool]) -> None:
-    """Raise for an unknown module with a model inside."""
+    """Raise for an unknown module that holds a model. Do nothing if it holds none."""
     inside = [(name, m) for name, m in module.named_modules() if m is not module]
     found = [(name, m) for name, m in inside if marked(m) or has_family(m)]
     if not found:
@@ -129,17 +145,22 @@ def _refuse(model: nn.Module, module: nn.Module, marked: Callable[[nn.Module], b
     what = " and ".join(f"a {type(m).__name__} (.{name})" for name, m in found[:3])
     names = ", ".join(_WRAPPERS)
     raise UnsupportedModelError(
-        f"{type(module).__module__}.{type(module).__name__} holds {what}, and what it computes with that is not known here. "
-        f"Pass the model inside: model.{found[0][0]}. Wrappers that are looked through: {names}. "
-        "(lip_plugin.model.wrappers.register_wrapper makes one known that changes nothing.)"
+        f"{type(module).__module__}.{type(module).__name__} holds {what}, and what it computes "
+        f"with that is not known here. Pass the model inside: model.{found[0][0]}. Wrappers that "
+        f"are looked through: {names}. (lip_plugin.model.wrappers.register_wrapper makes one "
+        "known that changes nothing.)"
     )
 
 
 def _refuse_additions(module: nn.Module, wrapper: Wrapper) -> None:
-    """A wrapper that is not run must be as its library built it: nobody would see what was added."""
+    """Raise for a wrapper with a hook or a forward that somebody added.
+
+    It is not run, so no comparison would see what was added.
+    """
     hooks = any(getattr(module, name) for name in _HOOKS)
     if hooks or not wrapper.own_forward(module):
         raise UnsupportedModelError(
-            f"The {wrapper.name} around the model carries a hook or a patched forward, which no comparison sees because its "
-            "forward is not run here. Take it off, or pass the module inside."
+            f"The {wrapper.name} around the model carries a hook or a patched forward, which no "
+            "comparison sees because its forward is not run here. Take it off, or pass the module "
+            "inside."
         )

@@ -1,4 +1,9 @@
-"""project_() and attach_projection(): every block within its cap, now or after every step of any optimizer."""
+"""Projections of a whole model: `project_` brings every block within its cap now, and
+`attach_projection` does so after every step of any optimizer.
+
+The projections of single blocks are in lip_plugin/linalg/projections.py. This file applies them to
+the layers of a model, on one process or many, and to adapters.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,9 @@ from lip_plugin.optim.intact import Held
 from lip_plugin.surgery.block_norms import block_norms
 from lip_plugin.surgery.state import constraints_of
 
-# How far above its cap a block's proven bound may lie when somebody else wrote it: the bound itself
-# is up to 2e-4 loose, and weights that are at their cap must survive a save and a load unchanged.
+# How far above its cap a block's proven bound may lie before `normalize_above_` changes the block.
+# The bound itself is up to 2e-4 loose, and weights at their cap must survive a save and a load
+# unchanged.
 TOLERANCE = 5e-4
 
 
@@ -39,9 +45,18 @@ def project_weights_(
     weight_decay: float = 0.0,
     replicas: Any = None,
 ) -> None:
-    """Bring every block of the weights within its cap, in place, whatever the blocks are now.
+    """Bring every block of the weights within its cap, in place, with the projection `method`.
 
-    Sharded weights are projected whole, by one process each; see lip_plugin/distributed/owners.py for `replicas`.
+    Sharded weights are projected whole, each by one process.
+
+    Args:
+        weights: weights of constrained layers.
+        layouts: their layouts, in the same order.
+        method: one of `lip_plugin.linalg.projections.METHODS`.
+        lr: learning rate in RMS->RMS norm per step, for the methods that depend on it.
+        weight_decay: decay per unit of `lr`, for the methods that depend on it.
+        replicas: process group whose members hold equal copies of the weights; they share the work.
+            See lip_plugin/distributed/owners.py.
     """
 
     def work(whole: list[Tensor], of: list[Layout]) -> None:
@@ -57,7 +72,11 @@ def project_weights_(
 
 @torch.no_grad()
 def normalize_above_(weights: list[Tensor], layouts: list[Layout], replicas: Any = None) -> None:
-    """Divide the blocks whose proven norm exceeds the cap by more than TOLERANCE; leave the others' bits alone."""
+    """Divide every block that is clearly above its cap by its norm over the cap, in place.
+
+    A block is clearly above if its proven norm exceeds the cap by more than TOLERANCE. All other
+    blocks keep every bit.
+    """
 
     def work(whole: list[Tensor], of: list[Layout]) -> None:
         for batch in batches(whole, of):
@@ -79,7 +98,7 @@ def _on_matrices(
     work: Callable[[list[Tensor], list[Layout]], None],
     replicas: Any,
 ) -> None:
-    """`work` on the whole matrices (not on tables of rows), each by its owner."""
+    """Call `work` on the whole matrices, each on its owner. Tables of rows are left out."""
     matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
     on_owners(
         [weights[i] for i in matrices],
@@ -90,7 +109,11 @@ def _on_matrices(
 
 
 def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
-    """Rows are whole wherever they are (lip_plugin.optim.groups asks that), so each process clamps its own."""
+    """Bring every row of the tables within its cap (RMS norm), in place.
+
+    Each process clamps the rows that it has, because rows are never cut between processes
+    (lip_plugin.optim.groups refuses that).
+    """
     for weight, layout in zip(weights, layouts):
         for segment, rows in layout.views(local(weight)) if layout.norm == ROW else ():
             if segment.cap is not None:
@@ -101,11 +124,20 @@ def _clamp_tables_(weights: list[Tensor], layouts: list[Layout]) -> None:
 def keep_within_caps_(
     model: nn.Module, process_group: Any = None, *, only_frozen: bool = False
 ) -> None:
-    """Bring what is above its cap within it; weights that are within keep every bit (a resumed run's)."""
+    """Bring what is above its cap within it, in place.
+
+    Weights that are within their caps keep every bit, so a resumed run goes on exactly where it
+    was.
+
+    Args:
+        model: a model with caps, or with budgets on its adapters. It may be wrapped.
+        process_group: its members hold equal copies of the model and share the work. None takes the
+            group of a DistributedDataParallel around the model.
+        only_frozen: look only at the weights that do not train.
+    """
     root, config = constraints_of(model)
-    for (
-        wrapper
-    ) in layer_wrappers():  # first: they refuse by name what they cannot keep, before a change
+    # The wrappers come first, because they refuse what they cannot keep, before any change.
+    for wrapper in layer_wrappers():
         wrapper.project_(root, config.method, 0.0)
     found = [
         m for _, m in constrained_modules(root) if not (only_frozen and m.weight.requires_grad)
@@ -116,20 +148,21 @@ def keep_within_caps_(
 
 @torch.no_grad()
 def project_(model: nn.Module, method: str | None = None, *, lr: float = 0.0) -> list[BlockNorms]:
-    """Bring every block of a retrofitted model within its cap now, in place.
+    """Bring every block of a retrofitted model within its cap (RMS->RMS norm) now, in place.
+
+    On sharded (FSDP2) or replicated (DDP) models every process has to call it. Each matrix is then
+    projected by one of them.
 
     Args:
         model: a retrofitted model, wrapped or not (DDP, peft).
-        method: one of the seven projections; None takes the config's.
-        lr: the learning rate, in RMS->RMS norm per step, for the methods that are coupled to it.
-
-    Sharded (FSDP2) or replicated (DDP) models: every process calls it, and each matrix is projected by one.
+        method: one of the seven projections; None takes that of the config.
+        lr: the learning rate in RMS->RMS norm per step, for the methods that depend on it.
 
     Returns:
-        Proven norms over caps after the projection, one entry per layer.
+        Proven norms over caps after the projection, one entry for each layer.
 
     Raises:
-        NotRetrofittedError: no constrained layer in `model`.
+        NotRetrofittedError: `model` has no constrained layer.
         NonFiniteError: a weight holds nan or inf; no weight was changed.
     """
     step_projection_(model, method, lr=lr, frozen=True)
@@ -146,18 +179,27 @@ def step_projection_(
     process_group: Any = None,
     only: set[int] | None = None,
 ) -> None:
-    """What `attach_projection` does after a step: trainable weights, then adapters, then nothing else."""
+    """Project as `attach_projection` does after a step: first the weights, then the adapters.
+
+    Args:
+        model: as in `project_`.
+        method: as in `project_`.
+        lr: as in `project_`.
+        frozen: project the weights that do not train as well.
+        process_group: as in `keep_within_caps_`.
+        only: ids of the parameters to project; None projects all. Adapters are always projected.
+    """
     root, config = constraints_of(model)
     replicas = process_group if process_group is not None else replicas_of(model)
     method = method or config.method
     found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
     found = [(n, m) for n, m in found if only is None or id(m.weight) in only]
-    for wrapper in (
-        layer_wrappers() if found else ()
-    ):  # what comes after must not refuse when they have changed
+    # Adapters are projected last. What they refuse is refused here, before the weights change.
+    for wrapper in layer_wrappers() if found else ():
         wrapper.check(root)
     check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
-    # the decay after steps of size lr whose fixed point is the cap: (1 - lr decay)(cap + lr) = cap
+    # With this decay, steps of size lr have the cap as their fixed point:
+    # (1 - lr decay)(cap + lr) = cap.
     decay = 1.0 / (config.w_max + lr)
     weights, layouts = [m.weight for _, m in found], [m.layout for _, m in found]
     project_weights_(weights, layouts, method, lr=lr, weight_decay=decay, replicas=replicas)
@@ -172,27 +214,33 @@ def attach_projection(
     *,
     process_group: Any = None,
 ) -> RemovableHandle:
-    """After every step of `optimizer`, bring each block of `model` within its cap.
+    """After every step of `optimizer`, bring each block of `model` within its cap (RMS->RMS norm).
 
-    Works with any optimizer: it is a `register_step_post_hook`, so a step that a gradient scaler
-    skips projects nothing, and one that runs is always followed by it. An accelerate wrapper
-    is looked through. Before each step the model is asked whether it is still the one that was retrofitted.
+    It works with any optimizer, because it is a hook behind the optimizer's step
+    (`register_step_post_hook`). A step that a gradient scaler skips is not followed by a
+    projection; every step that runs is. Before each step the model is checked: it must still be the
+    one that was retrofitted, with all its caps.
 
     Args:
-        optimizer: torch's, or an accelerate wrapper of one; or several that share the model's parameters among them,
-            each of whose steps is followed by the projection of its own weights.
+        optimizer: an optimizer of torch, or accelerate's wrapper of one. It may be a list of
+            several that share the model's parameters among them. Each step of one is then followed
+            by the projection of the weights that it moved.
         model: the retrofitted model, wrapped or not.
-        method: one of the seven projections; None takes the config's.
-        process_group: its members hold equal copies (DDP), so each matrix is projected by one of them; None takes that of
-            a DistributedDataParallel around the model. Sharded (FSDP2) weights need none.
+        method: one of the seven projections; None takes that of the config.
+        process_group: its members hold equal copies of the model (DDP), and each matrix is
+            projected by one of them. None takes the group of a DistributedDataParallel around the
+            model. Sharded (FSDP2) weights need none.
 
     Returns:
-        A handle; `handle.remove()` takes the projection off again.
+        A handle. `handle.remove()` takes the projection off again.
 
     Raises:
-        NotRetrofittedError: no constrained layer in `model`, and no budget on its adapters.
-        ConfigError: an unknown method, arguments in another order, or a trainable weight with a cap that is in no group.
-        UnsupportedModelError: a layer that lost its cap since the retrofit. All of these again at a later step.
+        NotRetrofittedError: `model` has no constrained layer, and no budget on its adapters.
+        ConfigError: the method is unknown, the arguments are in another order, or a trainable
+            weight with a cap is in no group of the optimizers.
+        UnsupportedModelError: a layer has lost its cap since the retrofit.
+
+    The check before a later step raises the last two as well.
     """
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     inner: list[Any] = [getattr(o, "optimizer", o) for o in several]
@@ -215,7 +263,7 @@ def attach_projection(
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         rate = float(stepped.param_groups[0]["lr"])
-        # of several optimizers each moves its own weights, so only those need it again
+        # Each of several optimizers moves its own weights, so only those need the projection.
         own = {id(p) for g in stepped.param_groups for p in g["params"]} if len(inner) > 1 else None
         step_projection_(model, method, lr=rate, process_group=process_group, only=own)
         stepped.seconds_projecting += time.perf_counter() - began  # type: ignore[attr-defined]
@@ -233,7 +281,7 @@ def attach_projection(
 
 
 class _Together(RemovableHandle):
-    """Several handles as one."""
+    """Several handles that are removed together."""
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
         self._handles = handles

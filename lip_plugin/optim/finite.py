@@ -1,4 +1,7 @@
-"""Are gradients and weights finite? Asked before a step changes anything, and answered alike on every process."""
+"""Checks that gradients and weights are finite.
+
+They run before a step changes anything, and give the same answer on every process.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,23 @@ from lip_plugin.errors import NonFiniteError
 
 
 def largest_entries(tensors: list[Tensor]) -> Tensor:
-    """Largest absolute entry of each tensor, float32 [n]; nan where one is nan, 0 for empty tensors."""
+    """Largest absolute entry of each tensor, as a float32 tensor [n].
+
+    It is nan for a tensor that holds nan, and 0 for an empty tensor.
+    """
     ends = [torch.aminmax(t.detach()) if t.numel() else (t.new_zeros(()),) * 2 for t in tensors]
     return torch.stack([torch.maximum(-low, high).float() for low, high in ends])
 
 
 def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
-    """Raise NonFiniteError naming the first tensor with nan or inf, on all processes; one synchronization if all are well."""
+    """Raise NonFiniteError, on all processes, if one of the tensors holds nan or inf.
+
+    If all are finite, this costs one synchronization with the device.
+
+    Args:
+        named: (name, tensor) pairs; the first one that is not finite is named.
+        replicas: process group whose members hold equal copies of the tensors.
+    """
     if named:
         tensors = [t for _, t in named]
         largest = largest_entries([local(t) for t in tensors])
@@ -30,9 +43,10 @@ def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
 
 
 def refuse_non_finite_named(names: list[str], largest: list[float]) -> None:
-    """Raise NonFiniteError with the first name whose largest entry is nan or inf."""
+    """Raise NonFiniteError for the first name whose value is nan or inf."""
     for name, value in zip(names, largest, strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"{name} holds nan or inf. Nothing was changed by this step; lower the learning rate."
+                f"{name} holds nan or inf. Nothing was changed by this step; lower the learning "
+                "rate."
             )

@@ -1,6 +1,8 @@
-"""What a step asks before it changes anything: are the gradients finite, are the weights as we left them?
+"""The checks at the start of a LipschitzMuon step, before it changes anything.
 
-On several processes all of them get the same answers: whatever one of them sees, all of them act on, or raise.
+They find out whether the gradients are finite, and which weights are no longer as the last step
+left them. On several processes all get the same answers: what one of them sees, all act on or
+raise.
 """
 
 from __future__ import annotations
@@ -18,29 +20,38 @@ _NEVER = (-1, -1)
 
 
 class Guard:
-    """Remembers weights as the last projection left them, by address, version and Frobenius norm.
+    """Remembers weights as the last projection left them: address, version and Frobenius norm.
 
-    A weight that something else wrote to since (a loaded checkpoint, a user, even through `.data`, which no version
-    counter sees) is measured again instead of trusted.
+    A step relies on its weights being within their caps. A weight that something else has written
+    to since is measured again instead. That may be a loaded checkpoint, or a user who writes
+    through `.data`; no version counter sees the latter, which is why the norm is compared too.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
     def remember(self, weights: list[Tensor]) -> None:
-        """These weights are within their caps now."""
+        """Record that these weights are within their caps as they are now."""
         for w, norm in zip(weights, _norms(weights), strict=True):
             self._known[id(w)] = (_place(w), norm)
 
     def inspect(self, groups: list[dict[str, Any]], replicas: Any = None) -> set[int]:
-        """ids of the matrices with a gradient that are not as `remember` saw them, the same on every process.
+        """Check the gradients, and find the matrices that are not as `remember` saw them.
 
-        One host synchronization, and one small all-reduce for each process group.
+        This costs one host synchronization, and one small all-reduce for each process group.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            replicas: process group whose members hold equal copies of the parameters.
+
+        Returns:
+            The ids of those matrices with a gradient that something else has written to, the same
+            ones on every process.
 
         Raises:
-            NonFiniteError: a gradient with nan or inf, on any process.
+            NonFiniteError: a gradient on any process holds nan or inf.
             DistributedError: a parameter has a gradient on some processes only.
-            ConfigError: a sparse gradient.
+            ConfigError: a gradient is sparse.
         """
         entries = [(_name(g, i), p, g["kind"]) for g in groups for i, p in enumerate(g["params"])]
         names = [name for name, _, _ in entries]
@@ -55,6 +66,7 @@ class Guard:
         if not present and not spread:
             return set()
         matrices = [i for i in present if entries[i][2] == "matrix"]
+        # Rows: the largest entry of each gradient, whether there is one, how far a weight moved.
         values = local(params[0]).new_zeros((3, len(params)), dtype=torch.float32)
         if present:
             values[0, present] = largest_entries([local(params[i].grad) for i in present])
@@ -68,7 +80,7 @@ class Guard:
         return {id(params[i]) for i in matrices if moved[i] != 0.0}
 
     def _moved(self, weights: list[Tensor]) -> Tensor:
-        """How far each Frobenius norm is from the remembered one; 1 for a weight that lies elsewhere, or was written."""
+        """Distance of each norm to the remembered one, plus 1 for another address or version."""
         norms = _norms(weights)
         never = (_NEVER, norms[0].new_full((), -1.0))
         known = [self._known.get(id(w), never) for w in weights]
@@ -78,14 +90,15 @@ class Guard:
 
     @staticmethod
     def _agreed(values: Tensor, spread: list[Any], names: list[str]) -> Tensor:
-        """The largest of every number over all processes, after asking that the same gradients are there."""
+        """The largest of each value over all processes, if the same gradients exist on each."""
         together = largest_together(torch.cat([values, 1.0 - values[1:2]]), spread)
         some = (together[1] > 0) & (together[3] > 0)
         if bool(some.any()):
             name = names[int(some.nonzero()[0])]
             raise DistributedError(
-                f"{name} has a gradient on some processes and none on others, so they would step apart. Freeze the same "
-                "parameters everywhere, and use all of them in every forward pass (DDP: find_unused_parameters=True)."
+                f"{name} has a gradient on some processes and none on others, so they would step "
+                "apart. Freeze the same parameters everywhere, and use all of them in every "
+                "forward pass (DDP: find_unused_parameters=True)."
             )
         return together[:3]
 
@@ -100,7 +113,10 @@ def _place(weight: Tensor) -> tuple[int, int]:
 
 
 def _norms(weights: list[Tensor]) -> list[Tensor]:
-    """Frobenius norms of what is here, float32 whatever the weights are (bf16 would round two different ones to one)."""
+    """Frobenius norms of the local parts, as float32.
+
+    Norms in bf16 would often be equal for two different weights.
+    """
     parts = [local(w.detach()) for w in weights]
     wide = [torch.promote_types(w.dtype, torch.float32) for w in parts]
     return [torch.linalg.vector_norm(w, dtype=d).float() for w, d in zip(parts, wide, strict=True)]

@@ -1,7 +1,8 @@
-"""Is the model still the one that was retrofitted, and does the optimizer step its very parameters?
+"""Checks that a model is still the one that was retrofitted, and that its parameters are stepped.
 
-Asked when an optimizer is built or attached, and before each of its steps. A layer that was replaced, pruned, tied
-again or given another Parameter since then would lose its cap, or would not train, without a word.
+They run when an optimizer is built or attached, and before each of its steps. Since the retrofit a
+layer may have been replaced, pruned, tied again or given another Parameter. Without these checks it
+would silently lose its cap, or would silently not train.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _AGAIN = (
 
 
 class Held:
-    """The layers of a model that have to be within caps or budgets, by name.
+    """The layers of a model that have to stay within caps or budgets, by name.
 
     Args:
         root: the model that was retrofitted, or that carries adapters with budgets.
@@ -37,24 +38,25 @@ class Held:
         found = find_retrofit(root)
         self._linears: list[str] = []
         self._tables: list[str] = []
-        # others describe no model by its names
+        # Only a registered family's architecture describes the model by the names of its parts.
         if found is not None and found[1].architecture.name in families():
             names = parts(root, found[1].architecture)
             self._linears = [name for _, name in names.linears()]
             self._tables = [name for _, name in names.tables()]
 
     def check(self, groups: Iterable[Mapping[str, Any]], optimizer: str) -> None:
-        """Raise unless every layer still has its cap, and every trainable weight of it is in one of the groups.
+        """Raise unless every layer has its cap and a group holds each of its trainable weights.
 
         Args:
             groups: parameter groups of the optimizer, or of all optimizers together.
-            optimizer: what messages call it.
+            optimizer: what messages call the optimizer.
 
         Raises:
-            UnsupportedModelError: a layer that is plain again, pruned, parametrized, or tied to another.
-            ConfigError: a trainable weight of a capped or adapted layer that no group holds.
+            UnsupportedModelError: a layer is plain again, pruned, parametrized, or tied to another
+                one.
+            ConfigError: no group holds a trainable weight of a capped or adapted layer.
         """
-        settle_(self._root)  # of a sharded model: the parameters that an optimizer steps
+        settle_(self._root)  # a sharded model then has the Parameters that an optimizer steps
         if self._linears and find_retrofit(self._root) is None:
             raise UnsupportedModelError(
                 f"The model of this {optimizer} was released: it has no caps any more. Call "
@@ -76,7 +78,7 @@ class Held:
                 )
 
     def _check_places(self) -> None:
-        """Every described layer is constrained, or an adapter wraps one that is."""
+        """Check that every described layer is constrained, or wrapped by an adapter."""
         for name in (*self._linears, *self._tables):
             module = (
                 table_of(self._root, name)
@@ -85,7 +87,7 @@ class Held:
             )
             if isinstance(module, RowParameter):
                 held = module.layout is not None
-            else:  # of a layer that an adapter wraps, the adapter's own checks speak
+            else:  # a layer with an adapter counts, because the adapter has checks of its own
                 held = any(
                     isinstance(m, Constrained) or hasattr(m, "base_layer") for m in module.modules()
                 )
@@ -96,7 +98,7 @@ class Held:
                 )
 
     def _trained(self, held: list[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, parameter) of the weights that have caps, and of everything that adapters add to such layers."""
+        """Yield (name, parameter) of weights with caps, and of what adapters add to layers."""
         for name, module in held:
             yield name if isinstance(module, RowParameter) else f"{name}.weight", module.weight
         for name, module in self._root.named_modules():
@@ -107,7 +109,7 @@ class Held:
 
 
 def _check_weights(held: list[tuple[str, Any]]) -> None:
-    """Each weight is a Parameter of its layer, and of no other."""
+    """Check that each weight is a Parameter of its layer, and of no other layer."""
     owners: dict[int, str] = {}
     for name, module in held:
         if isinstance(module, RowParameter):

@@ -1,14 +1,20 @@
-"""Low-rank adapters in LipschitzMuon: rates for B and A that mean what the rate of a matrix means.
+"""Steps of LoRA factors in LipschitzMuon, at rates that mean the same as the rate of a matrix.
 
-A layer computes with W0 + s B A. Its lr is in RMS->RMS norm per step of that sum, whatever rank, alpha and width are:
+A layer with an adapter computes with W0 + s B A. The rate lr of its factors is in RMS->RMS norm
+per step of that sum, whatever rank, alpha and width are. `norm` is the spectral norm here:
 
-    B <- B - lr sqrt(d_out/d_in) / (s norm(A)) orth(momentum of B)      moves s B A by at most lr in the RMS->RMS norm,
-                                                                        each block of rows on its own
-    A <- A - lr norm(A) orth(momentum of A)                             moves it by at most lr times s norm(B) norm(A)
+    B <- B - lr sqrt(d_out/d_in) / (s norm(A)) orth(momentum of B)
 
-norm is the spectral one, of an r x d_in matrix from its r x r Gram matrix. A moves relative to itself: measured by
-what it does to s B A its rate would be infinite at B = 0, where adapters start. (LoRA+, arXiv 2402.12354, asks for a
-much larger rate of B than of A, entry by entry; here the ratio follows from the shapes.)
+moves s B A by at most lr in the RMS->RMS norm, each block of rows on its own, and
+
+    A <- A - lr norm(A) orth(momentum of A)
+
+moves it by at most lr times s norm(B) norm(A). The step of A is relative to A itself. If it were
+measured by what it does to s B A, its rate would be infinite at B = 0, where adapters start.
+norm(A) of the r x d_in matrix A is computed from its r x r Gram matrix.
+
+LoRA+ (arXiv 2402.12354) asks for a much larger rate of B than of A, entry by entry. Here the ratio
+follows from the shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +34,13 @@ KIND = "factors"
 
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter, nn.Parameter, float]]:
-    """(name, layer, A [r, d_in], B [d_out, r], s) of every LoRA adapter on a linear map (peft's, told by its attributes)."""
+    """Find every LoRA adapter on a linear map that has something to train.
+
+    peft's layers are recognized by their attributes, because the core does not import peft.
+
+    Yields:
+        (name, layer, A [r, d_in], B [d_out, r], s).
+    """
     for name, module in model.named_modules():
         layer: Any = module
         for adapter, a in getattr(layer, "lora_A", {}).items() if hasattr(layer, "scaling") else ():
@@ -38,7 +50,12 @@ def adapter_pairs(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter, nn
 
 
 def factor_group(model: nn.Module, lr: float, adapter_lr: float) -> dict[str, Any]:
-    """The parameter group of all adapters: `params` are A, B, A, B, ..., `pairs` say (s, layout of the rows of B or None)."""
+    """Make the parameter group of all adapters.
+
+    Returns:
+        A group whose `params` are A, B, A, B, ... and whose `pairs` give (s, layout) for each A and
+        B. The layout tells the blocks of the rows of B; it is None if the layer has none.
+    """
     group: dict[str, Any] = {
         "params": [],
         "kind": KIND,
@@ -55,9 +72,13 @@ def factor_group(model: nn.Module, lr: float, adapter_lr: float) -> dict[str, An
 
 
 def step_factors_(group: dict[str, Any], updates: dict[int, Tensor], dtype: Any) -> None:
-    """Move the factors of a group; `updates` by the id of the parameter, float32, those without a gradient left out.
+    """Move the factors of a group by one step, in place.
 
-    `dtype(update)` says what to orthogonalize in.
+    Args:
+        group: as `factor_group` makes it.
+        updates: the momentum of each parameter by the parameter's id, float32. Parameters without a
+            gradient are left out.
+        dtype: a function of an update that gives the dtype to orthogonalize it in.
     """
     rate = group["lr"] * group["lr_ratio"]
     if rate == 0:
@@ -68,7 +89,8 @@ def step_factors_(group: dict[str, Any], updates: dict[int, Tensor], dtype: Any)
         length = torch.linalg.eigvalsh(rows @ rows.T)[-1].clamp_min(0.0).sqrt()
         if id(b) in updates and scale:
             per_block = rate / abs(scale) / length.clamp_min(torch.finfo(length.dtype).tiny)
-            per_block = torch.where(length > 0, per_block, 0.0)  # A = 0: no B changes anything
+            # With A = 0 no step of B would change the product.
+            per_block = torch.where(length > 0, per_block, 0.0)
             for update, block in _blocks(plain, updates[id(b)], b.detach()):
                 step = orthogonalize(update, steps=group["steps"], dtype=dtype(update))
                 size = per_block * math.sqrt(block.shape[-2] / a.shape[1])
@@ -81,7 +103,7 @@ def step_factors_(group: dict[str, Any], updates: dict[int, Tensor], dtype: Any)
 
 
 def _blocks(plain: tuple | None, update: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(update, view of B) [count, d_out, r] of every segment of the rows."""
+    """Yield (update, view of B), both [count, d_out, r], for each segment of the rows."""
     if plain is None:
         yield update[None], b[None]
         return

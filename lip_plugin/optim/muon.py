@@ -1,9 +1,11 @@
 """LipschitzMuon: steps of known norm, and a projection that keeps every block within its cap.
 
-A matrix block moves by lr * sqrt(d_out/d_in) * (its momentum, orthogonalized): at most lr in the
-RMS->RMS norm. So a block that was within its cap is within cap + lr after the move, and the
-projection knows that without measuring. This is what makes the constraint cheap.
-Source: arXiv 2507.13338, sections 3 and 4; Muon is Keller Jordan's, kellerjordan.github.io/posts/muon.
+A matrix block moves by lr * sqrt(d_out/d_in) * (its momentum, orthogonalized), which is at most lr
+in the RMS->RMS norm. A block that was within its cap is therefore within cap + lr after the move.
+The projection knows this bound without measuring anything, which makes the constraint cheap.
+
+Source: arXiv 2507.13338, sections 3 and 4. Muon is by Keller Jordan,
+kellerjordan.github.io/posts/muon.
 """
 
 from __future__ import annotations
@@ -32,50 +34,52 @@ from lip_plugin.optim.lora import KIND as FACTORS
 from lip_plugin.optim.lora import step_factors_
 from lip_plugin.surgery.state import constraints_of
 
-# Strings, because they live in param_groups and so in state_dicts.
+# The keys are what param_groups hold, because those are saved in state_dicts.
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# How far above 1 rounding may leave sigma_max of an orthogonalized block: tests/linalg/test_polar.py, bf16.
+# How far above 1 rounding may leave sigma_max of a block that was orthogonalized in bf16, as
+# tests/linalg/test_polar.py finds.
 _ORTHOGONAL_SLACK = 2e-3
-# That margin, and the rounding of a float32 projection, are tested, not proven. So every this many
-# steps all blocks are measured (a proven bound) and what is above its cap is divided: nothing can add up.
+# That slack, and the rounding of a float32 projection, are tested and not proven. So a proven bound
+# is computed for all blocks every this many steps, and errors cannot add up.
 _MEASURE_EVERY = 100
-# Of a group: what belongs to the model of now, not to a saved state.
+# Keys of a group that belong to the present model, and are not loaded from a saved state.
 _OWN = ("layouts", "pairs", "kind", "method", "param_names")
-_BF16_FROM = 256  # wide: below, bf16 saves nothing on a CPU (measured), so nothing is rounded to it
+_BF16_FROM = 256  # width of a block from which bf16 saves time on a CPU (measured)
 
 
 class LipschitzMuon(torch.optim.Optimizer):
-    """Muon with a projection for constrained matrices, row steps for embeddings, AdamW for the rest.
+    """Muon with a projection for constrained matrices, row steps for tables, AdamW for the rest.
+
+    Schedulers act on each group's `lr`; the rate of a group is lr * lr_ratio. Frozen matrices are
+    brought within their caps when the optimizer is built from a model. Call `project_(model)` after
+    you write to one later.
 
     Args:
-        params: a retrofitted model, or parameter groups as `lip_plugin.optim.groups.param_groups`
-            makes them.
-        lr: rate of the matrices, in RMS->RMS norm per step; carries over between widths.
+        params: a retrofitted model, or groups made by `lip_plugin.optim.groups.param_groups`.
+        lr: rate of the matrices, in RMS->RMS norm per step. A good value carries over between
+            widths.
         embedding_lr: rate of embedding rows, in RMS norm per step; None takes `lr`.
-        adapter_lr: rate of peft's LoRA factors, in RMS->RMS norm per step of W0 + s B A (see optim/factors.py); None takes
-            `lr`. They have no weight decay.
-        adamw_lr: rate of everything else (biases, kept norms, DoRA's magnitudes, OFT, HRA); tables of position biases go by
-            lr / 2.
-        momentum: of matrices and rows; nesterov is always on.
-        weight_decay: decoupled, on matrices and rows: W <- (1 - lr * weight_decay) W - update.
-        betas, eps, adamw_weight_decay: of the AdamW inside.
-        steps: of the orthogonalization; with 5, singular values of the update lie in [0.75, 1].
-        precision: of the orthogonalization, `"float32"` or `"bfloat16"`; None takes bfloat16 where it is
-            faster: on CUDA, and on a CPU with bf16 instructions for blocks from 256 wide on. The
-            projection is computed in float32 either way.
-        process_group: its members hold equal copies of the parameters and of the gradients (DDP): each matrix is then
-            stepped by one of them, and handed to the others. None takes that of the DistributedDataParallel that
-            `params` is, and otherwise lets every process step for itself. Sharded parameters (FSDP2) are
-            always shared out, over the group that they are sharded over.
-
-    Schedulers act on each group's `lr`; a group's rate is lr * lr_ratio. Frozen matrices are brought within their caps
-    when the optimizer is built from a model; write to one later, and it takes a `project_(model)`.
+        adapter_lr: rate of peft's LoRA factors, in RMS->RMS norm per step of W0 + s B A (see
+            lip_plugin/optim/lora.py); None takes `lr`. The factors have no weight decay.
+        adamw_lr: rate of everything else (biases, kept norms, DoRA's magnitudes, OFT, HRA). Only
+            tables of position biases have a rate of lr / 2.
+        momentum: momentum of matrices and rows. Nesterov is always on.
+        weight_decay: decoupled decay of matrices and rows: W <- (1 - lr * weight_decay) W - update.
+        betas, eps, adamw_weight_decay: settings of the AdamW inside.
+        steps: steps of the orthogonalization. With 5, an update has singular values in [0.75, 1].
+        precision: dtype of the orthogonalization, `"float32"` or `"bfloat16"`. None takes bfloat16
+            where it is faster: on CUDA, and for blocks from 256 wide on a CPU with bf16
+            instructions. The projection is computed in float32 either way.
+        process_group: its members hold equal copies of parameters and gradients (DDP). Each matrix
+            is then stepped by one of them and handed to the others. None takes the group of the
+            DistributedDataParallel that `params` is; without one every process steps for itself.
+            Sharded parameters (FSDP2) are always shared out, over the group of their shards.
 
     Raises:
-        ConfigError: rates that are not positive, or groups without `kind`.
-        NotRetrofittedError: a model that `retrofit` was not applied to.
-        NonFiniteError: at a step, a gradient with nan or inf: named, before anything is changed, on all processes.
-        DistributedError: at a step, processes that do not agree on which parameters have gradients.
+        ConfigError: a rate is not positive, or a group has no `kind`.
+        NotRetrofittedError: `retrofit` was not applied to the model.
+        NonFiniteError: at a step, a gradient on any process holds nan or inf. Nothing was changed.
+        DistributedError: at a step, processes disagree on which parameters have gradients.
     """
 
     def __init__(
@@ -112,9 +116,11 @@ class LipschitzMuon(torch.optim.Optimizer):
             )
         if precision is not None and precision not in _PRECISIONS:
             raise ConfigError(
-                f"LipschitzMuon(precision={precision!r}): choose None or one of {list(_PRECISIONS)}."
+                f"LipschitzMuon(precision={precision!r}): choose None or one of "
+                f"{list(_PRECISIONS)}."
             )
-        if not isinstance(params, (list, tuple, dict, Iterator)):  # those are told what groups are
+        # Lists and the like get a message about groups below.
+        if not isinstance(params, (list, tuple, dict, Iterator)):
             require_module(params, "LipschitzMuon")
         model = params if isinstance(params, nn.Module) else None
         held = None if model is None else Held(constraints_of(model)[0])
@@ -126,15 +132,16 @@ class LipschitzMuon(torch.optim.Optimizer):
         for group in groups:  # type: ignore[union-attr]
             if not isinstance(group, dict) or group.get("kind") not in KINDS:
                 raise ConfigError(
-                    "LipschitzMuon takes a retrofitted model, or the groups that lip_plugin.optim.groups."
-                    f"param_groups(model, ...) makes: dictionaries with a kind in {KINDS} and layouts."
+                    "LipschitzMuon takes a retrofitted model, or the groups that "
+                    "lip_plugin.optim.groups.param_groups(model, ...) makes: dictionaries with a "
+                    f"kind in {KINDS} and layouts."
                 )
             if group["kind"] in ("matrix", "row") and len(group.get("layouts", ())) != len(
                 list(group["params"])
             ):
                 raise ConfigError(
-                    f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each of its params, "
-                    "as lip_plugin.optim.groups.param_groups(model, ...) makes them."
+                    f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each "
+                    "of its params, as lip_plugin.optim.groups.param_groups(model, ...) makes them."
                 )
         defaults = {
             "lr": lr,
@@ -156,32 +163,32 @@ class LipschitzMuon(torch.optim.Optimizer):
         self.process_group = process_group
         if model is not None:
             self.process_group = process_group if process_group is not None else replicas_of(model)
-            keep_within_caps_(
-                model, self.process_group, only_frozen=True
-            )  # no step would look at those
+            keep_within_caps_(model, self.process_group, only_frozen=True)  # no step projects those
         if model is not None and any(hasattr(m, "lora_A") for m in model.modules()):
             attach_projection(self, model)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        # a pickle has none; loading a state keeps the run's own
+        # A pickle has neither. When a state is loaded, the run keeps its own.
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("_held", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Momenta, rates and step counts of a saved state; caps, kinds and methods stay this optimizer's own.
+        """Load the momenta, rates and step counts of a saved state.
 
-        They say what the model of now was retrofitted with: the saved ones may be of other caps, or of other parameters.
+        Caps, kinds and methods stay this optimizer's own, because they belong to the present model.
+        The saved ones may have been made for other caps.
 
-        Raises CheckpointError, before anything is changed, if the saved groups are of other kinds or sizes.
+        Raises:
+            CheckpointError: the saved groups have other kinds or sizes. Nothing was changed.
         """
         refuse_other_groups(state_dict["param_groups"], self.param_groups)
         own = [{k: g[k] for k in _OWN if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)
-        # torch casts what it loads to the parameter's dtype; a momentum is float32 of bf16 weights as well
+        # Momenta of bf16 weights are float32, but torch has cast them to the weights' dtype.
         saved = [i for g in state_dict["param_groups"] for i in g["params"]]
         for i, p in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
             momentum = state_dict["state"].get(i, {}).get("momentum")
@@ -194,11 +201,11 @@ class LipschitzMuon(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._watch = Guard()
         self.seconds_projecting = 0.0
-        self._steps_taken = 0  # only paces the measurements
+        self._steps_taken = 0  # decides when all blocks are measured, and nothing else
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; returns the closure's loss if a closure was given."""
+        """Make one step. Returns the closure's loss if a closure was given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -221,10 +228,10 @@ class LipschitzMuon(torch.optim.Optimizer):
         return loss
 
     def share_work(self, model: nn.Module) -> None:
-        """Let the processes of the DistributedDataParallel around `model` step a share of the matrices each.
+        """Share the matrices among the processes of the DistributedDataParallel around `model`.
 
-        For loops that wrap the model after the optimizer was built, as accelerate's prepare does. Without DDP it
-        changes nothing; what is sharded is shared out anyway.
+        This is for loops that wrap the model after the optimizer was built, as accelerate's prepare
+        does. Without DDP it changes nothing. Sharded parameters are shared out in any case.
         """
         self.process_group = replicas_of(model)
 
@@ -233,14 +240,15 @@ class LipschitzMuon(torch.optim.Optimizer):
             rate, decay = group["lr"] * group["lr_ratio"], group["weight_decay"]
             if not 0 <= rate < float("inf") or rate * decay > 1:
                 raise ConfigError(
-                    f"LipschitzMuon: rate {rate:g} with weight_decay {decay:g}: a rate must be finite and not negative, "
-                    "and rate * weight_decay at most 1, or the decay turns the weights around."
+                    f"LipschitzMuon: rate {rate:g} with weight_decay {decay:g}: a rate must be "
+                    "finite and not negative, and rate * weight_decay at most 1, or the decay "
+                    "turns the weights around."
                 )
 
     def _momentum_(
         self, weights: list[Tensor], group: dict[str, Any]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """(gradients, momentum buffers moved towards them), in float32 or wider: the parts that are here."""
+        """The local gradients, and the momenta moved towards them, in float32 or wider."""
         grads, buffers = [], []
         for p in weights:
             assert p.grad is not None
@@ -262,7 +270,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         unknown = {i for i, w in enumerate(weights) if measure or id(w) in written}
         grads, buffers = self._momentum_(weights, group)
         if rate == 0 and not unknown:
-            # as a warmup's later steps at rate 0: nothing moves, so nothing needs a projection
+            # The first steps of a warmup may have rate 0. Nothing moves, so nothing is projected.
             return
 
         def work(mine: list[int], wholes: list[Tensor], updates: list[Tensor]) -> None:
@@ -272,7 +280,7 @@ class LipschitzMuon(torch.optim.Optimizer):
             starts = updates or [grads[i] for i in mine]
             ends = updates or [buffers[i] for i in mine]
             for batch in batches(wholes, theirs) if rate else ():
-                # Nesterov, batch by batch: whole updates of all weights would cost another model's memory
+                # Nesterov's update is made batch by batch, to save the memory of another model.
                 between = gathered_lerp(
                     batch.at(starts, theirs), batch.at(ends, theirs), group["momentum"]
                 )
@@ -288,17 +296,17 @@ class LipschitzMuon(torch.optim.Optimizer):
         self._watch.remember(weights)
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
-        """Move and project the blocks of one shape; all of them were within their cap before."""
+        """Move and project blocks of one shape that were within their cap before."""
         d_out, d_in = update.shape[-2:]
         decay = group["weight_decay"]
         step = orthogonalize(
             update,
             steps=group["steps"],
             dtype=_precision(group["precision"], update),
-            check_finite=update.device.type
-            == "cpu",  # costs nothing there, and comes before any change
+            # On a CPU this check costs nothing, and it comes before any change.
+            check_finite=update.device.type == "cpu",
         )
-        alone = len(batch.views) == 1 and batch.views[0].dtype == step.dtype  # then without copies
+        alone = len(batch.views) == 1 and batch.views[0].dtype == step.dtype  # needs no copies
         blocks = batch.views[0] if alone else batch.gather()
         narrow = blocks.dtype != step.dtype
         if decay:
@@ -312,7 +320,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         if batch.cap is not None:
             # s <- (1 - rate wanted)(s + rate) has its fixed point at 1 / wanted - rate: the cap.
             wanted = 1.0 / (batch.cap + rate) if "weight_decay" in group["method"] else decay
-            # The slack covers rounding: of this step, and of the one before.
+            # The slacks cover rounding: 1e-5 of the last projection, the other of this step.
             upper = (1 - rate * decay) * batch.cap * (1 + 1e-5) + rate * (1 + _ORTHOGONAL_SLACK)
             try:
                 blocks = project(
@@ -325,7 +333,7 @@ class LipschitzMuon(torch.optim.Optimizer):
                     in_place=True,
                 )
             except BaseException:
-                # out of memory, say: the weight has moved already, and must not stay above its cap
+                # When memory runs out, say, the weight has moved and must not stay above its cap.
                 if alone:
                     batch.views[0].mul_(batch.cap / upper)
                 raise
@@ -334,18 +342,17 @@ class LipschitzMuon(torch.optim.Optimizer):
         self.seconds_projecting += time.perf_counter() - began
 
     def _step_rows(self, group: dict[str, Any]) -> None:
-        """Each row with a gradient moves by at most rate in RMS norm; rows unseen this step stay."""
+        """Move each row that has a gradient by at most the rate in RMS norm; others only decay."""
         rate = group["lr"] * group["lr_ratio"]
         for p, plain in zip(group["params"], group["layouts"]):
             if p.grad is None:
                 continue
             (grad,), (buffer,) = self._momentum_([p], group)
-            here = local(p)  # whole rows, so their norms need nothing from elsewhere
+            here = local(p)  # a shard holds whole rows, so their norms can be computed here
             update = torch.lerp(grad, buffer, group["momentum"])
             seen = (grad != 0).any(-1, keepdim=True)
-            largest = update.abs().amax(
-                -1, keepdim=True
-            )  # first, so that no square over- or underflows
+            # Divided by its largest entry, a row has squares that neither over- nor underflow.
+            largest = update.abs().amax(-1, keepdim=True)
             update = torch.where(seen & (largest > 0), update / largest, 0.0)
             size = update.square().mean(-1, keepdim=True).sqrt()
             update = torch.where(size > 0, update / size, 0.0)
@@ -355,7 +362,7 @@ class LipschitzMuon(torch.optim.Optimizer):
                     clamp_rows_(rows, segment.cap)
 
     def _step_factors(self, group: dict[str, Any]) -> None:
-        """Low-rank adapters; what they add up to is brought within the caps by attach_projection's hook."""
+        """Move low-rank adapters; the hook of attach_projection caps the sum."""
         moved = [p for p in group["params"] if p.grad is not None]
         grads, buffers = self._momentum_(moved, group)
         updates = [torch.lerp(g, m, group["momentum"]) for g, m in zip(grads, buffers, strict=True)]
@@ -394,13 +401,13 @@ class LipschitzMuon(torch.optim.Optimizer):
 
 @lru_cache(maxsize=1)
 def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products (AVX-512 BF16, AMX); without, torch emulates them."""
+    """Whether this CPU has bf16 products (AVX-512 BF16, AMX) or torch emulates them."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _precision(chosen: str | None, update: Tensor) -> torch.dtype | None:
-    """What to orthogonalize `update` in; None leaves it to `orthogonalize`."""
+    """The dtype to orthogonalize `update` in; None leaves it to `orthogonalize`."""
     if chosen is not None:
         return _PRECISIONS[chosen]
     wide = max(update.shape[-2:]) >= _BF16_FROM and update.dtype == torch.float32

@@ -1,4 +1,8 @@
-"""block_norms(model): how large every block is now, over its cap."""
+"""`block_norms(model)`: how large every block is now, as a multiple of its cap.
+
+Open this file for the measurement that `project_`, the training logs and the certificates report.
+Each number is a proven upper bound, so a value of at most 1 proves that the cap holds.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,17 @@ from lip_plugin.surgery.state import constraints_of
 
 @torch.no_grad()
 def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list[BlockNorms]:
-    """Proven upper norms over caps of every constrained layer's weight, in the model's order; on all processes the same.
+    """Measure every constrained layer: a proven upper bound of its block norms over their caps.
 
-    `only` restricts it to layers of these names, without looking at adapters.
+    Norms of matrices are RMS->RMS norms, norms of tables are the largest RMS norm of a row. Layers
+    that an adapter wraps are measured with the adapter merged into the weight.
+
+    Args:
+        model: a retrofitted model, or one with budgets on its adapters. It may be wrapped.
+        only: names of the layers to measure, without their adapters. None measures all layers.
+
+    Returns:
+        One entry for each layer, in the model's order. All processes get the same numbers.
     """
     root, _ = constraints_of(model)
     found = [(n, m) for n, m in constrained_modules(root) if only is None or n in only]
@@ -26,6 +38,7 @@ def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list
     matrices = [i for i, layout in enumerate(layouts) if layout.norm != ROW]
     worst = torch.zeros(len(found), dtype=torch.float64)
 
+    # The norm of a shard is not the norm of its matrix, so one process gets each whole matrix.
     def work(mine: list[int], wholes: list[Tensor], _: list[Tensor]) -> None:
         owned = [matrices[k] for k in mine]
         worst[owned] = torch.tensor(
@@ -38,6 +51,7 @@ def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list
         costs=[cost_of(weights[i], layouts[i]) for i in matrices],
         write=False,
     )
+    # A shard of a table consists of whole rows, so each process measures its own.
     for i, layout in enumerate(layouts):
         for segment, rows in layout.views(local(weights[i])) if layout.norm == ROW else ():
             if segment.cap is not None and rows.numel():
@@ -52,16 +66,15 @@ def block_norms(model: nn.Module, *, only: frozenset[str] | None = None) -> list
         for (name, _), w, c in zip(found, worst.tolist(), counts, strict=True)
     }
     for wrapper in layer_wrappers() if only is None else ():
-        for merged in wrapper.norms(
-            root
-        ):  # of a wrapped layer the merged weight counts, not the base alone
+        for merged in wrapper.norms(root):
+            # The layer multiplies with the merged weight, so the base alone is not reported.
             plain.pop(f"{merged.name}.base_layer", None)
             plain[merged.name] = merged
     return list(plain.values())
 
 
 def _worst(weights: list[Tensor], layouts: list[Layout]) -> list[float]:
-    """Largest proven norm over cap of each matrix; 0 where nothing has a cap."""
+    """Largest proven norm over cap of each matrix, or 0 where no block of it has a cap."""
     worst = [0.0] * len(weights)
     for batch in batches(weights, layouts):
         if batch.cap is None:

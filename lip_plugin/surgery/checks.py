@@ -1,4 +1,8 @@
-"""Everything that can be wrong with a model, asked before the first change is made to it."""
+"""Everything that can be wrong with a model, checked before a retrofit changes it.
+
+Open this file to see which models are refused, and why. Every message names the part that is at
+fault and says what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,9 @@ from lip_plugin.surgery.presets import has_gates
 from lip_plugin.surgery.recipe import step_sizes
 
 _ADAPTERS = (
-    "To train adapters on a quantized base (4-bit ones work), leave retrofit out: put LoRA on it with "
-    "get_peft_model, and constrain_adapters(model, budget=0.1, relative=True) holds what they change."
+    "To train adapters on a quantized base (4-bit ones work), leave retrofit out: put LoRA on it "
+    "with get_peft_model, and constrain_adapters(model, budget=0.1, relative=True) holds what they "
+    "change."
 )
 
 
@@ -34,12 +39,22 @@ def check_model(
     pretrained: bool,
     loading: bool = False,
 ) -> None:
-    """Refuse, by name and with the cure, whatever a retrofit could not do soundly.
+    """Refuse a model that a retrofit with this config could not constrain soundly.
 
     Args:
-        pretrained: the weights were loaded from somewhere.
-        loading: the model is a skeleton whose weights come next (from_pretrained): values and
-            devices are not looked at, and the choice of norms was made when it was saved.
+        model: the model, of the family that `names` describes.
+        names: its parts.
+        config: the config that the user chose.
+        pretrained: whether the weights were loaded from somewhere.
+        loading: whether the model is a skeleton whose weights come next (from_pretrained). Values
+            and devices are then not looked at, and the choice of norms was made when it was saved.
+
+    Raises:
+        UnsupportedModelError: a part has no rule, or its weights are sharded, quantized or on the
+            meta device.
+        TiedWeightsError: one Parameter would need several caps.
+        NonFiniteError: a weight is nan or inf.
+        ConfigError: the config does not fit the model.
     """
     refuse_shards(model, "retrofit")
     if not loading:
@@ -47,8 +62,8 @@ def check_model(
         _check_norms_choice(model, names, config, pretrained)
     if not names.layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no layers at {names.architecture.layers}: there is nothing to constrain between "
-            "its embeddings and its head. Build it with at least one."
+            f"{type(model).__name__} has no layers at {names.architecture.layers}: there is "
+            "nothing to constrain between its embeddings and its head. Build it with at least one."
         )
     _check_leaves(model, names)
     _check_ties(model, names, config)
@@ -62,22 +77,31 @@ def check_model(
 
 
 def refuse_shards(model: nn.Module, what: str) -> None:
-    """Raise UnsupportedModelError if a parameter is a DTensor: its values, and FSDP's view of the modules, are elsewhere."""
+    """Raise UnsupportedModelError if a parameter is sharded (a DTensor).
+
+    The values of such a parameter are on several processes, and FSDP keeps its own record of the
+    modules.
+
+    Args:
+        model: the model.
+        what: name of the function that was called, for the message.
+    """
     for name, p in model.named_parameters():
         if is_sharded(p):
             raise UnsupportedModelError(
-                f"{name} is sharded already. Order: {what}(model), then fully_shard(model). A saved retrofitted model can be "
-                "loaded sharded: from_pretrained(folder, distributed_config=...)."
+                f"{name} is sharded already. Order: {what}(model), then fully_shard(model). A "
+                "saved retrofitted model can be loaded sharded: from_pretrained(folder, "
+                "distributed_config=...)."
             )
 
 
 def norms_are_gone(model: nn.Module, names: Parts) -> bool:
-    """Whether an earlier retrofit put constants in the norm slots."""
+    """Whether an earlier retrofit put constants into the norm slots."""
     return any(isinstance(model.get_submodule(name), ConstantScale) for name in names.norms())
 
 
 def _check_recipe(model: nn.Module, names: Parts) -> None:
-    """What removing the norms needs besides: known activations, and a place for every constant."""
+    """Check what removing the norms needs: known activations, and a place for every constant."""
     for name in names.activations():
         act = model.get_submodule(name)
         if activation_kind(act) is None:
@@ -89,24 +113,27 @@ def _check_recipe(model: nn.Module, names: Parts) -> None:
     scaled = [model.get_submodule(branch.scale) for branch in branches]
     if len(set(map(id, scaled))) < len(scaled):
         raise UnsupportedModelError(
-            f"{branches[0].scale} and another layer's are one module: each branch needs a scale of its own. "
-            "Give every layer its own module."
+            f"{branches[0].scale} and another layer's are one module: each branch needs a scale of "
+            "its own. Give every layer its own module."
         )
     telescoped = not any(branch.sum_norm for branch in branches)
     if telescoped and not names.architecture.final_norm:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no norm behind its last block, so there is no slot for the last constant of "
-            "the residual. Build it with its final norm, or keep the norms (norms='keep')."
+            f"{type(model).__name__} has no norm behind its last block, so there is no slot for "
+            "the last constant of the residual. Build it with its final norm, or keep the norms "
+            "(norms='keep')."
         )
 
 
 def _check_options(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    """Options that a family may have no place for: one error names all of them."""
+    """Raise one error that names all options for which the family has no place."""
     unfit = dict(_without_place(model, names, config))
     if unfit:
         raise ConfigError(
-            f"{type(model).__name__} has no place for {' and '.join(unfit)}. {' '.join(unfit.values())} The "
-            'name of a preset leaves out by itself what a family has no place for: retrofit(model, "robust").'
+            f"{type(model).__name__} has no place for {' and '.join(unfit)}. "
+            f"{' '.join(unfit.values())} The "
+            "name of a preset leaves out by itself what a family has no place for: retrofit(model, "
+            '"robust").'
         )
     _check_depth(names, config)
 
@@ -114,13 +141,13 @@ def _check_options(model: nn.Module, names: Parts, config: LipschitzConfig) -> N
 def _without_place(
     model: nn.Module, names: Parts, config: LipschitzConfig
 ) -> Iterator[tuple[str, str]]:
-    """(field, why and what to do) for every field of the config that this model has no place for."""
+    """Yield (field, why, and what to do) for every field that has no place in the model."""
     architecture = names.architecture
     if config.logit_scale not in (None, 1) and not architecture.final_norm:
         yield (
             "logit_scale",
-            "There is no norm slot behind its last block, where logit_scale would go: leave it out, and give "
-            f"the head a cap of its own instead, overrides={{{names.head!r}: ...}}.",
+            "There is no norm slot behind its last block, where logit_scale would go: leave it "
+            f"out, and give the head a cap of its own instead, overrides={{{names.head!r}: ...}}.",
         )
     if config.activation is not None and has_gates(names):
         yield (
@@ -131,12 +158,12 @@ def _without_place(
     if isinstance(config.residual, tuple) and architecture.parallel:
         yield (
             "two residual weights",
-            "It runs attention and MLP in parallel, so they share one step: give residual one number, "
-            f"residual={min(config.residual)!r}.",
+            "It runs attention and MLP in parallel, so they share one step: give residual one "
+            f"number, residual={min(config.residual)!r}.",
         )
     if config.position_bias is None:
         return
-    # attention by position alone needs the biases, so the two go together
+    # Attention by position alone needs the biases, so the advice is to leave out both.
     out = "leave position_bias out" + (
         " and attention_scale=0 with it" if config.attention_scale == 0 else ""
     )
@@ -149,28 +176,35 @@ def _without_place(
     elif attention not in ("sdpa", None):
         yield (
             "position_bias",
-            f"position_bias needs scaled_dot_product_attention, and this model attends by {attention!r}: build "
-            f'or load it with attn_implementation="sdpa", or {out} if transformers does not let it.',
+            "position_bias needs scaled_dot_product_attention, and this model attends by "
+            f"{attention!r}: build "
+            f'or load it with attn_implementation="sdpa", or {out} if transformers does not let '
+            "it.",
         )
 
 
-# The model carries x / c, c the product of all 1-a: gradients at its start are as small, and at 2^-100 float32 still
-# has 26 binary orders left below (24 layers at (0.75, 0.9) are exact to 2e-7, 48 are nan).
+# The model carries x / c, where c is the product of all 1-a. Gradients at the model's start are as
+# small as c. At c = 2^-100 float32 still has 26 binary orders left below. Measured: 24 layers at
+# residual=(0.75, 0.9) are exact to 2e-7, and 48 layers give nan.
 _SMALLEST_SHARE = 2.0**-100
 
 
 def _check_depth(names: Parts, config: LipschitzConfig) -> None:
-    """Refuse residual weights so large, in a model so deep, that what it carries leaves float32's range."""
+    """Refuse residual weights that are too large for the model's depth.
+
+    The values that the model carries would leave the range of float32.
+    """
     if not names.architecture.final_norm:
-        return  # norms behind the sum: nothing telescopes
+        return  # the norms are behind the sums, so the factors 1-a do not accumulate
     a, b = step_sizes(config, names)
     layers = len(names.layers)
     share = 1.0 - a if names.architecture.parallel else (1.0 - a) * (1.0 - b)
     if layers * math.log2(share) < math.log2(_SMALLEST_SHARE):
         most = 1.0 - 2.0 ** (math.log2(_SMALLEST_SHARE) / (2 * layers))
         raise ConfigError(
-            f"residual={config.residual} over {layers} layers: the model carries x divided by all the 1-a, which "
-            f"leaves the range of float32. Use at most residual={math.floor(most * 1000) / 1000:g}."
+            f"residual={config.residual} over {layers} layers: the model carries x divided by all "
+            "the 1-a, which leaves the range of float32. Use at most "
+            f"residual={math.floor(most * 1000) / 1000:g}."
         )
 
 
@@ -183,8 +217,8 @@ def _check_values(model: nn.Module) -> None:
             )
         if not p.is_floating_point():
             raise UnsupportedModelError(
-                f"{name} has dtype {p.dtype}: a quantized weight has no norm that training could keep. "
-                f"Load the model unquantized. {_ADAPTERS}"
+                f"{name} has dtype {p.dtype}: a quantized weight has no norm that training could "
+                f"keep. Load the model unquantized. {_ADAPTERS}"
             )
         if not torch.isfinite(p.detach()).all():
             raise NonFiniteError(
@@ -198,33 +232,34 @@ def _check_norms_choice(
     removed = norms_are_gone(model, names)
     if removed and not config.recipe:
         raise ConfigError(
-            f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, and its weights were "
-            "trained without. Use norms='remove', or build the model anew."
+            f"The norms of this {type(model).__name__} are gone: an earlier retrofit removed them, "
+            "and its weights were trained without. Use norms='remove', or build the model anew."
         )
     if config.norms == "keep" and any(
         isinstance(model.get_submodule(n), Floored) for n in names.norms()
     ):
         raise ConfigError(
-            f"The norms of this {type(model).__name__} got floors by an earlier retrofit. Use norms='calibrated' with "
-            "norm_floors of 0 to have them back."
+            f"The norms of this {type(model).__name__} got floors by an earlier retrofit. Use "
+            "norms='calibrated' with norm_floors of 0 to have them back."
         )
     if pretrained and config.norms is None and not removed:
         raise ConfigError(
-            f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a function of its "
-            "norms: removing them destroys what it learned. Say which you want: "
-            "LipschitzConfig(norms='keep') caps the weights only, norms='calibrated' puts a floor under what "
-            "every norm divides by, LipschitzConfig(norms='remove') removes the norms all the same; add "
-            "init='orthogonal' to train from scratch."
+            f"{type(model).__name__} was loaded from pretrained weights, and a trained model is a "
+            "function of its norms: removing them destroys what it learned. Say which you want: "
+            "LipschitzConfig(norms='keep') caps the weights only, norms='calibrated' puts a floor "
+            "under what every norm divides by, LipschitzConfig(norms='remove') removes the norms "
+            "all the same; add init='orthogonal' to train from scratch."
         )
 
 
 def _check_slots(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    """norms="calibrated": a floor for every slot, and for nothing else."""
+    """Check that norm_floors gives a floor for every norm slot, and for nothing else."""
     slots = list(names.norms())
     if not config.norm_floors:
         raise ConfigError(
-            "norms='calibrated' needs the floor of every norm slot: LipschitzConfig(norms='calibrated', "
-            "norm_floors=calibrate(model, batches)), with a few batches of what the model is trained on."
+            "norms='calibrated' needs the floor of every norm slot: "
+            "LipschitzConfig(norms='calibrated', norm_floors=calibrate(model, batches)), with a "
+            "few batches of what the model is trained on."
         )
     missing, extra = set(slots) - set(config.norm_floors), set(config.norm_floors) - set(slots)
     if missing or extra:
@@ -244,26 +279,30 @@ def _check_leaves(model: nn.Module, names: Parts) -> None:
         module = model.get_submodule(name)
         if hasattr(module, "base_layer"):
             raise UnsupportedModelError(
-                f"{name} is wrapped by an adapter already. Order: retrofit(model), then get_peft_model(model, ...)."
+                f"{name} is wrapped by an adapter already. Order: retrofit(model), then "
+                "get_peft_model(model, ...)."
             )
         if role == "patch" and not is_patches(module):
             raise UnsupportedModelError(
-                f"{name} is {module}, not a plain Conv2d whose stride is its kernel: patches that overlap or are "
-                "padded have no rule here."
+                f"{name} is {module}, not a plain Conv2d whose stride is its kernel: patches that "
+                "overlap or are padded have no rule here."
             )
         if role != "patch" and not is_linear(module):
             raise UnsupportedModelError(
-                f"{name} is {type(module).__module__}.{type(module).__name__}, not a plain Linear or Conv1D: "
-                f"load the model unquantized and without mixture-of-experts layers. {_ADAPTERS}"
+                f"{name} is {type(module).__module__}.{type(module).__name__}, not a plain Linear "
+                "or Conv1D: load the model unquantized and without mixture-of-experts layers. "
+                f"{_ADAPTERS}"
             )
     for _, name in names.tables():
         table = table_of(model, name)
         if isinstance(table, RowParameter):
             continue
         cls = type(table)
-        if not is_embedding(table):  # a subclass may scale what it looks up
+        # A subclass may scale what it looks up, so only known classes pass.
+        if not is_embedding(table):
             raise UnsupportedModelError(
-                f"{name} is {cls.__module__}.{cls.__name__}, not a plain nn.Embedding; its rows cannot be bounded."
+                f"{name} is {cls.__module__}.{cls.__name__}, not a plain nn.Embedding; its rows "
+                "cannot be bounded."
             )
         if getattr(table, "max_norm", None) is not None:
             raise UnsupportedModelError(
@@ -281,12 +320,13 @@ def _check_ties(model: nn.Module, names: Parts, config: LipschitzConfig) -> None
             continue
         if sorted(tied) != sorted([f"{names.architecture.tokens}.weight", f"{names.head}.weight"]):
             raise TiedWeightsError(
-                f"{' and '.join(tied)} are one Parameter: its blocks would need several caps at once. Untie them first."
+                f"{' and '.join(tied)} are one Parameter: its blocks would need several caps at "
+                "once. Untie them first."
             )
         if not config.untie_head:
             raise TiedWeightsError(
-                f"{' and '.join(tied)} are tied, but a table of rows and a matrix have different constraints. "
-                "Use LipschitzConfig(untie_head=True)."
+                f"{' and '.join(tied)} are tied, but a table of rows and a matrix have different "
+                "constraints. Use LipschitzConfig(untie_head=True)."
             )
 
 
@@ -298,5 +338,6 @@ def check_overrides(names: Parts, config: LipschitzConfig) -> None:
             leaves = {".".join(name.split(".")[-n:]) for name in known for n in (1, 2, 3)}
             hint = did_you_mean(key, [*known, *sorted(leaves)])
             raise ConfigError(
-                f"overrides[{key!r}] matches no layer.{hint} Layers are named like: {', '.join(known[:4])}."
+                f"overrides[{key!r}] matches no layer.{hint} Layers are named like: "
+                f"{', '.join(known[:4])}."
             )

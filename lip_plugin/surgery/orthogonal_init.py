@@ -1,4 +1,8 @@
-"""The start of a constrained model: orthogonal blocks at their caps, output maps zero."""
+"""The start of a model that is trained from scratch: orthogonal blocks, and output maps of zeros.
+
+Open this file to see what `LipschitzConfig(init="orthogonal")` writes into the weights.
+Source: the initialization of arXiv 2507.13338.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,14 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def init_orthogonal_(model: nn.Module) -> None:
-    """Every block orthogonal at norm min(1, cap); attention and MLP output maps zero; biases zero."""
+    """Initialize a retrofitted model in place, within its caps.
+
+    - A block of a matrix becomes orthogonal with an RMS->RMS norm of min(1, cap).
+    - The output maps of attention and MLP become zero, so every branch starts at zero.
+    - Each row of a table gets an RMS norm equal to its cap: tables of positions get sinusoids, the
+      others random rows.
+    - Biases of constrained layers become zero.
+    """
     for _, module in constrained_modules(model):
         for segment, blocks in module.layout.views(module.weight):
             cap = min(1.0, segment.cap) * (1.0 - 1e-6)  # room for float32 rounding of the entries
@@ -42,10 +53,11 @@ def init_orthogonal_(model: nn.Module) -> None:
 
 
 def sinusoids(count: int, width: int) -> Tensor:
-    """Rows sin, cos of the position at wavelengths from 2 pi to 2 pi count [count, width], float32.
+    """A table of positions [count, width], float32: sines and cosines of the position.
 
-    Offsets between positions are then rotations, so attention to a fixed offset is a linear map away; learned
-    from random rows under small logits it takes far longer (measured in docs/LOG.md).
+    The wavelengths go from 2 pi to 2 pi count. A shift of the position by a fixed offset is then a
+    rotation, so attention to that offset is only a linear map away. Learned from random rows under
+    small logits, the same takes far longer (measured in docs/LOG.md).
     """
     half = (width + 1) // 2
     frequencies = float(count) ** -(torch.arange(half) / max(half - 1, 1))

@@ -1,4 +1,8 @@
-"""Plan: the steps of a surgery, all of them checked before the first is taken; and the report of them."""
+"""`Plan`: a list of changes that are all checked before the first one is made; and their report.
+
+`retrofit`, `release` and `set_caps_` collect their changes here. An error while they collect leaves
+the model untouched, because nothing has been carried out yet.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RetrofitReport:
-    """What `retrofit` or `release` changed: one (name, change) per step; empty if nothing was to do."""
+    """What a call changed: one (name, change) for each step, printed as a table.
+
+    It is empty if nothing had to be changed.
+    """
 
     changes: list[tuple[str, str]] = field(default_factory=list)
 
@@ -24,16 +31,22 @@ class RetrofitReport:
 
 @dataclass
 class Plan:
-    """Steps that were checked and not yet taken."""
+    """Changes that were checked and have not been made yet."""
 
     steps: list[tuple[str, str, Callable[[], None]]] = field(default_factory=list)
 
     def add(self, name: str, what: str, do: Callable[[], None]) -> None:
-        """One step: the part's full name, the change in words, and what carries it out."""
+        """Add one change.
+
+        Args:
+            name: full name of the part of the model that changes.
+            what: the change in words, for the report.
+            do: makes the change.
+        """
         self.steps.append((name, what, do))
 
     def carry_out(self) -> RetrofitReport:
-        """Take all steps, in order."""
+        """Make all changes, in the order in which they were added."""
         for _, _, do in self.steps:
             do()
         return RetrofitReport([(name, what) for name, what, _ in self.steps])

@@ -1,4 +1,7 @@
-"""Presets by name, fitted to a model: what its family has no place for is left out."""
+"""Presets by name, fitted to a model, and the checks of what a user passes as a config.
+
+Open this file to see what a preset leaves out for which family.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,23 @@ from lip_plugin.surgery.plan import RetrofitReport
 
 
 def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
-    """`LipschitzConfig.preset(name)` without the fields that the model's family has no place for.
+    """Give `LipschitzConfig.preset(name)` without what the model's family has no place for.
 
-    Gated MLPs keep their own activation. Families without a norm slot behind their last block (bert) get
-    no `logit_scale`. Image models, and families whose attention cannot be scaled_dot_product_attention
-    (gemma2), get no `position_bias`, and so an `attention_scale` of 1 where the preset's is 0. Families that
-    run attention and MLP in parallel (gpt_neox) take one residual weight, the smaller of the two.
+    - Gated MLPs keep their own activation.
+    - Families without a norm slot behind their last block (bert) get no `logit_scale`.
+    - Image models, and families whose attention cannot be scaled_dot_product_attention (gemma2),
+      get no `position_bias`. Without it attention by position alone is impossible, so an
+      `attention_scale` of 0 is left out as well and becomes 1.
+    - Families that run attention and MLP in parallel (gpt_neox) take one residual weight, the
+      smaller of the two.
 
     Args:
         name: one of `lip_plugin.config.PRESETS`.
-        model: of a known family, retrofitted or not, without wrappers.
+        model: a model of a known family, retrofitted or not, without wrappers.
 
     Raises:
-        ConfigError: an unknown name.
-        UnsupportedModelError: an unknown family.
+        ConfigError: the name is unknown.
+        UnsupportedModelError: the family is unknown.
     """
     check_preset(name)
     names = parts(model, find_family(model).architecture)
@@ -48,12 +54,15 @@ def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
 
 
 def has_gates(names: Parts) -> bool:
-    """Whether an MLP multiplies two maps of its input with each other entry by entry, as llama's do."""
+    """Whether an MLP of the model multiplies two maps of its input with each other, entry by entry.
+
+    The MLPs of llama and its relatives do.
+    """
     return any({"gate", "gate_up"} & layer.mlp.linears.keys() for layer in names.layers)
 
 
 def check_preset(name: str) -> None:
-    """Raise ConfigError, with the names that there are, for one that is no preset."""
+    """Raise ConfigError, with a list of the presets, if there is none of this name."""
     if name not in PRESETS:
         raise ConfigError(
             f"{name!r} is no preset: choose one of {', '.join(map(repr, PRESETS))}."
@@ -65,8 +74,9 @@ def check_config(config: Any, what: str) -> None:
     """Raise ConfigError unless this is a LipschitzConfig, the name of a preset, or None.
 
     Args:
-        config: what a user gave for the config.
-        what: how the call begins, up to where the config stands: `"retrofit(model, "`.
+        config: what a user passed as the config.
+        what: the beginning of the user's call for the message, up to the config, such as
+            `"retrofit(model, "`.
     """
     if isinstance(config, str):
         check_preset(config)
@@ -77,9 +87,12 @@ def check_config(config: Any, what: str) -> None:
 def chosen_config(
     config: LipschitzConfig | str | None, model: nn.Module, what: str
 ) -> LipschitzConfig | None:
-    """The config that a user chose. The name of a preset is fitted to the model, all else is taken as it is.
+    """The config that a user chose.
 
-    Raises ConfigError for anything else; see `check_config`.
+    The name of a preset is fitted to the model. A LipschitzConfig, or None, is returned as it is.
+
+    Raises:
+        ConfigError: `config` is anything else; see `check_config`.
     """
     check_config(config, what)
     return fitted_preset(config, model) if isinstance(config, str) else config
@@ -94,7 +107,10 @@ def _instead_of_a_config(given: Any) -> str:
     if isinstance(given, Mapping):
         return f"this is of type {type(given).__name__}. Pass LipschitzConfig.from_dict(...) of it."
     if isinstance(given, type):
-        return f"this is the class {given.__name__}. Pass an object of it, as LipschitzConfig() makes one."
+        return (
+            f"this is the class {given.__name__}. Pass an object of it, as LipschitzConfig() makes "
+            "one."
+        )
     if isinstance(given, nn.Module):
         return f"this is a model ({type(given).__name__}). {takes}"
     return f"this is of type {type(given).__name__}. {takes}"

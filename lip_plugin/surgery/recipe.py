@@ -1,10 +1,24 @@
-"""The recipe of arXiv 2507.13338 as constants in a model's own slots: x <- (1-a) x + a f(x).
+"""The recipe of arXiv 2507.13338, x <- (1-a) x + a f(x), written into slots that a model has.
 
-The residual needs no new forward. With c_k = (1-a)^k (a product, if a differs), the model carries u_k = x_k / c_k instead of
-x_k, so the step becomes u <- u + (a / c_(k+1)) f(c_k u): what a sub-block reads is multiplied by c_k
-(in the norm slot in front of it, or on its module), its output by a / c_(k+1), and the final norm
-slot becomes the last c. Where the norm comes after the sum, norm(x + f(x)), it becomes the constant
-1-a, and the branch is multiplied by a / (1-a). See docs/maths.md.
+The residual needs no new forward pass. Let x_k be what the recipe carries after k branches, and
+let c_k = (1-a)^k (the product of all 1-a so far if a differs between branches). The model carries
+u_k = x_k / c_k in place of x_k. Dividing the recipe by c_(k+1) turns it into the sum that the
+model already computes:
+
+    u_(k+1) = u_k + (a / c_(k+1)) f(c_k u_k)
+
+So three kinds of constants do it:
+
+- What a branch reads is multiplied by c_k. This constant takes the place of the norm in front of
+  the branch; without such a norm a hook on the branch's module multiplies.
+- What a branch returns is multiplied by a / c_(k+1).
+- The final norm becomes the last c, which turns u back into x.
+
+Some families have their norm behind the sum: norm(x + f(x)). That norm becomes the constant 1-a,
+and the branch is multiplied by a / (1-a).
+
+The proof is in docs/maths.md, section 2. The functions here only add to a `Plan`; nothing changes
+before it is carried out.
 """
 
 from __future__ import annotations
@@ -31,7 +45,11 @@ from lip_plugin.surgery.plan import Plan
 
 
 def step_sizes(config: LipschitzConfig, names: Parts) -> tuple[float, float]:
-    """a in x <- (1-a) x + a f(x), of attention and of MLPs: the config's, or 1/(2L); 1/(L+1) if they are parallel."""
+    """The step a in x <- (1-a) x + a f(x), as a pair: of attention, and of MLPs.
+
+    It is `config.residual` if that is given. The default for L layers is the paper's 1/(2L), or
+    1/(L+1) where attention and MLP run in parallel.
+    """
     if isinstance(config.residual, tuple):
         return config.residual
     layers = len(names.layers)
@@ -41,7 +59,13 @@ def step_sizes(config: LipschitzConfig, names: Parts) -> tuple[float, float]:
 
 
 def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    """Every norm slot, branch, logit scale and activation of the model becomes the recipe's."""
+    """Plan the recipe for the whole model.
+
+    - Every norm slot becomes a constant, and every branch gets its factors.
+    - Attention logits get their scale, and position biases if the config asks for them.
+    - Activations become 1-Lipschitz.
+    - Multipliers and softcaps of the library's forward get a value that has no effect.
+    """
     architecture = names.architecture
     steps = step_sizes(config, names)
     if architecture.entry_norm:
@@ -50,16 +74,18 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
     for layer in names.layers:
         scaling = architecture.attention.scaling
         d_head = head_dim(model, layer, names)
-        # Without a scaling attribute the forward divides by sqrt(d_head). Scaling the input of q, k
-        # and v by s gives logits s^2 q.k / sqrt(d_head) = attention_scale q.k / d_head; the values'
-        # s is taken off again behind the output map. Nothing is hooked inside, so peft stays exact.
+        # Some forwards have no attribute for the scale of the logits and divide by sqrt(d_head).
+        # Scaling the input of q, k and v by s gives logits of s^2 q.k / sqrt(d_head), which have to
+        # be attention_scale q.k / d_head. The values are scaled by s too, so the output is divided
+        # by s. No hook sits inside the attention module, so adapters of peft stay exact.
         content = config.attention_scale != 0
         s = 1.0 if scaling or not content else math.sqrt(config.attention_scale / math.sqrt(d_head))
         reads_and_gains = ((s, config.value_scale / s), (1.0, 1.0))
         for branch, a, (reads, gain) in zip(layer.branches, steps, reads_and_gains, strict=True):
-            # in parallel the two branches share one step: (1-a) x + a (attention + mlp) / 2
+            # Parallel branches share one step: (1-a) x + a (attention + mlp) / 2.
             gain = gain / 2 if architecture.parallel else gain
-            if branch.act:  # first: its output may be where the branch's scale goes
+            # The activation comes first, because the branch's scale may be hooked onto its module.
+            if branch.act:
                 _plan_activation(plan, model, branch.act, config.activation)
             _plan_branch(plan, model, branch, a, c, reads, gain)
             c *= 1.0 if architecture.parallel else 1.0 - a
@@ -86,7 +112,7 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
 def _plan_branch(
     plan: Plan, model: nn.Module, branch: BranchParts, a: float, c: float, reads: float, gain: float
 ) -> None:
-    """What the branch reads is multiplied by c_k * reads, its output by a / c_(k+1) * gain."""
+    """Plan one branch: its input is multiplied by c_k * reads, its output by a / c_(k+1) * gain."""
     if branch.sum_norm:
         before, after = reads, a / (1.0 - a) * gain
         _plan_slot(plan, model, branch.sum_norm, 1.0 - a)
@@ -111,7 +137,7 @@ def _plan_branch(
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one with this full name."""
+    """Put `module` in the place of the module with this full name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -140,13 +166,16 @@ def _plan_activation(plan: Plan, model: nn.Module, name: str, chosen: str | None
     if present is not None:
         return
     kind = activation_kind(act)
-    assert kind is not None  # check_model refused it otherwise
+    assert kind is not None  # check_model has refused models with other activations
     scaled = ScaledActivation(act, kind).train(act.training)
     plan.add(name, f"{kind} scaled to slope 1", lambda: set_submodule(model, name, scaled))
 
 
 def _plan_gate(plan: Plan, model: nn.Module, branch: BranchParts, cap: float | None) -> None:
-    """Cap both factors of a gate entrywise: the activation's output, and that of `up` (half of a fused map)."""
+    """Plan caps on the entries of both factors of a gated MLP, or plan to take present ones away.
+
+    The factors are the output of the activation, and that of `up` (or of half of a fused map).
+    """
     name = branch.linears.get("gate_up") or (
         branch.linears["up"] if "gate" in branch.linears else None
     )
@@ -165,7 +194,10 @@ def _plan_gate(plan: Plan, model: nn.Module, branch: BranchParts, cap: float | N
 def _plan_position(
     plan: Plan, model: nn.Module, layer: LayerParts, names: Parts, config: LipschitzConfig
 ) -> None:
-    """Position biases on one layer's attention, or none. Tables that are there already are kept."""
+    """Plan the position biases of one layer's attention, or plan to take present ones away.
+
+    Tables that are there already keep their values.
+    """
     module: Any = model.get_submodule(layer.attention.module)
     present, content = position_bias(module), config.attention_scale != 0
     if config.position_bias is None:
@@ -196,16 +228,18 @@ def _plan_position(
 
 
 def _plan_knob(plan: Plan, model: nn.Module, knob: Knob) -> None:
-    """Take a multiplier or softcap out of the forward, and out of the config, so that saving keeps it."""
+    """Plan to take a multiplier or softcap out of the forward.
+
+    It is set in the config as well, so that the model is saved without it.
+    """
     owner: Any = model.config if knob.owner is None else model.get_submodule(knob.owner)
     value = getattr(owner, knob.attribute)
     if not isinstance(value, Tensor) and value == knob.neutral:
         return
 
     def do() -> None:
-        if (
-            isinstance(value, Tensor) and knob.neutral is not None
-        ):  # a buffer keeps its device and dtype
+        # A buffer is filled, so that it keeps its device and dtype.
+        if isinstance(value, Tensor) and knob.neutral is not None:
             with torch.no_grad():
                 value.fill_(knob.neutral)
         else:

@@ -1,4 +1,8 @@
-"""retrofit() and release(): plan, check everything, then mutate."""
+"""`retrofit` and `release`: put caps on a model in place, and take them off again.
+
+`retrofit` first checks everything and collects the changes in a `Plan`. It makes them only if
+nothing was refused, so an error leaves the model as it was.
+"""
 
 from __future__ import annotations
 
@@ -37,24 +41,31 @@ logger = logging.getLogger(__name__)
 def retrofit(
     model: nn.Module, config: LipschitzConfig | str | None = None, *, _loading: bool = False
 ) -> RetrofitReport:
-    """Constrain `model` in place: every block gets a cap in the RMS->RMS norm, norms go, constants come.
+    """Constrain `model` in place: every block of its weights gets a cap in the RMS->RMS norm.
 
-    The model keeps its class, forward, Parameters and dtypes; keys of removed norms leave its
-    state_dict. Everything is checked before the first change. A second call with an equal config
-    changes nothing.
+    The recipe of arXiv 2507.13338 also replaces the norms by constants, unless `config.norms` keeps
+    or calibrates them. The model keeps its class, forward, Parameters and dtypes. Keys of removed
+    norms leave its state_dict. A second call with an equal config changes nothing.
 
     Args:
-        model: a model of a known family, in one piece: before DDP, FSDP, peft or compile.
-        config: see LipschitzConfig; None takes its defaults. The name of a preset (`"robust"`; see
-            LipschitzConfig.preset) takes it without what the model's family has no place for.
+        model: a model of a known family, in one piece: not yet sharded, and not yet wrapped by DDP,
+            FSDP, peft or torch.compile.
+        config: see LipschitzConfig; None takes its defaults. It may be the name of a preset
+            (`"robust"`; see LipschitzConfig.preset), which is then fitted: what the model's family
+            has no place for is left out.
 
     Returns:
-        A report that prints as a table, one line per change.
+        A report that prints as a table, with one line for each change.
 
     Raises:
-        UnsupportedModelError: unknown family, a module or parameter that no rule covers, a model on
-            the meta device or quantized.
-        TiedWeightsError, NonFiniteError, ConfigError: see their messages; nothing was changed.
+        UnsupportedModelError: the family is unknown, no rule covers a module or parameter, or the
+            model is sharded, quantized or on the meta device.
+        TiedWeightsError: one Parameter would need several caps.
+        NonFiniteError: a weight is nan or inf.
+        ConfigError: the config does not fit the model, or the model was retrofitted with another
+            one.
+
+    After any of these errors the model is unchanged.
     """
     require_module(model, "retrofit")
     found = find_retrofit(model)
@@ -89,7 +100,10 @@ def retrofit(
 
 
 def _refuse_another(config: LipschitzConfig, present: RetrofitState) -> None:
-    """Raise ConfigError, with the fields that differ, unless a retrofitted model's own config is this one."""
+    """Raise ConfigError if `config` differs from the one that the model was retrofitted with.
+
+    The field `init` is not compared, because it only acts once.
+    """
     chosen, own = _resolved(config, present.architecture), present.config
     changed = [
         f"{f.name}={getattr(own, f.name)!r:.60}"
@@ -104,7 +118,10 @@ def _refuse_another(config: LipschitzConfig, present: RetrofitState) -> None:
 
 
 def _resolved(config: LipschitzConfig, architecture: Architecture) -> LipschitzConfig:
-    """The config with what None stands for written out, so that a later version's defaults change no saved model."""
+    """The config with values in place of None.
+
+    They are saved with the model, so that other defaults in a later version do not change it.
+    """
     norms, scale = config.norms or "remove", config.logit_scale
     if scale is None:
         scale = LOGIT_SCALE if norms == "remove" and architecture.final_norm else 1.0
@@ -112,13 +129,18 @@ def _resolved(config: LipschitzConfig, architecture: Architecture) -> LipschitzC
 
 
 def release(model: nn.Module) -> RetrofitReport:
-    """Give the plain layers back, in place: no caps any more, the very same function.
+    """Give a retrofitted model its plain layers back, in place. Its function stays the same.
 
-    Constants, floors under norms and scaled activations stay, because the trained weights compute through them, and what was
-    fixed (gains of norms with floors, dropped biases) stays fixed;
-    retrofit() may be called again, with any config. A model that is not retrofitted is left alone.
+    The caps are gone afterwards. Constants, floors under norms and scaled activations stay, because
+    the trained weights compute through them. What was fixed stays fixed (gains of norms with
+    floors, dropped biases). `retrofit` may be called again with any config. A model that is not
+    retrofitted is left alone.
 
-    Raises UnsupportedModelError for a sharded model.
+    Returns:
+        A report with one line for each layer that became plain.
+
+    Raises:
+        UnsupportedModelError: the model is sharded.
     """
     require_module(model, "release")
     found = find_retrofit(model)
@@ -146,8 +168,9 @@ def _plan_untie(plan: Plan, model: nn.Module, names: Parts) -> None:
         weight = head.weight
         copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         head.weight = copy
-        # Without the tie a library loads every name of the head's bias on its own: give the names
-        # that no forward reads a tensor of their own, frozen.
+        # A library saves and loads a head's bias under several names as long as the head is tied.
+        # Without the tie it loads each name by itself. So the names that no forward reads get a
+        # frozen tensor of their own.
         for name in names.architecture.unused:
             owner, _, leaf = name.rpartition(".")
             if getattr(model.get_submodule(owner), leaf) is head.bias:

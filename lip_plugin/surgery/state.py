@@ -1,4 +1,8 @@
-"""What a retrofitted model remembers of it. Nobody else reads the mark."""
+"""The record that a retrofit leaves on a model, and the functions that find it again.
+
+A retrofitted model carries its config and its architecture as a plain attribute of its root module.
+The other files ask for them through the functions here.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +23,35 @@ _MARK = "lip_retrofit"
 
 @dataclass(frozen=True)
 class RetrofitState:
-    """What a retrofitted model remembers of it (a plain attribute of its root module)."""
+    """The record of a retrofit: the config, and the architecture that the model was taken for.
+
+    It is a plain attribute of the model's root module.
+    """
 
     config: LipschitzConfig
     architecture: Architecture
 
 
 def set_state(root: nn.Module, state: RetrofitState) -> None:
-    """Have the model's root remember this."""
+    """Write the record onto the model's root module."""
     root.__dict__[_MARK] = state
 
 
 def find_retrofit(model: nn.Module) -> tuple[nn.Module, RetrofitState] | None:
-    """(root, state) of the retrofitted model inside `model`, whatever wraps it; None if there is none.
+    """Find the retrofitted model inside `model`, whatever wraps it.
 
-    Raises UnsupportedModelError if there are several: no call could be about all of them.
+    Returns:
+        (root, state), or None if there is no retrofitted model.
+
+    Raises:
+        UnsupportedModelError: there are several, so it is not clear which one is meant.
     """
     found = [module for module in model.modules() if is_retrofitted(module)]
     if len(found) > 1:
         kinds = ", ".join(type(module).__name__ for module in found[:3])
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds {len(found)} retrofitted models ({kinds}). Pass the one that is meant."
+            f"{type(model).__name__} holds {len(found)} retrofitted models ({kinds}). Pass the one "
+            "that is meant."
         )
     return (found[0], found[0].__dict__[_MARK]) if found else None
 
@@ -50,27 +62,41 @@ def is_retrofitted(module: nn.Module) -> bool:
 
 
 def config_of(model: nn.Module) -> LipschitzConfig:
-    """The LipschitzConfig that a model was retrofitted with, every choice written out; raises NotRetrofittedError."""
+    """The LipschitzConfig that a model was retrofitted with, with every default written out.
+
+    Raises:
+        NotRetrofittedError: the model was never retrofitted.
+    """
     require_module(model, "config_of")
     return require_retrofit(model)[1].config
 
 
 def require_retrofit(model: nn.Module) -> Any:
-    """(root, state) of the retrofitted model inside, its weights settled; raises NotRetrofittedError."""
+    """The (root, state) of the retrofitted model inside `model`.
+
+    If the model is sharded, its modules hold the sharded parameters when this returns.
+
+    Raises:
+        NotRetrofittedError: there is no retrofitted model inside.
+    """
     found = find_retrofit(model)
     if found is None:
         raise NotRetrofittedError(
-            f"{type(model).__name__} has no constrained layer. Call retrofit(model, LipschitzConfig(...)) first. "
-            "(Adapters of peft on an untouched base: constrain_adapters(model, budget=...).)"
+            f"{type(model).__name__} has no constrained layer. Call retrofit(model, "
+            "LipschitzConfig(...)) first. (Adapters of peft on an untouched base: "
+            "constrain_adapters(model, budget=...).)"
         )
     settle_(model)
     return found
 
 
 def constraints_of(model: nn.Module) -> tuple[nn.Module, LipschitzConfig]:
-    """(root, config) of a model with something to hold: retrofitted, or with budgets on its adapters, or both.
+    """The (root, config) of a model that has caps, or budgets on its adapters, or both.
 
-    A model that was never retrofitted is its own root, and its config the default. Raises NotRetrofittedError for any other.
+    A model with budgets that was never retrofitted is its own root, and its config is the default.
+
+    Raises:
+        NotRetrofittedError: the model has neither caps nor budgets.
     """
     require_module(model, "this")
     if find_retrofit(model) is None and any(wrapper.holds(model) for wrapper in layer_wrappers()):

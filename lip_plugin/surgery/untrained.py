@@ -1,4 +1,8 @@
-"""What a config leaves untrained: said once, for the retrofit and for loading, which makes new Parameters."""
+"""Which parameters a config takes out of training.
+
+Two callers need this list: the retrofit, and the loading of a saved model, which makes new
+Parameters that would otherwise train.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,20 @@ from lip_plugin.model.layers import table_of
 from lip_plugin.model.parts import Parts
 from lip_plugin.model.position import position_bias
 
-# Share of `embedding_max` that a table of positions keeps as its cap when biases replace it: it is zero.
+# A table of positions that attention biases replace is zero. It still needs a cap above 0, which is
+# this share of `embedding_max`.
 UNUSED_SHARE = 2.0**-20
 
 
 def untrained(
     model: nn.Module, names: Parts, config: LipschitzConfig
 ) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, Parameter, whether it is zero) of everything that `config` fixes.
+    """Yield (name, Parameter, whether it is zero) for everything that `config` fixes.
 
-    Dropped biases, and positions that biases of attention replace, are zero; queries and keys without content
-    keep their values (fused with the values they get zero gradients), as fixed ALiBi tables and gains of calibrated norms do.
+    - Fixed at zero: dropped biases, and the table of positions that attention biases replace.
+    - Fixed at their values: q and k where attention ignores content, ALiBi tables of
+      `position_bias="alibi"`, and the gains of calibrated norms. (A map that fuses q, k and v stays
+      trainable; its rows of q and k get gradients of zero.)
     """
     if config.biases == "drop":
         for _, name in names.linears():
@@ -32,7 +39,8 @@ def untrained(
                 yield f"{name}.bias", bias, True
     for name in names.norms() if config.norms == "calibrated" else ():
         gain: Any = getattr(model.get_submodule(name), "weight", None)
-        if isinstance(gain, Tensor):  # it has no cap; the maps behind it can do what it would
+        # A gain has no cap. The maps behind it are trained, and can do what it would do.
+        if isinstance(gain, Tensor):
             yield f"{name}.weight", gain, False
     if config.position_bias is None:
         return
@@ -55,14 +63,14 @@ def untrained(
 
 
 def freeze_(model: nn.Module, names: Parts, config: LipschitzConfig) -> None:
-    """Take what `config` fixes out of training; values stay."""
+    """Take what `config` fixes out of training. The values stay."""
     for _, p, _ in untrained(model, names, config):
         p.requires_grad_(False)
 
 
 @torch.no_grad()
 def zero_and_freeze_(p: Tensor, zero: bool) -> None:
-    """Fix one Parameter, at zero if it is to be."""
+    """Take one Parameter out of training, and set it to zero if `zero` says so."""
     p.requires_grad_(False)
     if zero:
         p.zero_()

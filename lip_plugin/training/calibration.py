@@ -1,4 +1,8 @@
-"""calibrate(model, batches): the floor under every norm, from a few batches; own_caps(model): caps that change nothing."""
+"""Measurements of a pretrained model that decide how to constrain it without changing it much.
+
+`calibrate(model, batches)` finds the floor under every norm from a few batches. `own_caps(model)`
+gives caps that the weights already keep.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ from lip_plugin.progress import progress
 from lip_plugin.surgery.checks import norms_are_gone, refuse_shards
 from lip_plugin.surgery.state import find_retrofit
 
-_AT_MOST = 1 << 20  # values of one slot and batch that are kept
+_AT_MOST = 1 << 20  # how many values of one slot and batch are kept
 
 
 @torch.no_grad()
@@ -44,23 +48,33 @@ def calibrate(
     quantile: float = 0.05,
     sequential: bool = True,
 ) -> dict[str, float]:
-    """The floor under every norm's divisor, by slot: a quantile of what the norm divides by on these batches.
+    """Find the floor under the divisor of every norm: a quantile of the divisors on these batches.
 
-    For `LipschitzConfig(norms="calibrated", norm_floors=...)`. The model is run in eval mode and left as it was.
+    The result is for `LipschitzConfig(norms="calibrated", norm_floors=...)`. The model runs in eval
+    mode and is left as it was. What a floor does is measured in docs/pretrained.md.
 
     Args:
-        model: of a known family, with its norms; retrofitted with norms="keep" or not at all.
-        batches: token ids [batch, tokens] (pixels of an image model), or dictionaries of the model's inputs, whose
-            `attention_mask` says which tokens count. Gone through once for every slot if `sequential`, so keep them few.
-        quantile: in [0, 1], of the roots s of the mean squares of what enters the norm, over tokens. At 0 the floor is the
-            smallest s, and nothing changes on these batches; tokens below the floor come out shorter by s / floor. The
-            Lipschitz constant of a slot is its largest gain over the floor. At 1 every norm becomes affine. Measured in
-            docs/pretrained.md.
-        sequential: slots in running order, each behind those that have their floors already, so that it sees what it will see.
+        model: a model of a known family that has its norms. It is either not retrofitted, or
+            retrofitted with norms="keep".
+        batches: token ids [batch, tokens], or pixels for an image model, or dictionaries of the
+            model's inputs. An `attention_mask` in a dictionary says which tokens count. If
+            `sequential`, all batches are run once for every slot, so give only a few.
+        quantile: a number in [0, 1]. It is taken over the tokens, of s = the root mean square of
+            what enters the norm. At 0 the floor is the smallest s, and nothing changes on these
+            batches. Tokens with s below the floor come out shorter by s / floor. The Lipschitz
+            constant of a slot is its largest gain over its floor. At 1 the norm is affine for all
+            tokens of the batches.
+        sequential: calibrate the slots one after the other, as a forward pass reaches them. Each
+            one then sees the outputs of those that already have floors, as it will after the
+            retrofit.
+
+    Returns:
+        The floors by the slots' full names.
 
     Raises:
-        ConfigError: no batches, or a quantile out of range. NonFiniteError: a slot reads nan or inf.
-        UnsupportedModelError: an unknown family or norm, or norms that are gone.
+        ConfigError: there are no batches, or the quantile is out of range.
+        NonFiniteError: a slot reads nan or inf.
+        UnsupportedModelError: the family or a norm is unknown, or the norms were replaced already.
     """
     require_module(model, "calibrate")
     if not 0.0 <= quantile <= 1.0:
@@ -94,7 +108,7 @@ def _described(model: nn.Module) -> tuple[Family, Parts]:
 
 @contextmanager
 def _as_it_was(model: nn.Module, slots: list[str]) -> Iterator[None]:
-    """Inside in eval mode; afterwards every slot, and every mode, is what it was."""
+    """Run the body in eval mode; afterwards give every slot and every mode back."""
     modes = [(m, m.training) for m in model.modules()]
     classes = [(model.get_submodule(slot), type(model.get_submodule(slot))) for slot in slots]
     model.eval()
@@ -111,7 +125,7 @@ def _as_it_was(model: nn.Module, slots: list[str]) -> Iterator[None]:
 
 
 def _running_order(model: nn.Module, family: Family, slots: list[str], batch: Any) -> list[str]:
-    """The slots as a forward pass comes to them."""
+    """The slots in the order in which a forward pass reaches them."""
     order: dict[str, None] = {}
     handles = [
         model.get_submodule(slot).register_forward_pre_hook(
@@ -157,13 +171,17 @@ def _observed(
     for slot, found in roots.items():
         if not sum(map(len, found)):
             raise ConfigError(
-                f"calibrate: at {slot} no token of the batches counts. Look at their attention_mask."
+                f"calibrate: at {slot} no token of the batches counts. Look at their "
+                "attention_mask."
             )
     return roots
 
 
 def _few(s: Tensor) -> Tensor:
-    """At most _AT_MOST values of many, by chance (heads lie in a pattern), and the smallest one."""
+    """At most _AT_MOST of the values: a random choice, and the smallest one.
+
+    The choice is random because heads lie in a regular pattern, of which a stride could miss some.
+    """
     if len(s) <= _AT_MOST:
         return s
     generator = torch.Generator(s.device).manual_seed(0)
@@ -172,18 +190,17 @@ def _few(s: Tensor) -> Tensor:
 
 
 def _counted(x: Tensor, facts: NormFacts, mask: Tensor | None) -> Tensor:
-    """s of the tokens that count, flat; heads, if x has any, stand behind the tokens or in front of them."""
+    """s of the tokens that count, flat. An axis of heads may lie before or behind the tokens."""
     s = root_mean_square(x, facts)[..., 0]
-    if mask is not None and s.shape == (
-        mask.numel(),
-    ):  # OPT flattens its tokens in front of some norms
+    # OPT flattens its tokens in front of some norms.
+    if mask is not None and s.shape == (mask.numel(),):
         return s[mask.flatten().bool()]
     axes = [i for i in range(1, s.dim()) if mask is not None and s.shape[i] == mask.shape[1]]
     if mask is None or not axes or len(s) != len(mask):
         return s.flatten()
-    tokens = max(
-        axes, key=x.stride
-    )  # where heads are as many as tokens: of one token they lie side by side
+    # There may be as many heads as tokens. The heads of one token lie side by side in memory, so
+    # the axis of the tokens has the larger stride.
+    tokens = max(axes, key=x.stride)
     return s.movedim(tokens, 1)[mask.bool()].flatten()
 
 
@@ -199,12 +216,13 @@ def _run(model: nn.Module, family: Family, batch: Any, mask: list[Tensor | None]
 
 
 def _checked(batches: Any) -> list[Any]:
-    """The batches, all of them: each a tensor or a dictionary, with a mask by token if any."""
+    """The batches as a list. Raises ConfigError unless each is a tensor or a dictionary."""
     listed = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     if not listed or isinstance(batches, (str, bytes, type)):
         raise ConfigError(
-            f"calibrate(model, batches): the batches are of type {type(batches).__name__}. Give a list of "
-            "tensors of token ids [batch, tokens], or of dictionaries of the model's inputs."
+            f"calibrate(model, batches): the batches are of type {type(batches).__name__}. Give a "
+            "list of tensors of token ids [batch, tokens], or of dictionaries of the model's "
+            "inputs."
         )
     held = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
     if not held:
@@ -216,19 +234,22 @@ def _checked(batches: Any) -> list[Any]:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if not isinstance(batch, (Tensor, Mapping)):
             raise ConfigError(
-                f"calibrate: a batch is a {type(batch).__name__}. Give tensors of token ids [batch, tokens], or dictionaries "
-                "of tensors as the model takes them."
+                f"calibrate: a batch is a {type(batch).__name__}. Give tensors of token ids "
+                "[batch, tokens], or dictionaries of tensors as the model takes them."
             )
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise ConfigError(
-                f"calibrate: attention_mask has shape {tuple(mask.shape)}, so it does not say which tokens count. Give one "
-                "of shape [batch, tokens], or none."
+                f"calibrate: attention_mask has shape {tuple(mask.shape)}, so it does not say "
+                "which tokens count. Give one of shape [batch, tokens], or none."
             )
     return held
 
 
 def _floor(slot: str, s: Tensor, quantile: float) -> float:
-    """The value of rank floor(q (n - 1)) in s; torch.quantile takes 2^24 values at most."""
+    """The value of rank floor(q (n - 1)) in s.
+
+    torch.quantile is not used because it takes at most 2^24 values.
+    """
     if not bool(torch.isfinite(s).all()):
         raise NonFiniteError(
             f"{slot} reads nan or inf on these batches. Check them, and the model's weights."
@@ -238,12 +259,22 @@ def _floor(slot: str, s: Tensor, quantile: float) -> float:
 
 @torch.no_grad()
 def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]:
-    """Caps at which a model's weights are now, by full name: `LipschitzConfig(overrides=own_caps(model))` changes no bit of them.
+    """Find the caps that a model's weights keep as they are now.
 
-    Of each linear map the largest proven RMS->RMS norm of its blocks, of each table the largest RMS norm of a row. Layers of
-    zeros are left out (a cap is above 0): they get w_max.
+    A retrofit with `LipschitzConfig(overrides=own_caps(model))` changes no bit of the weights. The
+    cap of a linear map is the largest proven RMS->RMS norm of its blocks. The cap of a table is the
+    largest RMS norm of a row. Layers of zeros are left out, because a cap is above 0; they get
+    w_max.
 
-    Raises UnsupportedModelError for an unknown family.
+    Args:
+        model: a model of a known family.
+        granularity: as in LipschitzConfig.
+
+    Returns:
+        The caps by the layers' full names.
+
+    Raises:
+        UnsupportedModelError: the family is unknown, or the model is sharded.
     """
     require_module(model, "own_caps")
     refuse_shards(model, "own_caps")
@@ -269,9 +300,10 @@ def own_caps(model: nn.Module, *, granularity: str = "head") -> dict[str, float]
 def with_floors(
     model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None
 ) -> LipschitzConfig:
-    """The config with its floors found on `batches`, if it needs any; on all processes those of the first one.
+    """Give the config with its floors found on `batches`, if it needs floors and has none.
 
-    A model that has floors already keeps them.
+    A model that has floors already keeps them. All processes get the floors that the first one
+    finds.
     """
     if config.norms != "calibrated" or config.norm_floors or batches is None:
         return config

@@ -1,13 +1,18 @@
-"""Checkpoints for a training loop of your own: whole or not there, on any number of processes, with a certificate.
+"""Checkpoints for your own training loop, on any number of processes, with a certificate.
 
     step = load_checkpoint("run", model, optimizer) or 0
     save_checkpoint("run", step, model, optimizer)                # every so often
 
-A folder `run/step-N` holds the weights and the optimizer's state by the names of the parameters, what else you gave, and
-`certificate.json` of these very weights. It is written under another name and renamed when it is complete, and older ones
-are removed after that, so a process that is killed at any moment leaves the last good one. Tensors are written by
-torch.distributed.checkpoint: a run of two processes goes on with four, or with one. Trainer has checkpoints of its own:
-see lip_plugin.integrations.huggingface.resume.last_checkpoint.
+A folder `run/step-N` holds the weights, the state of the optimizer by the names of the parameters,
+what else you passed, and `certificate.json` of these very weights.
+
+A checkpoint is whole or not there. It is written under another name and renamed when it is
+complete, and older ones are removed only after that. So a process that is killed at any moment
+leaves the last good checkpoint. Tensors are written by torch.distributed.checkpoint, so a run of
+two processes can go on with four, or with one.
+
+The Trainer has its own checkpoints; see
+lip_plugin.integrations.huggingface.resume.last_checkpoint.
 """
 
 from __future__ import annotations
@@ -35,9 +40,9 @@ from lip_plugin.face import require_module
 from lip_plugin.surgery.state import require_retrofit
 
 _NAME, _PARTIAL = "step-", ".partial-"
-_REPLACED = ".replaced-"  # what a step of the same number has just taken the place of
+_REPLACED = ".replaced-"  # an earlier checkpoint of a step that is being written again
 _CERTIFICATE, _LOOP = "certificate.json", "loop.pt"
-# Of a parameter group: what belongs to the model or the optimizer of now, not to a saved state.
+# Keys of a parameter group that belong to the present model or optimizer, and are not saved.
 _NOT_SAVED = ("params", "param_names", "layouts", "kind", "method")
 
 
@@ -50,19 +55,27 @@ def save_checkpoint(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-N`, whole or not at all; collective. Returns it. Nothing in model or optimizer is changed.
+    """Write the checkpoint `folder/step-N`, whole or not at all. Every process has to call it.
+
+    Nothing in the model or the optimizer is changed.
 
     Args:
+        folder: the folder of the run.
         step: how many optimizer steps the weights have taken.
-        model: retrofitted; plain, under DDP, or sharded by FSDP2.
-        optimizer: its optimizer, or an accelerate wrapper of it.
-        extra: what else the loop needs (a scheduler's state_dict, say), of plain python and tensors; the first
-            process's is kept.
-        keep: complete checkpoints that stay, at least 1: the oldest others are removed after this one is complete.
+        model: a retrofitted model: plain, under DDP, or sharded by FSDP2.
+        optimizer: its optimizer, or accelerate's wrapper of it.
+        extra: what else the loop needs, such as a scheduler's state_dict, made of plain python and
+            tensors. That of the first process is kept.
+        keep: how many complete checkpoints stay, at least 1. The oldest ones are removed after this
+            one is complete.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises, on every process:
-        OSError: it could not be written (a full disk). What was there before is as it was.
-        ConfigError: the folder holds later steps: of a run that this one is no continuation of.
+        OSError: it could not be written (the disk is full, say). What was there before is as it
+            was.
+        ConfigError: the folder holds later steps, so they are of another run.
         CertificateError, NonFiniteError: the weights cannot be certified; nothing was written.
     """
     require_module(model, "save_checkpoint")
@@ -80,8 +93,9 @@ def save_checkpoint(
         later = [p for p in _complete(parent) if _step(p) > step]
         if later:
             raise ConfigError(
-                f"{parent} holds {later[0].name}, of a later step than {step}, and the newest is what load_checkpoint takes. "
-                "Give this run a folder of its own, or remove the later ones."
+                f"{parent} holds {later[0].name}, of a later step than {step}, and the newest is "
+                "what load_checkpoint takes. Give this run a folder of its own, or remove the "
+                "later ones."
             )
         for left in parent.glob(f"{_PARTIAL}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -91,7 +105,7 @@ def save_checkpoint(
     root, _ = require_retrofit(model)
     try:
         _write({"model": root.state_dict(), "optimizer": tensors}, partial)
-    except CheckpointException as error:  # of any process, raised on all
+    except CheckpointException as error:  # torch raises it on all processes if one fails
         on_first(lambda: shutil.rmtree(partial, ignore_errors=True))
         causes = "; ".join(
             sorted({str(e[0] if isinstance(e, tuple) else e) for e in error.failures.values()})
@@ -103,11 +117,10 @@ def save_checkpoint(
     def finish() -> None:
         try:
             _save_through(partial / _LOOP, {"step": step, "extra": extra or {}, **plain})
-            _write_through(
-                partial / _CERTIFICATE, certificate.to_json()
-            )  # last: it says that the rest is there
+            # The certificate is written last, because it says that the rest is there.
+            _write_through(partial / _CERTIFICATE, certificate.to_json())
             _take_place(partial, target, parent / f"{_REPLACED}{step}")
-        except (OSError, RuntimeError) as error:  # torch.save's, of a full disk, is a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"{target} could not be written: {error}. Earlier checkpoints are as they were."
@@ -122,17 +135,25 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any] | None = None
 ) -> int | None:
-    """Bring model and optimizer to the newest complete checkpoint in `folder`; its step, or None without any. Collective.
+    """Bring model and optimizer to the newest complete checkpoint in `folder`.
 
-    Rates and other numbers of the optimizer's groups are restored, group by group; caps stay the model's own.
+    Every process has to call it. Rates and other numbers are restored for each of the optimizer's
+    groups. Caps stay the model's own.
 
     Args:
-        model: retrofitted like the one that was saved, but for its caps; on any number of processes.
-        extra: filled with what `save_checkpoint` was given, for the keys that it has.
+        folder: the folder of the run.
+        model: retrofitted like the model that was saved, except for its caps, on any number of
+            processes.
+        optimizer: its optimizer, or accelerate's wrapper of it.
+        extra: a dictionary whose values are replaced by those that `save_checkpoint` was given, for
+            the keys that it has.
+
+    Returns:
+        The step of the checkpoint, or None if there is none.
 
     Raises, on every process:
         CheckpointError: the checkpoint does not fit the model.
-        CertificateError: the certificate beside the weights belongs to others.
+        CertificateError: the certificate beside the weights belongs to other weights.
     """
     require_module(model, "load_checkpoint")
     found = on_first(lambda: _complete(Path(folder)))
@@ -147,7 +168,8 @@ def load_checkpoint(
         _read(state, newest)
     except (CheckpointException, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{newest} does not fit this model and optimizer: {error}. Build both as they were when it was written."
+            f"{newest} does not fit this model and optimizer: {error}. Build both as they were "
+            "when it was written."
         ) from error
     _restore(inner, names, state["optimizer"], loop)
     together(model, Certificate.from_json((newest / _CERTIFICATE).read_text()).verify)
@@ -158,12 +180,12 @@ def load_checkpoint(
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """Names of the parameters, by id, without those of wrappers."""
+    """The names of the parameters by their ids, without the prefixes of wrappers."""
     return {id(p): name for name, p in require_retrofit(model)[0].named_parameters()}
 
 
 def _state(optimizer: Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors of the optimizer's state by "parameter/key", everything else of it as plain python)."""
+    """Split the optimizer's state into tensors by "parameter/key", and the rest as plain python."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for p, values in optimizer.state.items():
@@ -175,7 +197,7 @@ def _state(optimizer: Optimizer, names: dict[int, str]) -> tuple[dict[str, Tenso
 
 
 def _room_for(checkpoint: Path, optimizer: Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Empty tensors for what the checkpoint has of the optimizer's parameters, placed as these are."""
+    """Empty tensors to load the optimizer's state into, each placed like its parameter."""
     stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     params = {
         names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names
@@ -190,7 +212,7 @@ def _room_for(checkpoint: Path, optimizer: Optimizer, names: dict[int, str]) -> 
             room[key] = torch.zeros_like(
                 parameter, dtype=meta.properties.dtype, requires_grad=False
             )
-        else:  # a step count
+        else:  # it is a step count
             room[key] = torch.zeros(meta.size, dtype=meta.properties.dtype)
     return room
 
@@ -204,8 +226,8 @@ def _restore(
         by_name.setdefault(parameter, {})[key] = value
     if len(loop["groups"]) != len(optimizer.param_groups):
         raise CheckpointError(
-            f"the checkpoint's optimizer has {len(loop['groups'])} groups of parameters, and this one "
-            f"{len(optimizer.param_groups)}. Build it as it was."
+            f"the checkpoint's optimizer has {len(loop['groups'])} groups of parameters, and this "
+            f"one {len(optimizer.param_groups)}. Build it as it was."
         )
     plain = optimizer.state_dict()
     params = [p for g in optimizer.param_groups for p in g["params"]]
@@ -222,10 +244,8 @@ def _restore(
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    planner = DefaultSavePlanner(
-        dedup_save_to_lowest_rank=True
-    )  # of replicas the first one's, all of it
-    with warnings.catch_warnings():  # torch's, that one process is assumed: it is
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # the first replica saves it all
+    with warnings.catch_warnings():  # torch warns that it assumes one process, which is right
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, planner=planner, no_dist=processes() == 1)
 
@@ -241,7 +261,10 @@ def _step(path: Path) -> int:
 
 
 def _complete(parent: Path) -> list[Path]:
-    """Complete checkpoints, the newest first. The certificate is the last file that is written."""
+    """The complete checkpoints, the newest first.
+
+    The certificate is the last file that is written, so a checkpoint with it is complete.
+    """
     found = [
         p
         for prefix in (_NAME, _REPLACED)
@@ -252,7 +275,11 @@ def _complete(parent: Path) -> list[Path]:
 
 
 def _take_place(partial: Path, target: Path, aside: Path) -> None:
-    """Rename; an earlier attempt at the same step counts until the new one is in its place."""
+    """Rename the finished checkpoint to its final name.
+
+    An earlier checkpoint of the same step is set aside under a name that still counts, until the
+    new one is in its place.
+    """
     if target.exists():
         _remove(aside)
         os.replace(target, aside)
@@ -261,7 +288,10 @@ def _take_place(partial: Path, target: Path, aside: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint: first what makes it count as complete."""
+    """Remove a checkpoint.
+
+    Its certificate goes first, so that a half-removed checkpoint does not count as complete.
+    """
     (folder / _CERTIFICATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -274,7 +304,10 @@ def _save_through(path: Path, value: Any) -> None:
 
 
 def _write_through(path: Path, text: str) -> None:
-    """Write, and wait until the disk has it: a rename must not overtake what it names."""
+    """Write a text and wait until the disk has it.
+
+    Otherwise the rename of the folder could reach the disk before the file does.
+    """
     with path.open("w") as file:
         file.write(text)
         file.flush()

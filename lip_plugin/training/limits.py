@@ -1,4 +1,8 @@
-"""set_caps_(model, optimizer, ...): other caps for a model in training, everywhere that caps are kept."""
+"""Changes of a model's limits in mid-run: `set_caps_` its caps, `set_norm_floors_` its floors.
+
+Both write the new limits everywhere that limits are kept: the layers, the optimizer's groups, the
+model's LipschitzConfig, and with it what is saved.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,19 @@ from lip_plugin.surgery.state import RetrofitState, require_retrofit, set_state
 
 
 def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitReport:
-    """Move floors under a model's norms in mid-run, in place; what is saved with it says so too.
+    """Move the floors under a model's norms in mid-run, in place, and in its config.
 
     Args:
         model: retrofitted with norms="calibrated", wrapped or not.
-        floors: by slot, 0 or from 1e-12 to 1e12; those that are left out stay where they are.
+        floors: new floors by the slots' full names, each 0 or from 1e-12 to 1e12. Slots that are
+            left out keep their floors.
+
+    Returns:
+        A report with one line for each floor that moved.
 
     Raises:
-        ConfigError: floors out of range, unknown or wrapped slots, or a model without calibrated norms. Nothing was changed.
+        ConfigError: a floor is out of range, a slot is unknown or wrapped, or the model has no
+            calibrated norms. Nothing was changed.
     """
     root, state = require_retrofit(model)
     if state.config.norms != "calibrated":
@@ -41,7 +50,8 @@ def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitR
         )
     if unknown := sorted(set(floors) - set(state.config.norm_floors)):
         raise ConfigError(
-            f"set_norm_floors_: no norm slot {unknown[0]!r}. There are: {', '.join(state.config.norm_floors)}."
+            f"set_norm_floors_: no norm slot {unknown[0]!r}. There are: "
+            f"{', '.join(state.config.norm_floors)}."
         )
     config = replace(state.config, norm_floors={**state.config.norm_floors, **floors})
     plan = Plan()
@@ -49,7 +59,8 @@ def set_norm_floors_(model: nn.Module, floors: Mapping[str, float]) -> RetrofitR
         module: Any = root.get_submodule(slot)
         if not isinstance(module, Floored):
             raise ConfigError(
-                f"set_norm_floors_: {slot} is wrapped by a {type(module).__name__}. Leave norms out of modules_to_save."
+                f"set_norm_floors_: {slot} is wrapped by a {type(module).__name__}. Leave norms "
+                "out of modules_to_save."
             )
         refuse_own_forward(module, slot)
         if module.floor != floor:
@@ -71,25 +82,30 @@ def set_caps_(
     overrides: Mapping[str, float] | None = None,
     process_group: Any = None,
 ) -> RetrofitReport:
-    """Change the caps of a retrofitted model in mid-run, in place, and bring what is above a new cap within it.
+    """Change the caps (RMS->RMS norm) of a retrofitted model in mid-run, in place.
 
-    The layers, the optimizer's groups, the model's LipschitzConfig, and what will be saved with it all say the new caps
-    afterwards. Collective for sharded and replicated models: every process calls it, with the same numbers.
+    What is above a new cap is brought within it. Afterwards the layers, the optimizer's groups, the
+    model's LipschitzConfig and what is saved all have the new caps. On sharded and replicated
+    models every process has to call it with the same numbers.
 
     Args:
-        model: retrofitted, wrapped or not.
-        optimizer: the one in use (accelerate's wrapper is looked through): a LipschitzMuon keeps layouts of its own. None
-            only where there is none yet.
-        w_max: largest RMS->RMS norm of a block from now on; None keeps it.
-        overrides: caps of single layers, all of them, as in LipschitzConfig; None keeps them.
-        process_group: members hold equal copies (DDP); None takes that of a DistributedDataParallel around the model.
+        model: a retrofitted model, wrapped or not.
+        optimizer: the optimizer in use, or accelerate's wrapper of it. A LipschitzMuon keeps
+            layouts of its own, so None is only right where there is no optimizer yet.
+        w_max: the new cap, the largest RMS->RMS norm that a block may have; None keeps the old one.
+        overrides: all caps of single layers, as in LipschitzConfig; None keeps the old ones.
+        process_group: its members hold equal copies of the model (DDP). None takes the group of a
+            DistributedDataParallel around the model.
 
     Returns:
-        A report, one line per layer whose cap is another.
+        A report with one line for each layer whose cap changed.
 
     Raises:
-        ConfigError: numbers out of range, a layer that is not there, or an optimizer of another model.
-        NotRetrofittedError: no constrained layer in `model`. Nothing was changed.
+        ConfigError: a number is out of range, an override matches no layer, or the optimizer is of
+            another model.
+        NotRetrofittedError: `model` has no constrained layer.
+
+    After any of these errors nothing was changed.
     """
     require_module(model, "set_caps_")
     root, state = require_retrofit(model)
@@ -124,7 +140,7 @@ def _capped(layout: Layout, cap: float) -> Layout:
 
 
 def _plain_name(name: str) -> str:
-    """Full name of a layer, whether or not an adapter (peft) wraps it."""
+    """The layer's full name as it is without an adapter (peft) around the layer."""
     return name.replace(".base_layer", "")
 
 
@@ -135,8 +151,8 @@ def _homes(optimizer: Any, names: dict[int, str]) -> list[tuple[dict[str, Any], 
         for index, p in enumerate(group["params"]) if group.get("layouts") else ():
             if id(p) not in names:
                 raise ConfigError(
-                    "set_caps_: the optimizer steps a matrix that is not a constrained layer of this model. Give the model and "
-                    "the optimizer that train together."
+                    "set_caps_: the optimizer steps a matrix that is not a constrained layer of "
+                    "this model. Give the model and the optimizer that train together."
                 )
             homes.append((group, index, names[id(p)]))
     return homes

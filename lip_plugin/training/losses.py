@@ -1,4 +1,7 @@
-"""MarginLoss: cross-entropy that goes on until the right logit leads by a margin, so that more predictions can be proven."""
+"""MarginLoss: cross-entropy that asks the right logit to lead by a margin.
+
+A larger lead allows more predictions to be proven robust.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,30 @@ from lip_plugin.surgery.state import require_retrofit
 
 
 class MarginLoss:
-    """Cross-entropy after `margin` is taken from every right logit; in eval mode the plain cross-entropy.
+    """Cross-entropy in which every right logit is first lowered by a margin.
 
-        Trainer(model, args, train_dataset=data, compute_loss_func=MarginLoss(model, 0.3), callbacks=[LipschitzCallback()])
+        loss = MarginLoss(model, 0.3)
+        Trainer(model, args, train_dataset=data, compute_loss_func=loss,
+        callbacks=[LipschitzCallback()])
 
-    A prediction is proven at eps if its logit leads by about eps times the network's constant. A higher temperature widens
-    leads by making the loss flatter everywhere; the margin only moves where it is satisfied, and costs less
-    accuracy for the same proof (docs/LOG.md, 2026-11-25). Known from margin losses such as arXiv 1802.04034 (there times
-    the Lipschitz constant) and 1801.07698.
+    In eval mode it is the plain cross-entropy.
+
+    A prediction is proven at eps if its logit leads by about eps times the network's Lipschitz
+    constant. A higher temperature widens leads too, but by making the loss flatter everywhere. The
+    margin only moves the point where the loss is satisfied, and costs less accuracy for the same
+    proof (docs/LOG.md, 2026-11-25).
+
+    Source: margin losses such as those of arXiv 1801.07698 and arXiv 1802.04034 (in the latter the
+    margin is multiplied by the Lipschitz constant).
 
     Args:
-        model: retrofitted, wrapped or not. Trainer retrofits at its construction: call `retrofit` first.
-        margin: in units of the logits at the network's own scale, before `logit_scale` multiplies them; at least 0.
+        model: a retrofitted model, wrapped or not. LipschitzCallback would retrofit it only when
+            the Trainer is built, so call `retrofit` before.
+        margin: at least 0, in units of the logits before `logit_scale` multiplies them.
 
     Raises:
-        ConfigError: a margin that is negative or not finite.
-        NotRetrofittedError: no constrained layer in `model`.
+        ConfigError: the margin is negative or not finite.
+        NotRetrofittedError: `model` has no constrained layer.
     """
 
     def __init__(self, model: nn.Module, margin: float) -> None:
@@ -41,17 +52,22 @@ class MarginLoss:
         self.model, self.margin = root, float(margin)
         self._scale = float(state.config.logit_scale or 1.0)
         causal = state.architecture.attention.causal
-        self._shifted = (
-            causal and not state.architecture.one_token
-        )  # a logit is about the next token
+        # The logits at a token of a causal model predict the next token.
+        self._shifted = causal and not state.architecture.one_token
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The loss of a batch, as Trainer's `compute_loss_func` calls it.
+        """Compute the loss of a batch, as the Trainer's `compute_loss_func` calls it.
 
         Args:
-            outputs: what the model returned, or logits [batch, tokens, vocabulary] or [batch, classes].
-            labels: [batch, tokens] (for causal models those of the same tokens) or [batch]; -100 is left out.
-            num_items_in_batch: labels in the whole accumulated batch, in training; None takes the mean over this one.
+            outputs: what the model returned, or logits [batch, tokens, vocabulary] or [batch,
+                classes].
+            labels: [batch, tokens] or [batch]. Those of causal models belong to the same tokens as
+                the inputs and are shifted here. Entries of -100 are left out.
+            num_items_in_batch: how many labels the whole accumulated batch has; it is used in
+                training only. None takes the mean over this batch.
+
+        Returns:
+            The loss, a scalar.
         """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
         if self._shifted:
@@ -61,8 +77,7 @@ class MarginLoss:
         if self.model.training and self.margin:
             lowered = logits.new_full((len(labels), 1), -self.margin * self._scale)
             logits = logits.scatter_add(1, labels.clamp_min(0)[:, None], lowered)
-        if (
-            num_items_in_batch is None or not self.model.training
-        ):  # Trainer averages evaluation batches itself
+        # In evaluation the Trainer averages over the batches itself.
+        if num_items_in_batch is None or not self.model.training:
             return F.cross_entropy(logits, labels)
         return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch

@@ -1,4 +1,6 @@
-"""RetrofitSchedule: floors rise under a pretrained model's norms, and its caps tighten, while it trains.
+"""RetrofitSchedule: bound a pretrained model step by step while it trains.
+
+Floors rise under the model's norms, and its caps become tighter:
 
     schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.2, 0.9))
     schedule.begin_(model, LipschitzConfig(norms="calibrated", w_max=4.0), batches)
@@ -6,9 +8,12 @@
         schedule.apply_(model, optimizer, step / steps)
         ...
 
-or `LipschitzCallback(config, schedule=schedule, calibration=batches)`. What a model is at a step follows from its pretrained
-weights, the calibration batches and the step alone, so a run is resumed by the same script from the same weights and the
-same batches (do not shuffle them anew; or keep the floors in the config's norm_floors), with a checkpoint loaded on top.
+or `LipschitzCallback(config, schedule=schedule, calibration=batches)`.
+
+The floors and caps at a step depend only on the pretrained weights, the calibration batches and
+the step. So a run is resumed by the same script, from the same weights and the same batches, with
+a checkpoint loaded on top. (Do not shuffle the batches differently, or else keep the floors in the
+config's norm_floors.)
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ _KEY = "lip_schedule"
 
 @dataclass(frozen=True)
 class _Course:
-    """Where a model came from and where it goes: caps by name at the start and at the end, the config at the end."""
+    """Where a model starts and ends: its caps at both, and the config at the end."""
 
     start: Mapping[str, float]
     end: Mapping[str, float]
@@ -50,20 +55,27 @@ class _Course:
 
 @dataclass(frozen=True)
 class RetrofitSchedule:
-    """When floors rise under norms and caps tighten, in shares of the training (0 its first step, 1 its end).
+    """When floors rise under norms and when caps tighten, as shares of the training.
+
+    A share is 0 at the first step of the training and 1 at its end.
 
     Args:
-        norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's norm_floors.
-        order: `"together"` raises all floors at once, `"last"` one slot's after another's from the last to the first,
-            `"first"` from the first on. Measured alike (docs/pretrained.md).
-        caps: (begin, end) of the tightening: geometrically from the weights' own norms to the config's w_max and overrides.
-            A layer whose own norm is below its target has the target as its cap from the start.
-        every: steps between two changes; each measures the norms of all blocks that a cap fell on. A compiled
-            model is compiled anew when floors leave 0 and when they move for the first time, so twice in all, or for each slot
-            in the other orders; beyond torch._dynamo.config.recompile_limit (8) torch runs it uncompiled, and warns.
+        norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's
+            norm_floors.
+        order: `"together"` raises all floors at once. `"last"` raises one slot's floor after
+            another's from the last slot to the first, `"first"` from the first to the last. All
+            three measured alike (docs/pretrained.md).
+        caps: (begin, end) of the tightening of the caps. They go geometrically from the norms of
+            the pretrained weights to the config's w_max and overrides. A layer whose own norm is
+            below its target has the target as its cap from the start.
+        every: steps between two changes. Each change measures the norms of all blocks whose cap
+            fell. A change of floors also makes torch.compile compile again when floors leave 0, and
+            when they first move after that. That is twice in all, or twice for each slot in the
+            other orders. Beyond torch._dynamo.config.recompile_limit (8) torch runs uncompiled, and
+            warns.
 
     Raises:
-        ConfigError: shares out of order or of [0, 1], an unknown order.
+        ConfigError: shares are out of order or outside [0, 1], or the order is unknown.
     """
 
     norms: tuple[float, float] = (0.0, 0.5)
@@ -81,13 +93,19 @@ class RetrofitSchedule:
             object.__setattr__(self, name, (float(begin), float(end)))
         if self.order not in ORDERS:
             raise ConfigError(
-                f"RetrofitSchedule(order={self.order!r}): choose one of {', '.join(map(repr, ORDERS))}."
+                f"RetrofitSchedule(order={self.order!r}): choose one of "
+                f"{', '.join(map(repr, ORDERS))}."
             )
         if self.every < 1:
             raise ConfigError(f"RetrofitSchedule(every={self.every}): at least 1 step.")
 
     def floors_at(self, end: Mapping[str, float], progress: float) -> dict[str, float]:
-        """The floor of every slot, from 0 to its `end`; slots in running order."""
+        """The floor of every slot at this share of the training, from 0 to its `end`.
+
+        Args:
+            end: the last floors by slot, in running order.
+            progress: the share of the training that is done.
+        """
         u = _part(self.norms, progress)
         slots = list(end)
         turn = slots[::-1] if self.order == "last" else slots
@@ -100,7 +118,11 @@ class RetrofitSchedule:
     def caps_at(
         self, start: Mapping[str, float], end: Mapping[str, float], progress: float
     ) -> dict[str, float]:
-        """The cap of every layer: start^(1-u) end^u, or its end where it starts below that."""
+        """The cap of every layer at this share of the training: start^(1-u) end^u.
+
+        u goes from 0 to 1 over the span `caps`. Where the start is below the end, the cap is the
+        end.
+        """
         u = _part(self.caps, progress)
         return {
             name: cap
@@ -112,36 +134,48 @@ class RetrofitSchedule:
     def begin_(
         self, model: nn.Module, config: LipschitzConfig, batches: Iterable[Any] | None = None
     ) -> RetrofitReport:
-        """Retrofit a pretrained model to the start of the schedule, in place: floors at 0, weights at their caps.
+        """Retrofit a pretrained model to the start of the schedule, in place.
 
-        `config` says where it goes: norms="calibrated" (or "keep": only caps move), w_max, overrides. Its norm_floors may
-        be given, else they are found on `batches` (see `calibrate`).
+        Its floors are 0 then, and its weights are at their caps. On several processes every one has
+        to call it, and all take the floors and caps that the first one finds.
 
-        Collective: on several processes every one calls it, and all take the floors and caps that the first one finds.
+        Args:
+            model: a pretrained model of a known family, not retrofitted yet.
+            config: where the schedule ends: norms="calibrated", or "keep" if only caps are to move,
+                with w_max and overrides. It may have norm_floors.
+            batches: the floors are found on these if the config has none; see `calibrate`.
+
+        Returns:
+            The report of the retrofit.
 
         Raises:
-            ConfigError: norms="remove", no floors and no batches, or a model that was retrofitted already.
+            ConfigError: the config has norms="remove", there are neither floors nor batches, or the
+                model was retrofitted already.
         """
         require_module(model, "RetrofitSchedule.begin_")
-        if not isinstance(config, LipschitzConfig):  # presets are recipes that remove the norms
+        if not isinstance(config, LipschitzConfig):  # a preset would remove the norms
             raise ConfigError(
-                "RetrofitSchedule goes from a pretrained model to LipschitzConfig(norms='calibrated', "
-                f"w_max=...), and was given {config!r:.60} instead."
+                "RetrofitSchedule goes from a pretrained model to "
+                f"LipschitzConfig(norms='calibrated', w_max=...), and was given {config!r:.60} "
+                "instead."
             )
         if find_retrofit(model) is not None:
             raise ConfigError(
-                "RetrofitSchedule: this model was retrofitted already, perhaps in an earlier part of the same run. Build it from "
-                "the same pretrained weights as then, and load the checkpoint on top: trainer.train(resume_from_checkpoint=...)."
+                "RetrofitSchedule: this model was retrofitted already, perhaps in an earlier part "
+                "of the same run. Build it from the same pretrained weights as then, and load the "
+                "checkpoint on top: trainer.train(resume_from_checkpoint=...)."
             )
         if config.norms not in ("calibrated", "keep"):
             raise ConfigError(
-                f"RetrofitSchedule goes to norms='calibrated' (or 'keep': only caps move), not to {config.norms!r}."
+                "RetrofitSchedule goes to norms='calibrated' (or 'keep': only caps move), not to "
+                f"{config.norms!r}."
             )
         names = parts(model, find_family(model).architecture)
         if config.norms == "calibrated" and not config.norm_floors and batches is None:
             raise ConfigError(
-                "RetrofitSchedule needs batches for the floors of the norms: LipschitzCallback(..., calibration="
-                "batches), or LipschitzConfig(norm_floors=calibrate(model, batches))."
+                "RetrofitSchedule needs batches for the floors of the norms: "
+                "LipschitzCallback(..., calibration=batches), or "
+                "LipschitzConfig(norm_floors=calibrate(model, batches))."
             )
         check_overrides(names, config)
         config = with_floors(model, config, batches)
@@ -162,17 +196,26 @@ class RetrofitSchedule:
         progress: float,
         process_group: Any = None,
     ) -> None:
-        """Bring a model that `begin_` was called on to where it is at `progress`, in place, and what is above a cap within it.
+        """Bring a model to where the schedule is at `progress`, in place.
 
-        Collective like `set_caps_`: every process calls it with the same numbers.
+        What is above a cap is brought within it. Every process has to call it with the same
+        numbers, as with `set_caps_`.
 
-        Raises ConfigError for a model without `begin_`.
+        Args:
+            model: a model that `begin_` was called on.
+            optimizer: the optimizer in use; see `set_caps_`.
+            progress: the share of the training that is done.
+            process_group: see `set_caps_`.
+
+        Raises:
+            ConfigError: `begin_` was not called on the model.
         """
         root, state = require_retrofit(model)
         course: _Course | None = root.__dict__.get(_KEY)
         if course is None:
             raise ConfigError(
-                "RetrofitSchedule.apply_: call begin_(model, config, batches) on the pretrained model first."
+                "RetrofitSchedule.apply_: call begin_(model, config, batches) on the pretrained "
+                "model first."
             )
         if course.target.norms == "calibrated":
             set_norm_floors_(model, self.floors_at(course.target.norm_floors, progress))

@@ -24,7 +24,7 @@ from lip_plugin import (
     retrofit,
 )
 from lip_plugin.certificate.result import LayerBound
-from lip_plugin.cli.charts import bars, lines, number, ticks
+from lip_plugin.cli.charts import bars, interval, lines, number
 from lip_plugin.cli.commands import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.cli.report import Report, render
 from lip_plugin.integrations.huggingface.loading import load_saved_model
@@ -353,12 +353,27 @@ class TestReport:
         assert "the certificate is wrong" in render(report)
         assert not Report("run", c, "none", attack=attack).falsified
 
-    def test_ticks_are_round_and_inside(self):
-        for low, high in ((0, 1), (-3, 17), (0.0012, 0.0019), (1e9, 5e9), (-0.2, 4.4)):
-            found = ticks(low, high)
-            assert 3 <= len(found) <= 8
-            assert all(low - 1e-9 * abs(high) <= t <= high * (1 + 1e-9) for t in found)
-        assert ticks(1.0, 1.0) == [1.0]
+    def test_without_matplotlib_it_says_what_to_install(self, checkpoint, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        code, values = answer(["report", checkpoint, *QUICK], capsys)
+        assert code == UNSUPPORTED
+        assert 'pip install "lip_plugin[plots]"' in values["error"]["message"]
+        assert answer(["certify", checkpoint], capsys)[0] == OK
+
+    def test_the_same_numbers_give_the_same_chart(self):
+        def charts():
+            yield lines({"a": [(1, 1.0), (2, 500.0)]}, "t", "nats", limit=("cap", 1.0))
+            yield bars([("a", 0.5)], "t", "x", limit=("cap", 1.0))
+            yield interval(("lower", 0.3), ("upper", 40.0), "t", "x")
+
+        assert list(charts()) == list(charts())
+
+    def test_names_are_shown_as_they_are(self):
+        """No part of a name is mathematics to matplotlib, and no letter needs its font."""
+        name = "layer.$x^2$.<b>.\u00e9\u4e2d"
+        chart = bars([(name, 0.5)], "t")
+        assert name in Page(chart).words
+        assert chart.isascii()
 
     def test_charts_of_nothing_are_nothing(self):
         assert (

@@ -1,4 +1,9 @@
-"""falsify(model): attack the certificate from below; falsify_node: attack one of its rules alone."""
+"""Attacks that look for a lower bound of a Lipschitz constant, of a model or of one node of it.
+
+`falsify(model)` attacks the certificate of a model. `falsify_node` attacks the rule of a single
+graph node. Both return the inputs that attain what they found, so anyone can check them. A lower
+bound above the certificate would prove the certificate wrong.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +38,22 @@ from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import CertificateError, ConfigError
 from lip_plugin.progress import progress
 
-# The first length gets all restarts. Odd is best: pairs of opposite values, and one that asks.
+# Default lengths of the sequence. The first one gets all restarts. An odd length suits attention
+# best. Its tokens can then come in pairs of opposite values, with one more token whose query reads
+# them.
 _LENGTHS = (17, 1, 2, 3, 48)
-_BYTES = 2**30  # of activations that an ascent may keep at a time
+_BYTES = 2**30  # memory for the activations that an ascent keeps at a time
 
 
 @dataclass(frozen=True)
 class Falsification:
-    """What an attack found: `lower_bound` is attained by `witness`, so no true constant is below it.
+    """What an attack on a model found.
 
     Attributes:
-        lower_bound: the witness's secant slope, token norm to token norm, rounding taken off.
+        lower_bound: the witness's secant slope, token norm to token norm, with rounding taken off.
+            The witness attains it, so the true Lipschitz constant is not smaller.
         witness: the two inputs.
-        radius: token norm that both ends stay within.
+        radius: token norm within which both inputs stay.
         start: the kind of start that won (see `lip_plugin.certificate.attack.starts`).
         tokens: length of the winning sequence.
     """
@@ -59,11 +67,15 @@ class Falsification:
 
 @dataclass(frozen=True)
 class NodeFalsification:
-    """What an attack on one node found on the ball of `radius`: slope and output size, both attained.
+    """What an attack on one node found. Its slope and its output size are both attained.
 
     Attributes:
         lipschitz_lower: the witness's secant slope, token norm to token norm.
-        radius_lower: largest token norm of an output that was seen, at `largest_input` [tokens, d].
+        radius_lower: largest token norm of an output that was found.
+        radius: token norm of the ball that was searched.
+        witness: the two inputs of the secant.
+        largest_input: the input [tokens, d] whose output has token norm `radius_lower`.
+        start: the kind of start that won.
     """
 
     lipschitz_lower: float
@@ -85,25 +97,34 @@ def falsify(
     seed: int = 0,
     progress: bool = False,
 ) -> Falsification:
-    """Largest secant slope found between two inputs of the certificate's ball, token norm to token norm.
+    """Find a large secant slope between two inputs of the certificate's ball, in token norms.
 
-    A secant norm(F(e + h v) - F(e - h v)) / norm(2 h v) is a lower bound of the Lipschitz constant
-    whatever h is. It is ascended, in float64, over inputs e and directions v [tokens, d]: many
-    structured and random starts shortly, the most promising (and the best of each kind) for `steps`,
-    the best of those once more, finer. Both ends stay in the ball that the certificate is about.
+    The secant slope norm(F(e + h v) - F(e - h v)) / norm(2 h v) is a lower bound of the Lipschitz
+    constant, whatever h is. It is ascended in float64 over inputs e and directions v, both
+    [tokens, d]. Many structured and random starts are followed for a few steps. The most promising
+    ones, and the best of each kind, are then followed for `steps` steps, and the best of those once
+    more with a smaller rate. Both ends stay in the ball that the certificate is about.
 
     Args:
-        restarts: starts that are followed to the end; four times as many are tried shortly.
-        steps: ascent steps of each.
-        tokens: length of the sequence, or several; by default 17, and with fewer restarts and steps 1, 2, 3
-            and 48, as far as the model's positions (and its attention window) reach.
-        lr: Adam's first rate, in units of the radius; it falls along a cosine.
-        seed: of all random starts.
-        progress: show a progress bar (where tqdm is installed).
+        model: a model of a known family.
+        restarts: number of starts that are followed to the end. More than four times as many are
+            tried for a few steps.
+        steps: ascent steps of each start that is followed.
+        tokens: length of the sequence, or several lengths. The default is 17, and with fewer
+            restarts and steps also 1, 2, 3 and 48. A length beyond the model's positions is cut to
+            what they allow.
+        lr: first rate of Adam in units of the radius. It falls along a cosine.
+        seed: seed of all random starts.
+        progress: show a progress bar, where tqdm is installed.
+
+    Returns:
+        The slope, and the two inputs that attain it.
 
     Raises:
-        ConfigError: counts below 1.
-        CertificateError: the graph does not reproduce the model, or all embeddings are zero.
+        ConfigError: restarts, steps or tokens are below 1.
+        NonFiniteError: a weight holds nan or inf.
+        CertificateError: the graph does not reproduce the model, all embeddings are zero, or the
+            embeddings are too large for floats.
     """
     lengths = _lengths(tokens)
     if min(restarts, steps, *lengths) < 1:
@@ -111,7 +132,7 @@ def falsify(
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite_weights(graph.root)
-        check_graph(graph)
+        check_graph(graph, max(16, *lengths))
         radius = to_float(radius_of(graph, "weights"))
         if radius == 0:
             raise CertificateError("All embeddings are zero: there are no two inputs to compare.")
@@ -127,7 +148,10 @@ def falsify(
 
 
 def attained(graph: Graph, witness: Witness) -> float:
-    """Secant slope of a witness on the graph, token norm to token norm, less what rounding may have added."""
+    """Secant slope of a witness on a graph, token norm to token norm, with rounding taken off.
+
+    Use it to check a witness again, for example after it was saved.
+    """
     return secant(graph.body, witness)
 
 
@@ -142,17 +166,23 @@ def falsify_node(
     lr: float = 0.3,
     seed: int = 0,
 ) -> NodeFalsification:
-    """Attack one graph node (or a chain, a branch, a gate) alone, on its own ball of token norm `radius`.
+    """Attack one graph node, chain, branch or gate alone, on a ball of token norm `radius`.
 
-    Finds a large secant slope and a large output, each attained by a stated input; both are lower
-    bounds of what `node.bound(radius, norms)` proves from above.
+    It finds a large secant slope and a large output, each attained by an input that is returned.
+    Both are lower bounds of what `node.bound(radius, norms)` proves from above.
 
     Args:
-        node: anything with `run`; d: width of its input, read from its first linear map if None.
+        node: anything with a method `run`.
+        radius: token norm of the ball.
+        d: width of the node's input. None reads it from the first linear map inside.
         tokens, restarts, steps, lr, seed: as in `falsify`.
 
+    Returns:
+        Both lower bounds and the inputs that attain them.
+
     Raises:
-        ConfigError: a radius that is not positive and finite, or counts below 1.
+        ConfigError: the radius is not positive and finite, or a count is below 1.
+        ValueError: d is None and there is no linear map inside.
     """
     lengths = _lengths(tokens)
     if min(restarts, steps, *lengths) < 1 or not 0 < radius < math.inf:
@@ -166,6 +196,7 @@ def falsify_node(
     return NodeFalsification(slope, sizes, radius, witness, at, name)
 
 
+# The lengths of sequences that an attack tries.
 def _lengths(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
     if tokens is None:
         return _LENGTHS
@@ -173,14 +204,14 @@ def _lengths(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _longest(graph: Graph) -> int:
-    """The longest sequence that the model's positions stand for."""
+    """The largest number of tokens for which the model has positions."""
     config = getattr(graph.root, "config", None)
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "block_size")]
     return min((int(n) for n in (*limits, graph.entry.longest) if n), default=1 << 30)
 
 
 @dataclass(frozen=True)
-class _Budget:
+class _Budget:  # how much work an attack may do
     restarts: int
     steps: int
     lr: float
@@ -191,12 +222,17 @@ class _Budget:
 def _search(
     node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget
 ) -> tuple[float, Witness, str]:
-    """Screen many starts, follow the promising, refine the best: (slope, witness, kind of start)."""
+    """Try many starts, follow the promising ones, and refine the best.
+
+    Returns:
+        The slope, the witness that attains it, and the kind of start.
+    """
     total = ((len(lengths) + 1) // 2 + max(1, budget.restarts // 4)) * (budget.steps + 1)
     with progress(total, "falsify", show=budget.progress) as bar:
         return _followed(node, d, radius, lengths, budget, bar.update)
 
 
+# The work of `_search`, with a progress bar's `tick`.
 def _followed(
     node: Any,
     d: int,
@@ -243,13 +279,16 @@ def _followed(
 
 
 def _survivors(screened: Ascended, count: int) -> list[int]:
-    """The best start of each kind first, best kinds first; then the rest by slope."""
+    """Choose `count` rows of the starts that were tried.
+
+    Half of the places go to the largest slopes. The other half goes to the best start of each kind,
+    so that a kind that rises late is not lost. Places that are left go by slope again.
+    """
     ranked, kinds, seen = screened.best(len(screened.starts)), [], set()
     for row in ranked:
         if screened.starts.names[row] not in seen:
             seen.add(screened.starts.names[row])
             kinds.append(row)
-    # half of the places by slope alone, half by kind
     order = ranked[: (count + 1) // 2] + kinds + ranked
     return list(dict.fromkeys(order))[:count]
 
@@ -257,7 +296,7 @@ def _survivors(screened: Ascended, count: int) -> list[int]:
 def _refine(
     node: Any, start: Starts, radius: float, budget: _Budget, tick: Callable[[], Any]
 ) -> Starts:
-    """A start once more at small rates, beside two disturbed copies of it."""
+    """Follow a start once more at a smaller rate, together with two disturbed copies of it."""
     generator = torch.Generator().manual_seed(budget.seed + 77)
     copies = start.take([0, 0, 0])
     noise = torch.randn(copies.inputs.shape, generator=generator, dtype=torch.float64).to(
@@ -273,7 +312,11 @@ def _refine(
 def _largest(
     node: Any, d: int, radius: float, lengths: tuple[int, ...], budget: _Budget, witness: Witness
 ) -> tuple[float, Tensor]:
-    """Largest output: from structured starts of every length, and from the steepest place."""
+    """Find a large output, from structured starts of every length and from the witness's inputs.
+
+    Returns:
+        The token norm of the output, and the input [tokens, d] that attains it.
+    """
     device, best = _device(node), (-1.0, witness.embeddings)
     batches = [witness.embeddings[None] / radius]
     for tokens in lengths:
@@ -296,6 +339,7 @@ def _largest(
     return best
 
 
+# Where the first linear map inside has its weight; the CPU if there is none.
 def _device(node: Any) -> torch.device:
     for inner in walk([node]):
         linear = inner.q.linear if isinstance(inner, Attention) else inner
@@ -305,7 +349,10 @@ def _device(node: Any) -> torch.device:
 
 
 def _chunk(node: Any, tokens: int) -> int:
-    """How many starts fit into `_BYTES`: both ends, three copies of every output that autograd keeps."""
+    """How many starts fit into `_BYTES`.
+
+    Each start has two ends, and autograd keeps about three copies of every output in float64.
+    """
     floats = 0
     for inner in walk([node]):
         if isinstance(inner, Attention):

@@ -1,7 +1,9 @@
-"""Where an attack starts: inputs and directions built from the weights, and random ones.
+"""The starts of an attack: inputs and directions that are built from the weights, and random ones.
 
-Everything is built from nodes and shapes alone, so that it serves a whole graph, one node of it, and
-families to come: [tokens, d] is what enters, whatever made it.
+A start is what enters the first block, [tokens, d]. It is built from graph nodes and shapes alone,
+without a tokenizer or an embedding. So the same code serves a whole graph, a single node of it, and
+families that are added later. Open this file to see or extend the kinds of places that an attack
+tries first.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ from lip_plugin.certificate.graph.attention import Attention, HeadRows
 from lip_plugin.certificate.graph.containers import Residual, walk
 from lip_plugin.certificate.graph.nodes import Gate, Norm
 
-_TINY = (1e-3, 1e-8, 1e-30)  # shares of the radius: kept norms are steep on balls as small as these
-_WIDE = 2048  # wider matrices than this are not decomposed: power iteration has to find their directions
+# Sizes of small balls, as shares of the radius. Kept norms are steep on balls as small as these.
+_TINY = (1e-3, 1e-8, 1e-30)
+# No SVD is taken of wider matrices than this. Power iteration has to find their steep directions.
+_WIDE = 2048
 
 
 def d_in_of(node: Any) -> int:
-    """Width of what enters a node: that of the first map inside that tells.
+    """Width of what enters a node, read from the first linear map inside it.
 
-    Raises ValueError for a node without a linear map (an activation, a constant): it has no width.
+    Raises:
+        ValueError: there is no linear map inside, as in an activation or a constant.
     """
     for inner in walk([node]):
         if hasattr(inner, "d_in"):
@@ -37,7 +42,16 @@ def d_in_of(node: Any) -> int:
 
 @dataclass
 class _Space:
-    """What all builders of starts need: shapes, a generator, the nodes, and the map that is attacked."""
+    """What every builder of starts needs.
+
+    Attributes:
+        run: the map that is attacked.
+        nodes: all nodes inside it.
+        tokens, d: shape of an input.
+        radius: token norm of the ball.
+        generator: source of all random numbers.
+        device: where the starts are made.
+    """
 
     run: Callable[[Tensor], Tensor]
     nodes: list[Any]
@@ -48,12 +62,15 @@ class _Space:
     device: torch.device
 
     def random(self) -> Tensor:
-        """[tokens, d] of token norms around 2: on the ball's boundary once they are clipped."""
+        """Gaussian entries [tokens, d] of standard deviation 2.
+
+        The RMS norms are around 2, so tokens lie on the ball's boundary once they are clipped to 1.
+        """
         x = torch.randn(self.tokens, self.d, generator=self.generator, dtype=torch.float64)
         return 2 * x.to(self.device)
 
     def signs(self) -> Tensor:
-        """[tokens, 1] of +1 and -1 by turns."""
+        """+1 and -1 by turns, [tokens, 1]."""
         return (
             torch.where(torch.arange(self.tokens) % 2 == 0, 1.0, -1.0)
             .double()[:, None]
@@ -62,7 +79,7 @@ class _Space:
 
 
 @dataclass
-class _Start:
+class _Start:  # one row of `Starts`; `center` None stands for zero
     name: str
     inputs: Tensor
     directions: Tensor
@@ -81,12 +98,28 @@ def structured(
     seed: int,
     device: torch.device,
 ) -> Starts:
-    """`count` starts [count, tokens, d], kinds by turns; each kind's best guess comes first.
+    """Build `count` starts of several kinds.
 
-    Kinds: random; one head with opposite values (largest heads first); opposite random values; the
-    same token everywhere; the first token alone; rows of a gate; the steepest direction of the map
-    linearized at zero and at a random input; and, where norms are kept, small balls around zero and
-    around the inputs that a norm would see as zero.
+    The kinds take turns, and the best guess of each kind comes first. The kinds are:
+
+    - the steepest direction of the map linearized at zero, and at a random input;
+    - random inputs and directions;
+    - one head with opposite values, largest heads first;
+    - small balls around zero (more of them where norms are kept);
+    - random tokens of opposite values;
+    - inputs along the rows of a gate;
+    - the same token everywhere;
+    - the first token alone;
+    - small balls around inputs that a kept norm would see as zero.
+
+    Args:
+        run: the map that is attacked.
+        node: the graph node of that map.
+        count: number of starts.
+        tokens, d: shape of an input.
+        radius: token norm of the ball.
+        seed: seed of the random numbers.
+        device: where the starts are made.
     """
     generator = torch.Generator().manual_seed(seed)
     space = _Space(run, list(walk([node])), tokens, d, radius, generator, device)
@@ -130,7 +163,7 @@ def _random(space: _Space) -> Iterator[_Start]:
 def _opposite(space: _Space) -> Iterator[_Start]:
     while True:
         x = space.signs() * space.random()[:1]
-        x[-1] = space.random()[0]  # the one that asks
+        x[-1] = space.random()[0]  # the last token's query reads the others
         yield _Start("opposite values", x, space.random())
 
 
@@ -149,14 +182,21 @@ def _first_token(space: _Space) -> Iterator[_Start]:
 
 
 def _near_zero(space: _Space) -> Iterator[_Start]:
-    """Balls around zero. One is enough for smooth maps; kept norms are steep on the scale of their eps."""
+    """Small balls around zero.
+
+    One size is enough for smooth maps. Kept norms are steep on the scale of their eps, so several
+    sizes are tried there.
+    """
     scales = _TINY if any(isinstance(n, Norm) for n in space.nodes) else _TINY[:1]
     for scale in scales:
         yield _Start("near zero", space.random(), space.random(), scale)
 
 
 def _linearized(space: _Space) -> Iterator[_Start]:
-    """The input that the linearized map stretches most, moved along itself: at zero, then at random."""
+    """The input that the linearized map stretches most, moved along itself.
+
+    The map is linearized at zero first, and then at a random input.
+    """
     for share in (0.0, 1.0):
         e = share * in_ball(space.random(), space.radius)
         v = jacobian_direction(space.run, e, space.random())
@@ -170,9 +210,21 @@ def _linearized(space: _Space) -> Iterator[_Start]:
 def jacobian_direction(
     run: Callable[[Tensor], Tensor], e: Tensor, v: Tensor, rounds: int = 12, exact: int = 256
 ) -> Tensor:
-    """Steepest direction [tokens, d], token norm 1, of the exact Jacobian at e [tokens, d], for the last token.
+    """Steepest direction of the exact Jacobian at one input, for the last token's output.
 
-    Power iteration with exact products; one token of at most `exact` entries: by SVD.
+    Norms are RMS norms of tokens. A single token of at most `exact` entries is solved by an SVD.
+    Otherwise the direction is found by power iteration in the token norm, with exact products of
+    the Jacobian.
+
+    Args:
+        run: the map.
+        e: the input [tokens, d].
+        v: first direction of the power iteration [tokens, d].
+        rounds: number of its steps.
+        exact: largest width that is solved by an SVD.
+
+    Returns:
+        The direction [tokens, d]. Each token has RMS norm 1.
     """
     if e.shape[0] == 1 and e.shape[1] <= exact:
         basis = torch.eye(e.shape[1], dtype=e.dtype, device=e.device)[:, None]
@@ -190,9 +242,12 @@ def jacobian_direction(
 
 @torch.enable_grad()
 def _products(run: Callable[[Tensor], Tensor], e: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(J v [n, d_out], J^T J v [n, tokens, d]) for the last token's output at each input of a batch.
+    """Products of the Jacobian J of the last token's output, at each input of a batch.
 
-    J v is the derivative of w -> J^T w in the direction v: two reverse passes.
+    The derivative of the map w -> J^T w in the direction v is J v. So two reverse passes give it.
+
+    Returns:
+        J v [n, d_out], and J^T J v [n, tokens, d].
     """
     x = e.detach().requires_grad_(True)
     out = run(x)[:, -1]
@@ -204,7 +259,11 @@ def _products(run: Callable[[Tensor], Tensor], e: Tensor, v: Tensor) -> tuple[Te
 
 
 def _cancelled(space: _Space, node: Any) -> Iterator[_Start]:
-    """Small balls around inputs that make a kept norm in front of a block (or the last one) see zero."""
+    """Small balls around inputs that a kept norm sees as zero, where that norm is steepest.
+
+    The norms in front of the blocks and the last norm are tried. The norm of the first block is
+    left out: it reads the input itself, so the balls around zero serve it.
+    """
     nodes = getattr(node, "nodes", [])
     for i, inner in enumerate(nodes):
         norm = inner.branch.nodes[0] if isinstance(inner, Residual) else inner
@@ -212,7 +271,9 @@ def _cancelled(space: _Space, node: Any) -> Iterator[_Start]:
             continue
         e = torch.zeros(1, space.tokens, space.d, dtype=torch.float64, device=space.device)
         with torch.no_grad():
-            for _ in range(40):  # e <- e - u(e) / 2, u the sum that enters the norm
+            # u(e) is the sum that enters the norm. The step e <- e - u(e) / 2 moves it towards
+            # zero.
+            for _ in range(40):
                 u = e
                 for before in nodes[:i]:
                     u = before.run(u)
@@ -225,7 +286,11 @@ def _cancelled(space: _Space, node: Any) -> Iterator[_Start]:
 
 
 def _one_head(space: _Space) -> Iterator[_Start]:
-    """Opposite values for one head at a time, built from its own singular directions."""
+    """Opposite values for one head at a time, built from the singular directions of its q, k and v.
+
+    The tokens carry the direction that keys and values (or values alone) read most, with
+    alternating signs. The last token carries the direction that the query reads most.
+    """
     for q, k, v in _heads(space):
         if min(float(w.norm()) for w in (q, k, v)) == 0 or q.shape[1] != space.d:
             continue
@@ -235,13 +300,17 @@ def _one_head(space: _Space) -> Iterator[_Start]:
             ]
             asks = torch.linalg.svd(q - (q @ w)[:, None] * w, full_matrices=False).Vh[0]
             x = space.signs() * w
-            x[len(x) - 2 + len(x) % 2 :] = asks  # an even number of tokens before: no sign prevails
+            # an even number of tokens stands before it, so that no sign prevails
+            x[len(x) - 2 + len(x) % 2 :] = asks
             direction = w.expand(space.tokens, -1) + 0.1 * space.random() / space.d**0.5
             yield _Start("one head", x * space.d**0.5, direction)
 
 
 def _heads(space: _Space) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(q, k, v) rows of every head [d_head, d] in float64, largest product of Frobenius norms first."""
+    """The rows of q, k and v of every head, each [d_head, d] in float64.
+
+    Heads with the largest product of the three Frobenius norms come first.
+    """
     found: list[tuple[float, int, int, Attention]] = []
     for node in space.nodes:
         if isinstance(node, Attention) and node.q.linear.d_in <= _WIDE:
@@ -259,12 +328,15 @@ def _heads(space: _Space) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _rows(p: HeadRows) -> Tensor:
-    """[heads, d_head, d] of one projection, as stored."""
+    """The weight of one projection as stored, [heads, d_head, d]."""
     return p.linear.weight().detach()[p.start : p.stop].unflatten(0, (p.heads, -1))
 
 
 def _gate_rows(space: _Space) -> Iterator[_Start]:
-    """Inputs along the rows of gate and up that together have the largest norms, all tokens alike."""
+    """Inputs along a row of the gate's map and the same row of the up map, alike for all tokens.
+
+    The rows with the two largest products of norms are used, with both signs of the up row.
+    """
     for node in space.nodes:
         if not isinstance(node, Gate) or node.gate.d_in != space.d:
             continue

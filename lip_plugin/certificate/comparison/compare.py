@@ -1,13 +1,19 @@
-"""Does the object that the user passed compute what the graph computes? Asked before every number.
+"""`check_graph`: does the object that the user passed compute what its graph computes?
 
-The object itself is run, outermost wrapper included, with its hooks, patches, adapters and attributes as they are now.
-Only its parameters are swapped for float64 values while it runs: once for random ones, which show a difference that
-small weights would hide (the output maps of a fresh model are zero), and each time for its own. Every layer is
-given an input of its own, of natural size, so that no layer's mistake can vanish in what surrounds it, and what one layer
-hands to the next is compared as well. A structure that was compared on random weights is remembered (see structure.py).
+This is asked before every number. The object itself is run, with its outermost wrapper, and with
+its hooks, patches, adapters and attributes as they are now. Only its parameters are swapped for
+float64 values while it runs.
 
-It finds differences of structure and of state. A forward made to deceive, by less than `TOLERANCE` or on other inputs
-only, it cannot find.
+There are two runs. One is on random values, because small weights would hide a difference: the
+output maps of a fresh model are zero, for example. A structure that passed this run is remembered,
+and the run is not repeated for it (see structure.py). The other run is on the object's own values,
+each time.
+
+In a run, every layer reads an input of its own, of the size that is natural for it. So a mistake of
+one layer cannot vanish in what surrounds it. What one layer hands to the next is compared as well.
+
+The comparison finds differences of structure and of state. It cannot find a forward that was made
+to deceive, by less than `TOLERANCE` or on other inputs only.
 """
 
 from __future__ import annotations
@@ -36,22 +42,39 @@ from lip_plugin.certificate.graph.nodes import Activation, Norm, Scale
 from lip_plugin.errors import CertificateError
 from lip_plugin.model.scales import branch_scale
 
-# Libraries compute norms, softmax and rotations in float32 inside (1e-7 each, 1e-6 seen over a layer);
-# a function that differs from the graph's is off by far more. Relative to what a layer adds to its input.
+# The largest difference that is allowed, relative to what a layer adds to its input. Libraries
+# compute norms, softmax and rotations in float32 inside, which costs 1e-7 each; 1e-6 was seen over
+# a layer. A function that differs from the graph's is off by far more.
 TOLERANCE = 1e-4
-_ROUNDING = 1e-12  # of the input itself, which every layer adds to what it computes, in float64
-# Steep functions (attention whose logits are large) make more of that rounding. Where a difference is above the
-# tolerance, the graph is run once more with its input and weights moved by this share, and may differ by as much.
+# Every layer adds its input, in float64, to what it computes. The rounding of that sum is at most
+# this share of the input.
+_ROUNDING = 1e-12
+# Steep functions (attention with large logits) magnify the rounding inside a library. Where a
+# difference is above the tolerance, the graph is run once more on an input that is moved by this
+# share. Ten times the graph's own response to that is then allowed on top of the tolerance, as long
+# as both together are below 0.1.
 _NUDGE = 1e-6
-_FEW = 8  # tokens of the comparison on the model's own weights
+_FEW = 8  # number of tokens in the comparison on the model's own weights, if few are enough
+# The structures that passed the comparison on random weights, by model.
 _CHECKED: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def check_graph(graph: Graph, tokens: int = 16) -> float:
-    """Raise CertificateError unless what was passed to `build` computes what its graph computes, now.
+    """Raise CertificateError unless what was passed to `build` computes what its graph computes.
 
-    Returns the largest difference that was seen, relative to what the layer computes.
+    Args:
+        graph: the graph of the object.
+        tokens: the number of tokens of the random inputs. The run on the object's own values takes
+            fewer, unless more than 16 are asked for. A caller that speaks of given sequences asks
+            for their length, because a window is seen only on sequences that are longer than it.
+
+    Returns:
+        The largest difference that was seen, relative to what the layer computes.
+
+    Raises:
+        CertificateError: something differs, and the message names the place; or the object does not
+            run on float64 values.
     """
     structure = structure_of(graph)
     worst = 0.0
@@ -65,11 +88,12 @@ def check_graph(graph: Graph, tokens: int = 16) -> float:
             if structure is not None:
                 _CHECKED[graph.root] = structure
         with float64_parameters(graph.subject, own_values):
-            return max(worst, _compare(build(graph.subject), min(tokens, _FEW)))
+            own = tokens if tokens > 16 else _FEW
+            return max(worst, _compare(build(graph.subject), own))
 
 
 def _compare(graph: Graph, tokens: int) -> float:
-    """Largest relative difference of any part, on the parameters that are there now."""
+    """Largest relative difference of any part, on the parameters as they are at this moment."""
     config: Any = graph.root.config
     limits = [graph.entry.longest, getattr(config, "block_size", None)]
     tokens = min([tokens, *(int(v) for v in limits if v)])
@@ -79,7 +103,7 @@ def _compare(graph: Graph, tokens: int) -> float:
 
 
 def _run(graph: Graph, inputs: Tensor) -> _Record:
-    """The object's own forward, every layer on an input of its own."""
+    """Run the object's own forward, with every layer on an input of its own, and record it."""
     record = _Record(graph)
     try:
         with record.listening():
@@ -88,15 +112,22 @@ def _run(graph: Graph, inputs: Tensor) -> _Record:
         raise
     except Exception as error:  # hooks and patches of a user may raise anything
         raise CertificateError(
-            f"{type(graph.subject).__name__} could not be compared with its graph: it does not run with float64 weights "
-            f"({type(error).__name__}: {error}). Take off hooks, patches and wrappers that are not the library's own, "
-            "then certify."
+            f"{type(graph.subject).__name__} could not be compared with its graph: it does not run "
+            f"with float64 weights ({type(error).__name__}: {error}). Take off hooks, patches and "
+            "wrappers that are not the library's own, then certify."
         ) from error
     return record
 
 
 class _Record:
-    """What went into every layer and came out of it, while the model ran."""
+    """What went into every layer and came out of it, while the model ran.
+
+    Attributes:
+        received: what each layer was handed by the model.
+        given: the random input that it read in place of that.
+        returned: what it put out.
+        logits: what the whole model put out.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self._modules = [graph.root.get_submodule(layer.name) for layer in graph.parts.layers]
@@ -110,11 +141,12 @@ class _Record:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, every layer reads an input of ours in place of the one it is handed."""
+        """While this is open, every layer reads a random input in place of what it is handed."""
         with ExitStack() as stack:
             for i, module in enumerate(self._modules):
                 before, after = self._before(i), self._after(i)
-                # in front of all other hooks, and behind them: what they do is part of the layer
+                # One hook is in front of all other hooks of the layer, and one is behind them. So
+                # what the others do counts as part of the layer.
                 first = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
                 stack.callback(first.remove)
                 stack.callback(module.register_forward_hook(after).remove)
@@ -138,12 +170,16 @@ class _Record:
         return note
 
     def compare(self, graph: Graph, inputs: Tensor) -> float:
-        """Largest relative difference; raises CertificateError, naming the place, above the tolerance."""
+        """The largest relative difference between this record and the graph.
+
+        Raises CertificateError, naming the place, if a difference is above the tolerance.
+        """
         name = type(graph.root).__name__
         for part, found in zip(self._names, self.received, strict=True):
             if not found:
                 raise CertificateError(
-                    f"{part} was not run when {name} was: something replaces the forward pass that the graph describes."
+                    f"{part} was not run when {name} was: something replaces the forward pass "
+                    "that the graph describes."
                 )
         expected = [torch.cat(found) for found in self.received]
         x = graph.embed(inputs, torch.float64)
@@ -162,14 +198,18 @@ class _Record:
 
 
 def _natural(block: tuple[Node, ...]) -> float:
-    """Size of the entries at which what the layer reads is about 1: the model may carry x divided by a constant."""
+    """The size of a layer's input at which its branches read entries of about 1.
+
+    The model may carry x divided by a constant, and then the first node of a branch multiplies by
+    it.
+    """
     first = next((chain.nodes[0] for node in block for chain in node.added() if chain.nodes), None)
     scale = abs(first.scale) if isinstance(first, Scale) else 1.0
     return 1.0 / scale if 0 < scale < math.inf else 1.0
 
 
 def _nudged(node: Node, x: Tensor) -> Callable[[], Tensor]:
-    """The node on an input that differs by as much as rounding inside a library may make it."""
+    """A function that runs the node on x, with each entry moved at random by a share `_NUDGE`."""
 
     def run() -> Tensor:
         noise = torch.randn(
@@ -187,7 +227,20 @@ def _same(
     nudged: Callable[[], Tensor],
     own: Tensor | None = None,
 ) -> float:
-    """The difference relative to what was computed (besides `own`, to which it was added); raises if it is not small."""
+    """The relative difference of two results, if it is small enough.
+
+    It is given as 0 if it is above the tolerance and the graph's response to rounding explains it.
+
+    Args:
+        where: the place, for the message.
+        got: what the graph computed.
+        expected: what the model computed.
+        nudged: computes `got` once more, on an input that is moved by about `_NUDGE`.
+        own: the layer's input, if the layer adds it to what it computes.
+
+    Raises:
+        CertificateError: the difference is too large, or the model gives nan or inf.
+    """
     difference = _difference(got, expected, own)
     if not difference <= TOLERANCE and got.shape == expected.shape:
         allowed = TOLERANCE + 10 * _difference(nudged(), got, own)
@@ -196,18 +249,24 @@ def _same(
         return difference
     if not bool(torch.isfinite(expected).all()):
         raise CertificateError(
-            f"{where}: the model's own forward gives nan or inf even in float64, so nothing can be compared. Look at the "
-            "weights of this layer (activation_report), or start from an earlier checkpoint."
+            f"{where}: the model's own forward gives nan or inf even in float64, so nothing can be "
+            "compared. Look at the weights of this layer (activation_report), or start from an "
+            "earlier checkpoint."
         )
     raise CertificateError(
-        f"The graph does not reproduce the model: {where} differs by {difference:.2e} of its size. Something besides the "
-        "described modules changes the forward pass (a hook, a patched forward or attention, a softcap, a wrapper); a "
-        "certificate of the graph would not be about this model."
+        f"The graph does not reproduce the model: {where} differs by {difference:.2e} of its size. "
+        "Something besides the described modules changes the forward pass (a hook, a patched "
+        "forward or attention, a softcap, a wrapper); a certificate of the graph would not be "
+        "about this model."
     )
 
 
 def _difference(got: Tensor, expected: Tensor, own: Tensor | None = None) -> float:
-    """Largest difference over the largest entry of what was computed; inf where shapes differ, nan where one is nan."""
+    """The largest difference of two entries, over the largest entry of what was computed.
+
+    If `own` is given, what was computed is `expected` minus `own`. The result is inf if the shapes
+    differ, and nan if an entry is nan.
+    """
     if got.shape != expected.shape:
         return math.inf
     off = float((got - expected).abs().amax())
@@ -220,7 +279,7 @@ def _difference(got: Tensor, expected: Tensor, own: Tensor | None = None) -> flo
 
 
 def _nodes(nodes: Any) -> Iterator[Node]:
-    """All nodes whose rule rests on more than weights, whatever contains them."""
+    """All nodes, also those in containers, and the norms behind q and k of an attention."""
     for node in walk(nodes):
         if isinstance(node, Attention):
             yield from (n for n in (node.q_norm, node.k_norm, node) if n is not None)
@@ -229,7 +288,13 @@ def _nodes(nodes: Any) -> Iterator[Node]:
 
 
 def _check_node(node: Node) -> None:
-    """ProvenNorms on both sides of their floor (or sqrt(eps)); activations over all of their range; rotations turn only."""
+    """Compare a node with the library's module, on inputs that show all of what its rule rests on.
+
+    A norm is compared on both sides of its floor, or of sqrt(eps). An activation is compared over
+    all of its range. A rotation must do nothing but turn pairs and multiply by its scale.
+
+    Raises CertificateError if the node computes something else.
+    """
     generator = torch.Generator().manual_seed(2)
     if isinstance(node, Norm):
         weight = next(node.module.parameters(), None)
@@ -243,22 +308,28 @@ def _check_node(node: Node) -> None:
         difference = _difference(node.run(x), node.module(x).double())
     elif isinstance(node, Activation):
         x = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)
-        # a branch's scale may sit on its output (OPT); any other hook is a difference
+        # The factor of a branch may sit on the activation's output, as a hook (OPT). It is a node
+        # of its own. Any other hook is a difference.
         expected = node.act(x) / branch_scale(node.act)
-        difference = _difference(node.run(x), expected) * 1e5  # no float32 inside: to 1e-9
+        # There is no float32 inside an activation. So it is compared to 1e-9, that is to 1e-5 of
+        # `TOLERANCE`.
+        difference = _difference(node.run(x), expected) * 1e5
     elif isinstance(node, Attention) and node.rotary is not None:
         difference = _not_a_rotation(node)
     else:
         return
     if not difference <= TOLERANCE:
         raise CertificateError(
-            f"{node.name} does not compute what its rule is proven for (off by {difference:.2e}): a hook, "
-            "a patched forward or another eps. Take it off, then certify."
+            f"{node.name} does not compute what its rule is proven for (off by {difference:.2e}): "
+            "a hook, a patched forward or another eps. Take it off, then certify."
         )
 
 
 def _not_a_rotation(node: Attention) -> float:
-    """How far cos and sin are from turning pairs and scaling by `attention_scaling`."""
+    """How far the library's cos and sin are from turning pairs and multiplying by the scale.
+
+    It is inf if their shapes are not those of a rotation.
+    """
     positions = torch.tensor([[0, 1, 2, 7, 100, 1000, 4095]], device=node.q.linear.weight().device)
     x = torch.zeros(1, 7, node.d_in, dtype=torch.float64, device=positions.device)
     cos, sin = node.rotary(x, positions)

@@ -1,4 +1,9 @@
-"""Run an object as it is, every hook and wrapper included, with other values in its parameters: float64, its own or random."""
+"""Run an object as it is, with every hook and wrapper, but with float64 values in its parameters.
+
+The comparison of a graph with a model (compare.py) uses this. The values are the object's own in
+float64, or random ones. Quantized layers, which cannot run in float64, are replaced by plain ones.
+Everything is put back afterwards.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,17 @@ from torch import Tensor, nn
 from lip_plugin.errors import CertificateError
 from lip_plugin.model.adapters import dequantized
 
-# Root mean square of a matrix's singular values (or of a vector's entries) up to which weights are taken as they are.
+# Weights are taken as they are if the root mean square of a matrix's singular values, or of a
+# vector's entries, is at most this.
 _LARGE = 16.0
 
 
 @contextmanager
 def evaluating(subject: nn.Module) -> Iterator[None]:
-    """Inside, eval mode, and nothing is compiled; the flags are put back as they were."""
+    """While this is open, the object is in eval mode, and nothing is compiled.
+
+    Afterwards each module's training flag is as it was.
+    """
     flags = [(module, module.training) for module in subject.modules()]
     try:
         for module, _ in flags:
@@ -33,7 +42,18 @@ def evaluating(subject: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float64_parameters(subject: nn.Module, values: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, every floating parameter is float64, with `values` of it; quantized layers are plain ones of float64."""
+    """While this is open, every floating-point parameter of the object is a float64 one.
+
+    A quantized layer is replaced by a plain one meanwhile.
+
+    Args:
+        subject: the object that is run.
+        values: gives the float64 values for a parameter, see `own_values` and `random_values`. A
+            parameter that is shared is asked for once.
+
+    Raises:
+        CertificateError: a quantized layer has a patched forward.
+    """
     made: dict[int, nn.Parameter] = {}
     with ExitStack() as stack:
         for module in list(subject.modules()):
@@ -54,7 +74,10 @@ def float64_parameters(subject: nn.Module, values: Callable[[Tensor], Tensor]) -
 
 
 def _plain(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A Linear in place of a quantized layer, as float64 has no kernels of its kind; with the very hooks of the layer."""
+    """A Linear to run in place of a quantized layer, with the hooks of that layer.
+
+    Quantized layers have no kernels for float64.
+    """
     if "forward" in vars(layer):
         raise CertificateError(
             f"a quantized {type(layer).__name__} has a patched forward. Take it off, then certify."
@@ -70,9 +93,10 @@ def _plain(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def own_values(p: Tensor) -> Tensor:
-    """The parameter's own values; shorter, if they are so large that products overflow and every softmax saturates.
+    """The parameter's own values in float64, scaled down if they are very large.
 
-    What is compared is how values are combined, so a factor on a whole parameter takes nothing from the comparison.
+    With very large values, products would overflow and every softmax would saturate. The comparison
+    is about how values are combined, so a factor on a whole parameter takes nothing from it.
     """
     own = p.detach().double()
     largest = _LARGE * math.sqrt(min(p.shape[-2:]) if p.dim() >= 2 else max(1, p.numel()))
@@ -84,7 +108,10 @@ def own_values(p: Tensor) -> Tensor:
 
 
 def random_values() -> Callable[[Tensor], Tensor]:
-    """Values of moderate norms, another for every parameter that is asked for, the same in every process."""
+    """A function that gives random float64 values for a parameter, of moderate norms.
+
+    Each parameter gets other values. Every process gets the same ones.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def values(p: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
-"""What a model's function depends on besides its weights, as a value that two calls can compare.
+"""`structure_of`: what a model's function depends on besides its weights, as a value to compare.
 
-Classes, forwards, plain settings and the config are compared by identity or value; what is remembered holds on to the very
-objects, so nothing that is freed and replaced can be taken for what it replaced. Hooks and patches of others may
-read state that nobody can compare (an attribute, a closure). Where one is found there is no structure, so nothing is
-remembered and the model is compared in full at every call. The exceptions are the hooks and patches in this file,
-whose code we read.
+The comparison on random weights (compare.py) is not repeated while the structure is the same. The
+structure holds classes, forwards, plain settings and the config, and compares them by identity or
+by value. It keeps the objects themselves alive. So an object that was freed and replaced cannot be
+taken for the one that replaced it.
+
+Hooks and patches of others may read state that nobody can compare, such as an attribute or a
+closure. If one is found, there is no structure. Then nothing is remembered, and the model is
+compared in full at every call. The exceptions are the hooks and patches that are named in this
+file, because we read their code.
 """
 
 from __future__ import annotations
@@ -31,28 +35,34 @@ from lip_plugin.model.scales import (
 Structure = tuple[Any, ...]
 _PLAIN = (bool, int, float, str, type(None))
 _OURS = (BranchScale, InputScale, EntryCap)
-# Libraries whose plain functions, without a closure, keep no state of a model.
+# A plain function of these libraries, if it has no closure, keeps no state of a model.
 _LIBRARIES = frozenset(
     {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "lip_plugin"}
 )
-# Functions whose code we read, by the module and name of that code (functools.wraps hides both elsewhere).
-# These set requires_grad, for gradient checkpointing.
+# The functions named below are known, because we read their code. They are told by the module and
+# the name of the code itself, since functools.wraps hides both everywhere else.
+
+# Hooks of these names, from these libraries, only set requires_grad, for gradient checkpointing.
 _HARMLESS_HOOKS = {"make_inputs_require_grad", "make_inputs_require_grads"}
 _FROM = {"transformers", "peft", "trl"}
-# These call what they wrap, under autocast or with outputs in float32; it is what their closure holds under this name.
+# These only call what they wrap, under autocast or with outputs in float32. The value is the name
+# under which their closure holds what they wrap.
 _AROUND = {
     ("accelerate.utils.operations", "forward"): "model_forward",
     ("torch.amp.autocast_mode", "decorate_autocast"): "func",
-    (
-        "trl.trainer.utils",
-        "_fused_forward",
-    ): "original_forward",  # for a loss; called as models are called, it only calls
+    # This one is made for a loss. If it is called as models are called, it only calls what it
+    # wraps.
+    ("trl.trainer.utils", "_fused_forward"): "original_forward",
 }
+# An object of this class also only calls what it wraps.
 _AROUND_OBJECT = "accelerate.utils.operations.ConvertOutputsToFp32"
 
 
 def structure_of(graph: Graph) -> Structure | None:
-    """The structure of the model and of everything around it; None if something foreign is there (see above)."""
+    """The structure of the model and of everything around it.
+
+    It is None if there is a hook or patch that is not known (see the docstring of this file).
+    """
     everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     if any(everywhere):
         return None
@@ -70,6 +80,7 @@ def _config(root: nn.Module) -> Iterator[tuple[str, str]]:
     yield from sorted((k, repr(v)) for k, v in vars(held).items())
 
 
+# The structure of one module without those inside, or None if something in it is not known.
 def _structure(name: str, module: nn.Module) -> Structure | None:
     cls, own = type(module), vars(module)
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -84,7 +95,8 @@ def _structure(name: str, module: nn.Module) -> Structure | None:
         if found is None:
             return None
         functions.append((key, found))
-    # `training` is left out: the certificate is about eval mode, and the comparison is made in it
+    # `training` is left out, because the certificate is about eval mode and the comparison is made
+    # in eval mode.
     plain = tuple(sorted((k, repr(v)) for k, v in own.items() if k != "training" and _is_plain(v)))
     tensors = tuple((k, v, v._version) for k, v in sorted(own.items()) if isinstance(v, Tensor))
     scales = (branch_scale(module), input_scale(module), entry_cap(module))
@@ -101,7 +113,7 @@ def _structure(name: str, module: nn.Module) -> Structure | None:
 
 
 class _Same:
-    """Holds objects, and is equal to another that holds the very same ones."""
+    """Holds objects, and is equal to another `_Same` that holds the very same objects."""
 
     def __init__(self, held: Any) -> None:
         self._held = tuple(held)
@@ -112,12 +124,14 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
+# Whether two values are the same object. Tuples are compared item by item, text and int by value.
 def _identical(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(_identical(x, y) for x, y in zip(a, b, strict=True))
     return a is b or (isinstance(a, (str, int)) and type(a) is type(b) and a == b)
 
 
+# Whether a value is a number, text, bool or None, or a flat collection of these.
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
@@ -127,7 +141,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_own_forward(cls: type) -> bool:
-    """Whether a class's forward was written with the class, or with one of its parents, or is its library's decoration of it."""
+    """Whether a class has the forward that it was written with.
+
+    Its code is then from the module of the class or of one of its parents, or it is a decoration of
+    it by a known library that the class is from.
+    """
     written = _written(cls.forward)[0]  # type: ignore[attr-defined]
     modules = {base.__module__ for base in cls.__mro__}
     return (
@@ -135,26 +153,31 @@ def _is_own_forward(cls: type) -> bool:
     )
 
 
+# Whether a hook is one of `_HARMLESS_HOOKS`, by the code that it runs.
 def _is_harmless(hook: Callable[..., Any]) -> bool:
     module, name = _written(hook)
     return name in _HARMLESS_HOOKS and _top(module) in _FROM
 
 
+# The top-level package of a module.
 def _top(module: str) -> str:
     return module.partition(".")[0]
 
 
 def _known_function(module: nn.Module, name: str, value: Any) -> tuple[Any, ...] | None:
-    """The functions that a callable attribute is made of, if all of them are known to keep no state; else None."""
+    """The functions that a callable attribute is made of.
+
+    It is None if one of them is not known to keep no state.
+    """
     parts: list[Any] = []
     for _ in range(8):
         if isinstance(value, types.MethodType):
             owner, method = value.__self__, value.__func__
             if owner is not module and getattr(type(owner), method.__name__, None) is not method:
                 return None
-            if (
-                owner is not module
-            ):  # another object's own method, as peft keeps some: no forward, and a library's code
+            if owner is not module:
+                # The method of another object, and not a patched one. peft keeps some. It is known
+                # if it is a library's code and does not stand for the forward.
                 known = name != "forward" and _top(_written(method)[0]) in _LIBRARIES
                 return (*parts, method) if known else None
             value = method
@@ -164,7 +187,8 @@ def _known_function(module: nn.Module, name: str, value: Any) -> tuple[Any, ...]
             parts.append(repr((value.args, value.keywords)))
             value = value.func
         if _written(value) in _AROUND:
-            parts.append(value.__code__)  # not the function: its closure may hold the model
+            # the code and not the function, because its closure may hold the model
+            parts.append(value.__code__)
             value = _cell(value, _AROUND[_written(value)])
         elif f"{type(value).__module__}.{type(value).__qualname__}" == _AROUND_OBJECT:
             value = value.model_forward
@@ -174,7 +198,7 @@ def _known_function(module: nn.Module, name: str, value: Any) -> tuple[Any, ...]
 
 
 def _is_plain_function(value: Any, module: nn.Module) -> bool:
-    """Whether it is code of a library (or the class's own) that carries nothing with it."""
+    """Whether a function is a library's, or the class's own forward, and carries no state."""
     if value is checkpoint or any(
         value is getattr(cls, "forward", None) for cls in type(module).__mro__
     ):
@@ -188,13 +212,13 @@ def _is_plain_function(value: Any, module: nn.Module) -> bool:
 
 
 def _written(function: Any) -> tuple[str, str]:
-    """Module and name of the code that a function runs; empty for what is no Python function."""
+    """Module and name of the code that a function runs. Empty if it is no Python function."""
     code = getattr(function, "__code__", None)
     module = getattr(function, "__globals__", {}).get("__name__", "")
     return str(module), "" if code is None else str(code.co_name)
 
 
 def _cell(function: Any, name: str) -> Any:
-    """What a function's closure holds under a name; None for nothing."""
+    """What a function's closure holds under a name, or None."""
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
     return next((c.cell_contents for n, c in zip(names, cells, strict=True) if n == name), None)

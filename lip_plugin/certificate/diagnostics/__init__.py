@@ -1,1 +1,1 @@
-"""Proven facts besides the Lipschitz constant: rounding of the forward pass, ranges of activations."""
+"""Bounds on what happens inside a model: activations, attention entropies, rounding."""

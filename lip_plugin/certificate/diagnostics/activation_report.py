@@ -1,7 +1,10 @@
-"""A proven bound on every activation, beside the largest one seen, and the number formats that hold it.
+"""A proven bound on every activation of a model, beside the largest one that was seen on a batch.
 
-The proofs are those of the certificate's radii (docs/maths.md, sections 4 and 11), entry by entry: an entry of a
-vector is at most sqrt(d) times its RMS norm, and one of W x at most (row norm2) sqrt(d) times the RMS norm of x.
+Use the report to see which number formats can hold all activations without a scale. It also bounds
+the entropy of every attention from below. The proofs are those of the certificate's radii
+(docs/maths.md, sections 4, 6 and 11), applied to single entries. An entry of a vector in R^d is at
+most sqrt(d) times its RMS norm. An entry of W x is at most (largest row norm2 of W) sqrt(d_in)
+times the RMS norm of x.
 """
 
 from __future__ import annotations
@@ -35,18 +38,20 @@ from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weigh
 from lip_plugin.errors import CertificateError
 from lip_plugin.linalg.norms import row_rms_max_upper
 
-# Largest finite numbers: OCP 8-bit floating point specification 1.0 (2023); bfloat16: (2 - 2^-7) 2^127.
+# The largest finite number of each format. Source of the two float8 formats: OCP 8-bit floating
+# point specification 1.0 (2023). That of bfloat16 is (2 - 2^-7) 2^127.
 FORMATS = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "bfloat16": (2 - 2**-7) * 2.0**127}
 
 
 @dataclass(frozen=True)
 class Activations:
-    """One line of a report: entries that one node puts out.
+    """One line of a report: the size of the entries that one node puts out.
 
     Attributes:
-        name, kind: the module, and what of it.
+        name: the module.
+        kind: which of its outputs, such as "linear" or "residual".
         proven: no entry is larger in absolute value, for any sequence of tokens.
-        seen: the largest on the batch.
+        seen: the largest absolute value on the batch.
     """
 
     name: str
@@ -55,13 +60,22 @@ class Activations:
     seen: float
 
     def fits(self) -> tuple[str, ...]:
-        """Formats that hold every entry without a scale: proven, so for every input of tokens."""
+        """The formats that hold every entry without a scale.
+
+        This is proven, so it holds for every sequence of tokens.
+        """
         return tuple(name for name, top in FORMATS.items() if self.proven <= top)
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """The last row's attention entropy in nats: proven for every head and sequence, and the smallest seen."""
+    """The entropy of one attention's last row, in nats.
+
+    Attributes:
+        name: the module.
+        proven: no head has a smaller entropy there, for any sequence of as many tokens.
+        seen: the smallest one of all heads on the batch.
+    """
 
     name: str
     proven: float
@@ -70,19 +84,32 @@ class Entropy:
 
 @dataclass(frozen=True)
 class ActivationReport:
-    """What every activation and every attention row of a model can be at most (entries) or least (entropy)."""
+    """Bounds on all activations and attention entropies of a model. It prints as a table.
+
+    Attributes:
+        rows: one line for every activation.
+        entropies: one line for every attention.
+        tokens: number of tokens of the batch, for which the entropies are stated.
+    """
 
     rows: tuple[Activations, ...]
     entropies: tuple[Entropy, ...]
     tokens: int
 
     def fits(self, dtype: str) -> bool:
-        """Whether all activations are proven to lie in the range of a format of `FORMATS`."""
+        """Whether all activations are proven to lie in the range of a format.
+
+        Args:
+            dtype: a key of `FORMATS`.
+        """
         return all(row.proven <= FORMATS[dtype] for row in self.rows)
 
     def __str__(self) -> str:
         width = min(max(len(r.name) for r in self.rows), 40)
-        head = f"{'activation':<{width}}  {'what':<10}  {'proven <=':>10}  {'seen':>9}  range proven to suffice"
+        head = (
+            f"{'activation':<{width}}  {'what':<10}  {'proven <=':>10}  {'seen':>9}  "
+            "range proven to suffice"
+        )
         lines = [
             f"{r.name[-width:]:<{width}}  {r.kind:<10}  {r.proven:>10.4g}  {r.seen:>9.4g}  "
             + ((r.fits() or ("none",))[0])
@@ -98,37 +125,57 @@ class ActivationReport:
 
 @dataclass(frozen=True)
 class _Reach:
-    """Bounds on a node's output for all token sequences (RMS norm, largest entry), and its value on the batch."""
+    """What leaves a node.
+
+    Attributes:
+        radius: bound on the token norm, for all sequences of tokens.
+        entry: bound on the largest absolute entry, for all sequences of tokens.
+        x: the value on the batch, float64.
+    """
 
     radius: Any
     entry: Any
     x: Tensor
 
 
-class _Notes:
+class _Notes:  # the lines of a report, collected while the graph is walked
     def __init__(self, norms: ProvenNorms) -> None:
         self.norms = norms
         self.rows: list[Activations] = []
         self.entropies: list[Entropy] = []
 
     def add(self, name: str, kind: str, reach: _Reach) -> _Reach:
-        """Note an output; sqrt(d) times the RMS norm bounds an entry as well."""
+        """Note one output.
+
+        Its entries are also bounded by sqrt(d) times its RMS norm, and the smaller bound is kept.
+        """
         entry = min(reach.entry, mul(reach.radius, root(up(reach.x.shape[-1]))))
         self.rows.append(Activations(name, kind, to_float(entry), float(reach.x.abs().amax())))
         return _Reach(reach.radius, entry, reach.x)
 
 
 def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
-    """Bounds on every activation and attention entropy, beside what a batch of token ids or pixels attains.
+    """Bound every activation and every attention entropy, and show beside it what a batch attains.
 
-    Proven for every sequence of tokens (image with entries up to the config's pixel_max), in real arithmetic on
-    the weights as stored; the data only fill the columns `seen`. Print it: it is a table. Raises CertificateError
-    for a node without a rule, ConfigError for ids that the model takes for padding, and what `certify` raises.
+    The bounds hold for every sequence of tokens, and for every image whose entries are at most the
+    config's `pixel_max` in absolute value. They are about real arithmetic on the weights as stored.
+    The batch only fills the columns `seen`, and its length is the one that the entropies are for.
+    Print the result to get a table.
+
+    Args:
+        model: a model of a known family.
+        inputs: token ids [batch, tokens], or pixels [batch, channels, height, width].
+
+    Raises:
+        CertificateError: a node has no rule here, or the graph does not reproduce the model.
+        ConfigError: the ids hold one that the model takes for padding.
+        UnsupportedModelError, NonFiniteError: as in `certify`.
     """
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite_weights(graph.root)
-        check_graph(graph)
+        tokens = 16 if graph.patches is not None else max(16, inputs.shape[-1])
+        check_graph(graph, tokens)
         graph.entry.refuse_padding(inputs)
         notes = _Notes(weight_norms(graph))
         radius = up(to_float(radius_of(graph, "weights")))
@@ -138,7 +185,11 @@ def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
 
 
 def _entry(graph: Graph) -> Decimal:
-    """Largest entry of a sum of one row of each table; no bound of its own where more than that happens."""
+    """Bound on the largest entry of what enters the first block.
+
+    A sum of one row of each table has at most the sum of the tables' largest entries. Where more
+    than a sum happens there is no such bound, and the RMS norm has to serve.
+    """
     entry = graph.entry
     if entry.patches is not None or entry.token_map is not None or entry.norm is not None:
         return INF
@@ -147,11 +198,12 @@ def _entry(graph: Graph) -> Decimal:
 
 def _missing(node: Any) -> CertificateError:
     return CertificateError(
-        f"{getattr(node, 'name', node)} is {type(node).__name__}: no bound on its entries is proven here."
+        f"{getattr(node, 'name', node)} is {type(node).__name__}: "
+        "no bound on its entries is proven here."
     )
 
 
-# reach(node, at, notes): what leaves a node, bounded and as seen; notes it.
+# reach(node, at, notes) takes what enters a node, notes its outputs, and returns what leaves it.
 reach = Analysis("reach of activations", _missing)
 
 
@@ -160,12 +212,13 @@ def linear_reach(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
     return notes.add(node.name, "linear", _linear(node, at, notes))
 
 
+# What leaves a linear map, without a note of it.
 def _linear(node: Linear, at: _Reach, notes: _Notes) -> _Reach:
     w = node.weight().detach()
-    row = mul(up(float(row_rms_max_upper(w))), up(node.d_in))  # times an RMS norm: the entry of W x
-    taxi = float(w.double().abs().sum(1).amax()) * (
-        1 + 1e-12
-    )  # times an entry; n roundings of 1e-16
+    # An entry of W x is at most `row` times the RMS norm of x, and at most `taxi` times the largest
+    # entry of x. The factor 1 + 1e-12 covers n roundings of 1e-16 in the sum.
+    row = mul(up(float(row_rms_max_upper(w))), up(node.d_in))
+    taxi = float(w.double().abs().sum(1).amax()) * (1 + 1e-12)
     entry = add(min(mul(row, at.radius), mul(up(taxi), at.entry)), largest(node.bias()))
     return _Reach(node.bound(at.radius, notes.norms).radius, entry, node.run(at.x))
 
@@ -217,7 +270,7 @@ def attention_reach(node: Attention, at: _Reach, notes: _Notes) -> _Reach:
     notes.entropies.append(
         Entropy(node.name, smallest_entropy_lower(bound, visible), watch.smallest_entropy)
     )
-    # every entry of a mixture of values is at most the largest of theirs
+    # An entry of a mixture of values is at most the largest entry of the values.
     entry = inner[id(node.v.linear)].entry
     return notes.add(
         node.name, "mixture", _Reach(node.bound(at.radius, notes.norms).radius, entry, y)

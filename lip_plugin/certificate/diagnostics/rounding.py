@@ -1,12 +1,19 @@
-"""How far rounding can take a forward pass from real arithmetic: a bound in the token norm.
+"""A bound on how far rounding can take a forward pass from real arithmetic, in token norm.
 
-A certificate is about real arithmetic. Running in float32 or bfloat16 adds an error to every
-operation, and later layers amplify it at most by their constants. Standard model of floating-point
-arithmetic (Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3): every stored
-result is rounded once, to within u of itself; sums of n products are off by gamma_n of their
-absolute values, accumulated in float32 where the dtype is shorter. Library functions (exp, tanh,
-erf, sqrt, cos, sin) are taken to be right to `_FUNCTION` units; nothing over- or underflows; no
-TF32 or other shortened products (torch.backends.cuda.matmul.allow_tf32 off, its default).
+A certificate is about real arithmetic. A forward pass in float32 or bfloat16 adds an error at every
+operation, and later layers amplify that error at most by their Lipschitz constants. Use
+`forward_rounding_upper` to bound the total. The rules are listed in docs/maths.md, section 7.
+
+The model of arithmetic is the standard one. Every stored result is rounded once, to within a
+relative u, the unit roundoff. A sum of n products is off by at most gamma_n times the sum of their
+absolute values. It is accumulated in float32 where the dtype is shorter. Three things are assumed
+besides:
+
+- Library functions (exp, tanh, erf, sqrt, cos, sin) are right to `_FUNCTION` units.
+- Nothing overflows or underflows.
+- No product is shortened, as TF32 does. torch.backends.cuda.matmul.allow_tf32 is off by default.
+
+Source: Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3.
 """
 
 from __future__ import annotations
@@ -51,13 +58,23 @@ from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.linalg.norms import sum_rms_max_upper
 
-_FUNCTION = 8  # units in the last place; torch documents none, float32 functions are within 4 (measured in the tests)
+# Error granted to a library function, in units of the roundoff. torch documents none. Its float32
+# functions were seen within 4 units, and tests/certificate/test_rounding.py checks that they stay
+# within these 8.
+_FUNCTION = 8
+# the unit roundoff of each dtype is 2 to the power of minus this
 _UNIT = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Unit roundoffs of stored results and of accumulation, and the length of the sequence."""
+    """The arithmetic of a forward pass.
+
+    Attributes:
+        unit: unit roundoff of stored results.
+        accumulated: unit roundoff of accumulation, at most that of float32.
+        tokens: length of the sequence.
+    """
 
     unit: Decimal
     accumulated: Decimal
@@ -72,7 +89,11 @@ class Arithmetic:
         return cls(Decimal(2) ** -_UNIT[dtype], Decimal(2) ** -max(24, _UNIT[dtype]), tokens)
 
     def sum_of(self, n: int) -> Decimal:
-        """gamma_n in the accumulator, of the absolute values that are summed."""
+        """Relative error of an accumulated sum of n products, of the sum of their absolute values.
+
+        It is gamma_(n + 2), where gamma_m = m u / (1 - m u) with the accumulator's unit u, and inf
+        from m u = 1 on.
+        """
         nu = mul(up(n + 2), self.accumulated)
         return INF if nu >= 1 else div(nu, ONE - nu)
 
@@ -83,13 +104,23 @@ class Arithmetic:
 @sharded_too
 @torch.no_grad()
 def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) -> float:
-    """Bound on the token norm of (logits computed in `dtype`) - (logits in real arithmetic), same stored weights.
+    """Bound what rounding does to the logits, in token norm.
 
-    For any sequence of at most `tokens` tokens in the certificate's ball. inf where the errors feed on
-    each other (bfloat16 and large attention logits).
+    It bounds (logits computed in `dtype`) - (logits in real arithmetic), both with the same stored
+    weights, for every sequence of at most `tokens` tokens in the certificate's ball. The bound is
+    inf where errors feed on each other, as in bfloat16 with large attention logits.
+
+    Args:
+        model: a model of a known family.
+        dtype: float64, float32, float16 or bfloat16.
+        tokens: the longest sequence.
 
     Raises:
-        UnsupportedModelError: another dtype, or a node whose rounding has no rule here.
+        UnsupportedModelError: the dtype is another one, or a node's rounding has no rule here.
+        NonFiniteError: a weight holds nan or inf.
+
+    Source:
+        Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3.
     """
     graph = build(model)
     refuse_non_finite_weights(graph.root)
@@ -102,7 +133,10 @@ def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) ->
 
 
 def _entry(graph: Graph, r: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
-    """Of what enters the first block: a sum of stored rows, of mapped ones, or of mapped patches."""
+    """Rounding error of what enters the first block.
+
+    That is a sum of stored rows, of which some may pass a linear map, or a sum with mapped patches.
+    """
     entry = graph.entry
     rows = [up(sum_rms_max_upper([t.read()])) for t in entry.tables.values()]
     error = mul(a.units(2 * len(rows)), add(*rows))
@@ -121,13 +155,18 @@ def _missing(node: Any) -> UnsupportedModelError:
     )
 
 
-# rounding(node, r, e, norms, arithmetic): bound on computed minus exact output [RMS norm of a token]. `r` bounds the exact
-# input's token norm, `e` how far the computed input is from it.
+# rounding(node, r, e, norms, arithmetic) bounds the token norm of (computed output) - (exact
+# output). Here r bounds the token norm of the exact input, and e the token norm of (computed
+# input) - (exact input).
 rounding = Analysis("rounding", _missing)
 
 
 def _carried(node: Any, r: Decimal, e: Decimal, norms: ProvenNorms) -> tuple[Decimal, Decimal]:
-    """(error in the input as it comes out, radius out for the computed input)."""
+    """What a node does to an error e of its input, without rounding of its own.
+
+    Returns:
+        The error at the output, and a bound on the token norm of the output for the computed input.
+    """
     bound = node.bound(add(r, e), norms)
     return mul(bound.lipschitz, e), bound.radius
 
@@ -137,7 +176,8 @@ def linear_rounding(
     node: Linear, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
 ) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
-    # norm2(|W|) is at most norm_F(W), so at most sigma_max times the root of the smaller side
+    # A sum of products is off by a share of abs(W) abs(x). norm2(abs(W)) is at most norm_F(W), so
+    # at most sigma_max(W) times the root of the smaller side.
     spread = root(up(min(node.d_in, node.d_out)))
     return add(carried, mul(add(mul(a.sum_of(node.d_in + 1), spread), a.units(2)), radius))
 
@@ -155,15 +195,15 @@ def activation_rounding(
     node: Activation, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
 ) -> Decimal:
     carried, _ = _carried(node, r, e, norms)
-    return add(
-        carried, mul(a.units(2 * _FUNCTION + 6), add(r, e))
-    )  # twice: a capped one computes two
+    # A capped activation computes two library functions, so their error counts twice.
+    return add(carried, mul(a.units(2 * _FUNCTION + 6), add(r, e)))
 
 
 @rounding.rule(Norm)
 def norm_rounding(node: Norm, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic) -> Decimal:
     carried, radius = _carried(node, r, e, norms)
     d = node.width
+    # The rounding of the mean passes through the norm's constant.
     centering = (
         mul(node.bound(ONE, norms).lipschitz, a.sum_of(d), add(r, e)) if node.center else ZERO
     )
@@ -217,11 +257,10 @@ def gate_rounding(node: Gate, r: Decimal, e: Decimal, norms: ProvenNorms, a: Ari
     gate = rounding(node.act, node.gate.bound(r, norms).radius, gate, norms, a)
     outer = add(r, e)
     entry = [add(mul(n.entrywise(norms), outer), largest(n.bias())) for n in (node.gate, node.up)]
-    width = root(
-        up(node.up.d_out)
-    )  # an entry is off by at most the RMS norm of all errors times this
+    # one entry is off by at most the RMS norm of all errors times this
+    width = root(up(node.up.d_out))
     moved = add(mul(gate, add(entry[1], mul(value, width))), mul(node.act.factor, entry[0], value))
-    # a cap rounds each factor a few units more, of what it is at most
+    # A cap on a factor rounds it by a few units more, relative to the factor's largest size.
     return add(moved, mul(a.units(2 * _FUNCTION + 10), add(node.bound(outer, norms).radius, moved)))
 
 
@@ -229,15 +268,19 @@ def gate_rounding(node: Gate, r: Decimal, e: Decimal, norms: ProvenNorms, a: Ari
 def attention_rounding(
     node: Attention, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
 ) -> Decimal:
-    """Per head in 2-norms: logits off by eps change every weight by at most the factor exp(2 eps)."""
+    """Rounding of attention, per head in 2-norms.
+
+    An error of at most eps in every logit changes every attention weight at most by the factor
+    exp(2 eps), up or down.
+    """
     outer, heads, width = add(r, e), node.q.heads, root(up(node.d_head))
     sizes, errors = [], []
     for p, post in ((node.q, node.q_norm), (node.k, node.k_norm), (node.v, None)):
         found, before = node.sizes(p, outer, norms, post), node.sizes(p, outer, norms, None)
         error = mul(rounding(p.linear, r, e, norms, a), root(up(p.linear.d_out)))
-        if (
-            post is not None
-        ):  # over one head, or over all of them: then one head may carry every error
+        if post is not None:
+            # The norm is over one head or over all heads. In the second case one head may carry the
+            # error of all.
             over = root(up(node.d_head * p.heads)) if node.whole_norms else width
             error = mul(
                 rounding(post, div(max(before.sizes), width), div(error, over), norms, a), over
@@ -245,7 +288,9 @@ def attention_rounding(
         largest_bias = max(p.head_biases())
         sizes.append(add(max(found.sizes), largest_bias))
         errors.append(error)
-    if node.rotary is not None:  # angles are position times frequency, cos and sin of them
+    if node.rotary is not None:
+        # An angle is position times frequency, so its error grows with the position. cos and sin of
+        # it are rounded as well.
         turn = mul(add(up(_FUNCTION + 4), up(2 * a.tokens)), max(a.unit, Decimal(2) ** -24))
         errors[0], errors[1] = (
             add(x, mul(turn, add(s, x))) for x, s in zip(errors[:2], sizes[:2], strict=True)
@@ -259,7 +304,8 @@ def attention_rounding(
         mul(a.sum_of(node.d_head), add(q, e_q), add(k, e_k)),
     )
     eps = mul(tau, add(logits, mul(a.units(_FUNCTION + 8), add(q, e_q), add(k, e_k))))
-    if node.bias is not None:  # rounded once as stored in the logits' dtype, and once in the sum
+    if node.bias is not None:
+        # The bias is rounded once when it is cast to the logits' dtype, and once in the sum.
         eps = add(eps, mul(a.units(4), largest(node.bias.weight)))
     share = add(a.sum_of(a.tokens), a.units(_FUNCTION + 4))
     factor = mul(exponential(mul(up(2), eps)), add(ONE, share))

@@ -1,4 +1,8 @@
-"""The largest difference of a logit that an attack attains between two models: a lower bound of their drift."""
+"""An attack on a drift: a search for inputs on which two models differ much in one logit.
+
+What it attains is a lower bound of the largest possible drift of a logit.
+`lip_plugin.certificate.drift.drift` proves the upper bound.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,34 @@ from torch import Tensor
 from lip_plugin.certificate.attack.ascent import in_ball, steepest
 from lip_plugin.certificate.attack.starts import d_in_of, structured
 
-_LENGTHS = (9, 1, 3)  # the first gets all restarts
-_INSIDE = 1.0 - 1e-12  # of the ball: rounding must not leave it
-_NOISE = 1e-13  # of the logits' size: what a float64 forward is off by at least
-_LR, _CORNERS = 0.3, 12
+_LENGTHS = (9, 1, 3)  # lengths of the sequence that are tried; the first gets all restarts
+_INSIDE = 1.0 - 1e-12  # share of the radius that is used, so that rounding stays in the ball
+_NOISE = 1e-13  # a float64 forward pass is off by at least this share of its logits' size
+_LR, _CORNERS = 0.3, 12  # Adam's first rate, and the number of steps to corners
 Found = tuple[float, tuple[Tensor, Tensor]]
 
 
 def largest_difference(
     pair: Any, radius: float, apart: float, restarts: int, steps: int, seed: int
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """(largest absolute difference of a logit found, the inputs X, Y [tokens, d] that attain it), float64.
+    """Search for the largest absolute difference of one logit between two models, in float64.
 
-    X and Y have token norm at most `radius`, and X - Y at most `apart`. Starts: real inputs, structured and random ones
-    (starts.py). Adam, then steps to the corner of the ball that the gradient points to. Rounding is taken off.
+    X goes into the base and Y into the tuned model. Both have token norm at most `radius`, and
+    X - Y has token norm at most `apart`. The starts are embeddings of real inputs, and the
+    structured and random ones of `lip_plugin.certificate.attack.starts`. They are ascended by Adam,
+    and then by steps to the corner of the ball that the gradient points to. What rounding may have
+    added is taken off.
+
+    Args:
+        pair: both graphs (`_Pair` of drift.py).
+        radius: bound on the token norm of X and of Y.
+        apart: bound on the token norm of X - Y.
+        restarts: number of starts that are followed to the end.
+        steps: Adam's steps of each.
+        seed: seed of the random starts.
+
+    Returns:
+        The difference, and the inputs X, Y [tokens, d] that attain it.
     """
     limits = [
         getattr(pair.base.root.config, k, None) for k in ("max_position_embeddings", "block_size")
@@ -44,7 +62,11 @@ def largest_difference(
 
 
 class _Search:
-    """Inputs X = radius in_ball(z), Y = X + apart in_ball(w), back into the ball, and the difference of the logits there."""
+    """The search at one length of the sequence.
+
+    It moves free variables z and w [n, tokens, d]. The inputs are X = radius * in_ball(z) and
+    Y = X + apart * in_ball(w), with Y brought back into the ball of `radius`.
+    """
 
     def __init__(self, pair: Any, radius: float, apart: float, seed: int) -> None:
         self.pair, self.radius, self.apart, self.seed = pair, radius, apart, seed
@@ -58,18 +80,19 @@ class _Search:
         x = in_ball(z, 1.0) * (self.radius * _INSIDE)
         if self.apart == 0:
             return x, x
-        # the way back into the ball is a projection onto a convex set that holds x: it brings y no farther from x
+        # Y is brought back into the ball by a projection onto a convex set. That set holds X, so Y
+        # comes no farther from X.
         return x, in_ball(x + in_ball(w, 1.0) * (self.apart * _INSIDE), self.radius * _INSIDE)
 
     def real(self, tokens: int) -> Found:
-        """Of inputs as the models embed them."""
+        """Differences on random inputs, as both models embed them."""
         ids = self.pair.base.entry.sample(tokens, self.generator, self.device)
         with torch.no_grad():
             x, y = (g.embed(ids, torch.float64) for g in (self.pair.base, self.pair.tuned))
             return self._attained(x, y)
 
     def starts(self, tokens: int, count: int) -> tuple[Tensor, Tensor]:
-        """(z, w) [n, tokens, d]: real rows, then structured ones."""
+        """First values of z and w [n, tokens, d]: embedded inputs, then structured ones."""
         d = d_in_of(self.pair.tuned.body)
         found = structured(
             lambda x: self.difference(x, x),
@@ -92,7 +115,10 @@ class _Search:
         return z.detach(), w
 
     def ascended(self, tokens: int, count: int, steps: int) -> Found:
-        """Short ascents of all starts, long ones of the best, corners of those."""
+        """Ascend all starts for a few steps and the best of them for `steps` steps.
+
+        Steps to corners follow.
+        """
         if self.radius == 0:
             x = torch.zeros(
                 1, tokens, d_in_of(self.pair.tuned.body), dtype=torch.float64, device=self.device
@@ -107,7 +133,11 @@ class _Search:
             return self._attained(*self.inputs(z, w))
 
     def _climb(self, z: Tensor, w: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam, with a rate falling along a cosine: (largest difference [n], where it was met)."""
+        """Ascend the largest logit difference by Adam, whose rate falls along a cosine.
+
+        Returns:
+            The largest difference of each start [n], and the z and w where it was met.
+        """
         leaves = [t.clone().requires_grad_(True) for t in (z, w)]
         optimizer = torch.optim.Adam(leaves, lr=_LR)
         best = torch.full((len(z),), -1.0, dtype=torch.float64, device=z.device)
@@ -127,7 +157,11 @@ class _Search:
         return best, kept[0], kept[1]
 
     def _corners(self, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Corners of the ball that the gradient points to, where they are better: at once the best of a linear map."""
+        """Step to the corner of the ball that the gradient points to.
+
+        The corner is kept where it is better. For a linear map the first such step reaches the best
+        input.
+        """
         best = torch.full((len(z),), -1.0, dtype=torch.float64, device=z.device)
         kept, now = [z, w], [z, w]
         for _ in range(_CORNERS):
@@ -148,15 +182,19 @@ class _Search:
         return kept[0], kept[1]
 
     def _gradients(self, sizes: Tensor, leaves: list[Tensor]) -> None:
-        """Of minus the logarithm, so that small differences are followed as large ones are."""
-        # not backward(): the model's own gradients may be in the middle of a training step
+        """Set the gradient of minus the logarithm of each size.
+
+        The logarithm makes small differences move as fast as large ones.
+        """
+        # backward() would add to the model's own gradients, which may be in the middle of a
+        # training step.
         goal = -sizes.clamp_min(1e-300).log().sum()
         found = torch.autograd.grad(goal, leaves, allow_unused=True)
         for leaf, g in zip(leaves, found, strict=True):
             leaf.grad = None if g is None else g.nan_to_num(0.0, 0.0, 0.0)
 
     def _attained(self, x: Tensor, y: Tensor) -> Found:
-        """The best of a batch, less what rounding may have added."""
+        """The largest difference of a batch, less what rounding may have added, and its inputs."""
         with torch.no_grad():
             found, size = self.difference(x, y), self.pair.tuned.body.run(y).abs().amax((-2, -1))
         largest = found.abs().amax((-2, -1))

@@ -1,7 +1,9 @@
-"""What two models have to share for a drift to be proven, and no rule looks at: rotations, masks, tables' places.
+"""A check that two models share everything that the drift's rules do not look at.
 
-Rotations are no weights: a model trained on for longer texts may have another base frequency, and with that
-turns every key otherwise, with not one weight changed.
+The rules of rules.py compare weights. Rotations, masks and the places of rows in the tables are no
+weights. For example, a model trained on for longer texts may have another base frequency of its
+rotation. It then turns every key differently although not one weight has changed. Such pairs are
+refused here.
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.errors import ConfigError
 
-_TURNS = (
-    "rope",
-    "rotary",
-    "position_embeddings",
-    "max_position",
-)  # in names of settings that turn keys
-_PLACES = (0, 1, 2, 7, 100, 1000, 4095)
+# A setting of the config whose name holds one of these may change how keys are turned.
+_TURNS = ("rope", "rotary", "position_embeddings", "max_position")
+_PLACES = (0, 1, 2, 7, 100, 1000, 4095)  # positions at which two rotations are compared
 
 
 def refuse_unlike_settings(base: Graph, tuned: Graph) -> None:
-    """Raise ConfigError, naming what differs, unless both graphs look up, mask and turn alike."""
+    """Check that two graphs look up rows, mask tokens and turn keys alike.
+
+    Raises:
+        ConfigError: they do not. The message names what differs.
+    """
     _same("the input", _entry_of(base), _entry_of(tuned))
     pairs = [[n for n in walk(g.body.nodes) if isinstance(n, Attention)] for g in (base, tuned)]
     _same("the number of attentions", *(len(found) for found in pairs))
@@ -43,19 +45,22 @@ def refuse_unlike_settings(base: Graph, tuned: Graph) -> None:
     for b, t in zip(*pairs, strict=True):
         if not all(torch.equal(x, y) for x, y in zip(_turns(b), _turns(t), strict=True)):
             raise ConfigError(
-                f"drift: {b.name} turns queries and keys otherwise in the tuned model (another base frequency, or a model "
-                "cast to another dtype, which rounds frequencies). Load both in one dtype, with one rotation."
+                f"drift: {b.name} turns queries and keys otherwise in the tuned model (another "
+                "base frequency, or a model cast to another dtype, which rounds frequencies). "
+                "Load both in one dtype, with one rotation."
             )
 
 
+# Raise ConfigError unless b equals t.
 def _same(where: str, b: Any, t: Any) -> None:
     if b != t:
         raise ConfigError(
-            f"drift: {where} is {b} in the base and {t} in the tuned model, and a drift is proven between models of one "
-            "structure. Compare a model with what it was tuned from."
+            f"drift: {where} is {b} in the base and {t} in the tuned model, and a drift is "
+            "proven between models of one structure. Compare a model with what it was tuned from."
         )
 
 
+# How the inputs become what enters the first block, without the weights of it.
 def _entry_of(graph: Graph) -> tuple:
     entry = graph.entry
     offsets = tuple((role, table.offset) for role, table in sorted(entry.tables.items()))
@@ -64,7 +69,7 @@ def _entry_of(graph: Graph) -> tuple:
 
 
 def _attention_of(a: Attention) -> tuple:
-    """All that the rule takes to be the same in both, but for weights."""
+    """Everything of an attention, besides weights, that its drift rule takes to be equal."""
     bias = None if a.bias is None else (tuple(a.bias.weight.shape), a.bias.content, a.bias.causal)
     heads = tuple((p.start, p.stop, p.heads) for p in (a.q, a.k, a.v))
     norms = tuple(type(n).__name__ for n in (a.q_norm, a.k_norm))
@@ -74,7 +79,7 @@ def _attention_of(a: Attention) -> tuple:
 
 
 def _turns(a: Attention) -> list[Tensor]:
-    """Cosines and sines at a few positions, and the frequencies they come from."""
+    """Cosines and sines at a few positions, and the frequencies that they come from."""
     if a.rotary is None:
         return []
     device = a.q.linear.weight().device

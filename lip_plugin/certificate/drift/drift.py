@@ -1,4 +1,10 @@
-"""drift(base, tuned): how far fine-tuning can have moved any logit, on any input of the ball. Proven, and attacked beside it."""
+"""drift(base, tuned): a proven bound on how far fine-tuning can have moved any logit.
+
+The bound holds for every input of a ball in token norm. An attack can be run beside it, which finds
+inputs that attain a part of the bound. Open this file for the public function and its result. The
+rule of each node is in rules.py, and the attack in attack.py. The proofs are in docs/maths.md,
+section 14.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +35,8 @@ from lip_plugin.distributed.gather import has_shards, sharded_too
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.norms import row_rms_max_upper
 
-# A merged weight W0 + s B A is computed in float64: one unit of each entry of it, and so of the difference, with room.
+# Relative rounding of a merged adapter weight W0 + s B A, and so of a difference with it, with some
+# room. It is computed in float64, which rounds each entry by one unit.
 _MERGED = Decimal("1e-15")
 
 
@@ -37,18 +44,25 @@ _MERGED = Decimal("1e-15")
 class Drift:
     """How far apart the logits of two models of one structure can be, on the same input.
 
+    If the embedding tables of the two models differ, an input is a sequence of token ids or an
+    image, and each model looks up its own rows. What is proven, and attacked, is a little more. X
+    enters the base and Y the tuned model, for any X and Y of token norm at most `radius` with a
+    token norm of X - Y of at most `embeddings`.
+
     Attributes:
-        logit_upper: proven bound on the difference of any single logit, of any token, for every input of the ball; inf
-            where nothing finite is proven.
-        logit_lower: the largest difference that an attack attained; 0 if it was not asked for.
-        norm_upper: proven bound on the token norm (RMS over the vocabulary) of the difference of the logits.
-        radius: the ball: token norm of what enters the first block, the larger one of the two models'.
-        embeddings: bound on the token norm by which what enters the first blocks differs (0 where the tables are equal).
-            The inputs are then token ids, and each model looks up its own rows. What is proven, and attacked, is a little
-            more: any X, Y of token norm at most `radius`, and X - Y at most `embeddings`, X into the base, Y into the tuned.
-        layers: (name, token norm of the streams' difference behind it) of every node.
+        logit_upper: proven bound on the difference of any single logit, at any token, for every
+            input of the ball. It is inf where nothing finite is proven.
+        logit_lower: the largest difference that an attack attained. It is 0 if no attack was asked
+            for.
+        norm_upper: proven bound on the token norm (RMS over the vocabulary) of the difference of
+            the logits.
+        radius: token norm of the ball of what enters the first block. It is the larger one of the
+            two models' radii.
+        embeddings: bound on the token norm of the difference of what enters the two first blocks.
+            It is 0 if the tables are equal.
+        layers: for every node its name, and a bound on the token norm of the difference behind it.
         assumptions: what the numbers take for granted.
-        witness: the (X, Y) that attain `logit_lower`, float64 [tokens, d] each.
+        witness: the inputs (X, Y) that attain `logit_lower`, float64 [tokens, d] each.
     """
 
     logit_upper: float
@@ -62,9 +76,12 @@ class Drift:
 
     @property
     def summary(self) -> str:
-        """One line, as print_trainable_parameters gives."""
+        """The result as one line, in the manner of peft's print_trainable_parameters."""
         found = f" (attack found {self.logit_lower:.4g})" if self.logit_lower else ""
-        return f"drift: no logit moves by more than {self.logit_upper:.4g} on token norm <= {self.radius:.4g}{found}"
+        return (
+            f"drift: no logit moves by more than {self.logit_upper:.4g} "
+            f"on token norm <= {self.radius:.4g}{found}"
+        )
 
     def __str__(self) -> str:
         width = min(max([len(name) for name, _ in self.layers] + [5]), 44)
@@ -82,25 +99,33 @@ def drift(
     steps: int = 60,
     seed: int = 0,
 ) -> Drift:
-    """Bound how far any logit differs between a model and what it was tuned to, and attack the bound.
+    """Bound how far any single logit of a tuned model can be from the base's, and attack the bound.
+
+    The inputs are those of a ball in token norm.
 
     Args:
-        base: a model of a known family; or, with `tuned` left out, one that carries peft adapters: the base is then the same
-            model without them, and the tuned one the model as it is.
-        tuned: of the same structure as `base`; weights, biases, gains and tables may differ.
+        base: a model of a known family. If `tuned` is left out, it has to carry peft adapters. The
+            base is then this model with its adapters off, and the tuned model is this model as it
+            is.
+        tuned: a model of the same structure as `base`. Weights, biases, gains and tables may
+            differ.
         attack: also look for a large difference, in float64.
-        restarts: starts of the attack that are followed for `steps` gradient steps; 0 leaves it out.
-        seed: of its random starts.
+        restarts: number of starts of the attack that are followed for `steps` steps. 0 leaves out
+            the attack.
+        steps: gradient steps of each of them.
+        seed: seed of the attack's random starts.
 
     Returns:
-        A Drift, which prints as a table; its `summary` is one line.
+        A Drift. It prints as a table, and its `summary` is one line.
 
     Raises:
-        ConfigError: models of different structure, or no adapters.
+        ConfigError: the models differ in structure, or `tuned` is left out and there are no
+            adapters.
         TrainerError: adapters are merged into the base.
-        UnsupportedModelError: a node without a rule, or two models of which one is sharded (with adapters, and no `tuned`,
-            a sharded model is gathered: every process calls this, together).
-        CertificateError: a graph does not reproduce its model. NonFiniteError: a weight holds nan or inf.
+        UnsupportedModelError: a node has no rule, or one of two given models is sharded. A sharded
+            model with adapters, and no `tuned`, is gathered. All processes then call this together.
+        CertificateError: a graph does not reproduce its model.
+        NonFiniteError: a weight holds nan or inf.
     """
     if restarts < 0 or steps < 1:
         raise ConfigError("drift: restarts must not be negative, and steps at least 1.")
@@ -128,7 +153,11 @@ def _drift(base: nn.Module, tuned: nn.Module | None, restarts: int, steps: int, 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two graphs, and the context in which each is what it stands for."""
+    """The graphs of the two models.
+
+    `as_base` gives a context in which the base is what it stands for. With adapters both graphs
+    share one model, and inside the context the adapters are off.
+    """
 
     base: Graph
     tuned: Graph
@@ -138,9 +167,9 @@ class _Pair:
     def of(cls, base: nn.Module, tuned: nn.Module | None) -> _Pair:
         if tuned is None:
             _refuse_without_adapters(base)
-            with _disabled(
-                base
-            ):  # a copy that peft trains beside a layer is another module than the layer
+            # The base's graph is built with adapters off. peft may train a copy beside a layer, and
+            # the copy is another module than the layer.
+            with _disabled(base):
                 without = build(base)
             return cls(without, build(base), lambda: _disabled(base))
         return cls(build(base), build(tuned), nullcontext)
@@ -149,12 +178,18 @@ class _Pair:
         return self.as_base()
 
     def difference(self, x: Tensor, y: Tensor) -> Tensor:
-        """tuned - base of both graphs' logits, for what enters their first blocks, y and x [n, tokens, d]."""
+        """Logits of the tuned model minus logits of the base, [n, tokens, vocabulary].
+
+        Args:
+            x: what enters the base's first block, [n, tokens, d].
+            y: what enters the tuned model's first block, [n, tokens, d].
+        """
         with self.in_base():
             base = self.base.body.run(x)
         return self.tuned.body.run(y) - base
 
 
+# The layers that carry an adapter.
 def _adapted(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
 
@@ -163,8 +198,8 @@ def _refuse_without_adapters(model: nn.Module) -> None:
     found = _adapted(model)
     if not found:
         raise ConfigError(
-            f"drift({type(model).__name__}): there are no adapters on it, so there is nothing to compare it with. Call "
-            "drift(base, tuned)."
+            f"drift({type(model).__name__}): there are no adapters on it, so there is nothing to "
+            "compare it with. Call drift(base, tuned)."
         )
     if any(getattr(m, "merged", False) for m in found):
         raise TrainerError(
@@ -174,7 +209,11 @@ def _refuse_without_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def _disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, every adapter is off; gradients' flags and active adapters are not touched."""
+    """A context in which every adapter of the model is off.
+
+    Only the flag that each layer's forward asks is changed. Active adapters, and whether weights
+    take gradients, stay as they are.
+    """
     found: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     before = [m._disable_adapters for m in found]
     try:
@@ -186,6 +225,7 @@ def _disabled(model: nn.Module) -> Iterator[None]:
             m._disable_adapters = value
 
 
+# The proven part of a drift.
 def _bound(pair: _Pair) -> Drift:
     for graph, context in ((pair.base, pair.in_base), (pair.tuned, nullcontext)):
         with context():
@@ -195,11 +235,14 @@ def _bound(pair: _Pair) -> Drift:
     with pair.in_base():
         r_b = to_float(radius_of(pair.base, "weights"))
     r_t = to_float(radius_of(pair.tuned, "weights"))
-    # the bound is for the very balls that are stated, so both are rounded up to floats first
+    # The bound is proven for the very balls that the result states. So their sizes are rounded up
+    # to floats first.
     start = up(to_float(min(_entry(pair, sides), add(up(r_b), up(r_t)))))
     refuse_unlike_settings(pair.base, pair.tuned)
     radius = max(r_b, r_t)
     at = Streams(up(radius), up(radius), start)
+    # `logit` bounds the difference of a single output. A linear map gives such a bound, an equal
+    # scale or a softcap behind it keeps one, and behind any other node there is none.
     logit, rows = INF, []
     for b, t in zip(pair.base.body.nodes, pair.tuned.body.nodes, strict=True):
         if isinstance(b, Linear):
@@ -225,13 +268,16 @@ def _bound(pair: _Pair) -> Drift:
 
 def _assumptions(start: Decimal) -> tuple[str, ...]:
     inputs = (
-        "both models read the same embeddings, of token norm at most the radius (their tables are equal)"
+        "both models read the same embeddings, of token norm at most the radius "
+        "(their tables are equal)"
         if start == 0
-        else "both models are given the same token ids or pixels, and look up rows of their own tables, which differ"
+        else "both models are given the same token ids or pixels, "
+        "and look up rows of their own tables, which differ"
     )
     return ("eval mode, real arithmetic on the weights as stored; any mask, any length", inputs)
 
 
+# Proven norms of both models' matrices, and of their differences.
 def _sides(pair: _Pair) -> Sides:
     with pair.in_base():
         base, of_base = weight_norms(pair.base), pair.base.linears()
@@ -239,13 +285,15 @@ def _sides(pair: _Pair) -> Sides:
     names = [[name for _, name, _, _ in found] for found in (of_base, of_tuned)]
     if names[0] != names[1]:
         raise ConfigError(
-            "drift: the two models have other linear maps. Compare a model with what it was tuned from."
+            "drift: the two models have other linear maps. "
+            "Compare a model with what it was tuned from."
         )
     apart, slack = [], {}
     for (role, name, module, w_b), (_, _, _, w_t) in zip(of_base, of_tuned, strict=True):
         if w_b.shape != w_t.shape:
             raise ConfigError(
-                f"drift: {name} is {tuple(w_b.shape)} in the base and {tuple(w_t.shape)} in the tuned model."
+                f"drift: {name} is {tuple(w_b.shape)} in the base "
+                f"and {tuple(w_t.shape)} in the tuned model."
             )
         difference = w_t.detach().double() - w_b.detach().double().to(w_t.device)
         apart.append((role, name, module, difference))
@@ -256,7 +304,10 @@ def _sides(pair: _Pair) -> Sides:
 
 
 def _widened(norms: ProvenNorms, slack: dict[str, Decimal]) -> ProvenNorms:
-    """ProvenNorms of differences, each larger by what computing it may have cost; rows as measured by `matrix_norms`."""
+    """Norms of differences, each made larger by what computing the difference may have cost.
+
+    Row norms are measured for those maps for which `matrix_norms` measures them.
+    """
     out = ProvenNorms()
     for name, n in norms.items():
         more = slack.get(name, ZERO)
@@ -267,7 +318,7 @@ def _widened(norms: ProvenNorms, slack: dict[str, Decimal]) -> ProvenNorms:
 
 
 def _entry(pair: _Pair, sides: Sides) -> Decimal:
-    """Token norm of the difference of what enters the first blocks."""
+    """Bound on the token norm of the difference of what enters the two first blocks."""
     b, t = pair.base.entry, pair.tuned.entry
     if set(b.tables) != set(t.tables) or (b.patches is None) != (t.patches is None):
         raise ConfigError("drift: the two models have other embedding tables.")
@@ -276,7 +327,8 @@ def _entry(pair: _Pair, sides: Sides) -> Decimal:
         mine, other = table.read(), t.tables[role].read()
         if mine.shape != other.shape:
             raise ConfigError(
-                f"drift: {table.name} is {tuple(mine.shape)} in the base, {tuple(other.shape)} in the tuned model."
+                f"drift: {table.name} is {tuple(mine.shape)} in the base, "
+                f"{tuple(other.shape)} in the tuned model."
             )
         apart[role] = rows_apart(other, mine)
     if b.token_map is not None and t.token_map is not None:
@@ -300,7 +352,11 @@ def _largest_row(table: Table) -> Decimal:
 
 
 def _before_norm(pair: _Pair) -> tuple[Decimal, Decimal]:
-    """Token norms of the sums of rows that an entry norm reads; inf where they go through a map first (the norm bounds them)."""
+    """For each model, a bound on the token norm of what the norm behind the embeddings reads.
+
+    It is a sum of rows. If some of them go through a map first, the bound is inf. The norm's own
+    rule still bounds the difference then, because a norm's output is bounded.
+    """
     entries = (pair.base.entry, pair.tuned.entry)
     mapped = any(e.token_map is not None or e.patches is not None for e in entries)
     sizes = [INF if mapped else add(*(_largest_row(t) for t in e.tables.values())) for e in entries]

@@ -1,12 +1,19 @@
-"""How far apart two models of one structure can be, node by node; proofs in docs/maths.md, section 14.
+"""The drift of each node: how far apart the outputs of two models of one structure can be.
 
-Carried along: radii r_b, r_t of the two streams, and delta, the token norm of their difference. With R the larger radius
-and eta(R) what the node itself differs by on one and the same input of the ball,
+b is a node of the base and t the same node of the tuned model. The two streams of hidden states
+have token norms at most r_b and r_t, and their difference has token norm at most delta. Let R be
+the larger radius, L the smaller Lipschitz constant of the two nodes on the ball of R, and eta a
+bound on the token norm of t(x) - b(x) over all x in that ball. Then
 
-    delta out <= min(L delta + eta(R), r_b out + r_t out),    L the smaller of the node's two Lipschitz constants on the ball
+    delta behind the node <= min(L delta + eta, r_b behind it + r_t behind it)
 
-because F_t(x_t) - F_b(x_b) = [F_t(x_t) - F_t(x_b)] + [F_t(x_b) - F_b(x_b)], or the same with b and t exchanged. Containers
-take the smaller of that (eta found by walking them with delta = 0) and of walking them with delta.
+The first entry holds because t(x_t) - b(x_b) = [t(x_t) - t(x_b)] + [t(x_b) - b(x_b)], or the same
+with b and t exchanged. The second is the triangle inequality.
+
+`step` applies this to one pair of nodes. `eta` has a rule for each node that is not a container.
+`through` has one for each container, which walks the parts of the container with delta. A
+container's own eta comes from walking its parts with delta = 0, and the smaller of the two bounds
+counts. Proofs are in docs/maths.md, section 14.
 """
 
 from __future__ import annotations
@@ -46,13 +53,15 @@ from lip_plugin.certificate.graph.nodes import (
 )
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
-# A scale is a product of a few floats, and a difference of two is exact in Decimal; a table's difference is one rounding.
+# Factor that covers the rounding of a difference. A tensor's difference in float64 is off by one
+# rounding. The difference of two scales is exact in Decimal, but each scale is a product of a few
+# floats.
 _SLIP = 1 + Decimal("1e-15")
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Proven norms of the base, of the tuned model, and of the difference of each pair of matrices."""
+    """Proven norms of the base, of the tuned model, and of the differences of their matrices."""
 
     base: ProvenNorms
     tuned: ProvenNorms
@@ -61,7 +70,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Streams:
-    """Token norms of the two streams, and of their difference."""
+    """Bounds on the token norms of the base's and the tuned stream, and of their difference."""
 
     base: Decimal
     tuned: Decimal
@@ -73,7 +82,17 @@ class Streams:
 
 
 def step(b: Any, t: Any, at: Streams, sides: Sides) -> Streams:
-    """What leaves a pair of nodes. Raises ConfigError for nodes that are not alike."""
+    """The streams behind a pair of nodes, as bounds in token norm.
+
+    Args:
+        b, t: the node in the base, and the same node in the tuned model.
+        at: the streams that enter them.
+        sides: proven norms of the matrices.
+
+    Raises:
+        ConfigError: the two nodes are not alike.
+        UnsupportedModelError: the nodes have no rule here.
+    """
     if type(b) is not type(t):
         raise _unlike(b, t)
     out_b, out_t = b.bound(at.base, sides.base).radius, t.bound(at.tuned, sides.tuned).radius
@@ -90,15 +109,15 @@ def step(b: Any, t: Any, at: Streams, sides: Sides) -> Streams:
 
 
 def _times(constant: Decimal, delta: Decimal) -> Decimal:
-    return (
-        ZERO if delta == 0 else mul(constant, delta)
-    )  # equal inputs stay equal, whatever the constant is
+    # Equal inputs stay equal, even if the constant is infinite.
+    return ZERO if delta == 0 else mul(constant, delta)
 
 
 def _unlike(b: Any, t: Any, what: str = "") -> ConfigError:
     return ConfigError(
-        f"drift: {b.name} is {what or type(b).__name__} in the base and otherwise in the tuned model; a drift is proven between "
-        "models of one structure. Compare a model with what it was fine-tuned from, retrofitted alike."
+        f"drift: {b.name} is {what or type(b).__name__} in the base and otherwise in the tuned "
+        "model; a drift is proven between models of one structure. "
+        "Compare a model with what it was fine-tuned from, retrofitted alike."
     )
 
 
@@ -108,9 +127,11 @@ def _missing(node: Any) -> UnsupportedModelError:
     )
 
 
-# through(b, t, at, sides): difference behind a container, by walking it.
+# through(b, t, at, sides) bounds the token norm of the difference behind a container, by walking
+# it.
 through = Analysis("drift through a container", _missing)
-# eta(b, t, r, sides): bound on the token norm of b(x) - t(x), for inputs x of token norm at most r.
+# eta(b, t, r, sides) bounds the token norm of b(x) - t(x) over all inputs x of token norm at most
+# r.
 eta = Analysis("drift of a node", _missing)
 
 
@@ -135,7 +156,10 @@ def parallel_through(b: Parallel, t: Any, at: Streams, sides: Sides) -> Decimal:
 
 
 def difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a - b in float64, a missing one as zero; off by one rounding at most (`_SLIP`)."""
+    """The difference a - b in float64, off by one rounding at most (`_SLIP` covers it).
+
+    A tensor that is None counts as zero. If both are None, so is the result.
+    """
     if a is None and b is None:
         return None
     x, y = (None if v is None else v.detach().double() for v in (a, b))
@@ -144,6 +168,7 @@ def difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return x - y.to(x.device)
 
 
+# RMS norm of the difference of two biases.
 def _bias(b: Any, t: Any) -> Decimal:
     return mul(rms(difference(t.bias(), b.bias())), _SLIP)
 
@@ -160,7 +185,10 @@ def scale_eta(b: Scale, t: Any, r: Decimal, sides: Sides) -> Decimal:
 
 
 def _gain(b: Norm, t: Any) -> Decimal:
-    """Largest difference of two gains; of those stored as 1 + w, each is a unit or two off."""
+    """Largest difference of two gains.
+
+    A gain that is stored as 1 + w is itself off by a unit or two, which is added.
+    """
     found = largest(difference(t.weight, b.weight))
     return (
         found
@@ -178,7 +206,8 @@ def norm_eta(b: Norm, t: Any, r: Decimal, sides: Sides) -> Decimal:
             b, t, "a norm with a gain" if b.weight is not None else "a norm without a gain"
         )
     gain = _gain(b, t)
-    # before gain and bias the normed vector has RMS norm at most 1, and at most r / sqrt(eps), r / floor
+    # Before gain and bias the normed vector has an RMS norm of at most 1, of at most r / sqrt(eps),
+    # and of at most r / floor.
     least = b.least()
     small = div(r, least) if least > 0 else ONE
     return add(mul(gain, min(ONE, small)), mul(rms(difference(t.bias, b.bias)), _SLIP))
@@ -204,16 +233,24 @@ def one_token_eta(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
         raise _unlike(b, t)
     if b.padding != t.padding:
         raise ConfigError(
-            "drift: each model predicts from the last token that is not padding, and padding has another id in the tuned model "
-            f"(pad_token_id is {b.padding} in the base and {t.padding} in the tuned model), so their logits may be about "
-            "different tokens. Give both configs the same pad_token_id."
+            "drift: each model predicts from the last token that is not padding, and padding has "
+            f"another id in the tuned model (pad_token_id is {b.padding} in the base and "
+            f"{t.padding} in the tuned model), so their logits may be about different tokens. "
+            "Give both configs the same pad_token_id."
         )
     return ZERO
 
 
 @eta.rule(Gate)
 def gate_eta(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
-    """a(G_t x) U_t x - a(G_b x) U_b x = [a(G_t x) - a(G_b x)] U_t x + a(G_b x) (U_t - U_b) x, entry by entry."""
+    """Drift of a gate a(G x) * (U x), with activation a.
+
+    Entry by entry,
+
+        a(G_t x) U_t x - a(G_b x) U_b x = [a(G_t x) - a(G_b x)] U_t x + a(G_b x) (U_t - U_b) x
+
+    Each product has at most the RMS norm of one factor times the largest entry of the other.
+    """
     if b.cap != t.cap:
         raise _unlike(b, t, f"a gate with cap {b.cap}")
     eta(b.act, t.act, r, sides)
@@ -237,7 +274,7 @@ def gate_eta(b: Gate, t: Any, r: Decimal, sides: Sides) -> Decimal:
 def _extent(
     linear: Linear, r: Decimal, norms: ProvenNorms, cap: float | None
 ) -> tuple[Decimal, Decimal]:
-    """(RMS norm, largest entry) of W x + b, behind a cap if there is one."""
+    """Bounds on the RMS norm and on the largest entry of W x + b, behind a cap if there is one."""
     size = linear.bound(r, norms).radius
     most = add(mul(linear.entrywise(norms), r), largest(linear.bias()))
     return (size, most) if cap is None else (min(size, up(cap)), min(most, up(cap)))
@@ -245,7 +282,13 @@ def _extent(
 
 @eta.rule(Attention)
 def attention_eta(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
-    """Per head, in 2-norms: values differ by d_v; logits by at most S, which moves a mixture by at most 2 V tanh(S / 2)."""
+    """Drift of attention, per head in 2-norms.
+
+    The values of the two models differ by at most d_v. Their logits differ by at most S up to a
+    shift of the row, which moves a mixture of values by at most 2 V tanh(S / 2). V is the size of
+    the values in the model where it is smaller. So the drift of a head is at most d_v + 2 V
+    tanh(S / 2).
+    """
     settings = ("tau", "d_head", "d_in", "whole_norms", "softcap", "causal", "window")
     if any(getattr(b, k) != getattr(t, k) for k in settings) or (b.rotary is None) != (
         t.rotary is None
@@ -259,7 +302,8 @@ def attention_eta(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
     tau, shifts, count = up(abs(b.tau)), _positions(b, t), range(b.q.heads)
     values = [min(x, y) for x, y in zip(sizes[0][2].sizes, sizes[1][2].sizes, strict=True)]
     options = []
-    # <q_t, k_t> - <q_b, k_b> = <q_t - q_b, k_t> + <q_b, k_t - k_b>, or with b and t exchanged
+    # <q_t, k_t> - <q_b, k_b> = <q_t - q_b, k_t> + <q_b, k_t - k_b>. The same holds with b and t
+    # exchanged, and the loop tries both.
     for q, k in ((sizes[0][0], sizes[1][1]), (sizes[1][0], sizes[0][1])):
         by_q = [mul(tau, d_q[h], k.sizes[h]) for h in count]
         by_k = [mul(tau, q.sizes[h], d_k[h]) for h in count]
@@ -267,7 +311,8 @@ def attention_eta(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
         if b.softcap is not None:
             logits = [min(x, mul(up(2), up(abs(b.softcap)))) for x in logits]
         options.append(norm2([add(d_v[h], mul(pull(logits[h]), values[h])) for h in count]))
-        # or all heads by the one query that they share: sum of norm2(q_h)^2 over heads is at most that of the whole q
+        # The second way joins all heads by the one token that their queries come from. The sum of
+        # norm2(q_h)^2 over the heads is at most the squared size of the whole q.
         shared = mul(tau, q.whole_size, max(mul(d_k[h], values[h]) for h in count))
         parts = (norm2([mul(x[h], values[h]) for h in count]) for x in (by_k, by_q, shifts))
         moved_by_k, *others = parts
@@ -276,30 +321,34 @@ def attention_eta(b: Attention, t: Any, r: Decimal, sides: Sides) -> Decimal:
 
 
 def pull(s: Decimal) -> Decimal:
-    """2 tanh(s / 2) = 2 - 4 / (e^s + 1), rounded up: at most s, and at most 2."""
+    """2 tanh(s / 2) = 2 - 4 / (e^s + 1), rounded up. It is at most s, and at most 2."""
     e = exponential(s)
     return up(2) if e.is_infinite() else min(s, add(up(2), -below(div(up(4), add(e, ONE)))))
 
 
 def _positions(b: Attention, t: Attention) -> list[Decimal]:
-    """How far each head's biases by position move a logit, up to a shift of the row: half the spread of their differences."""
+    """How far the difference of the biases by position moves each head's logits.
+
+    A shift of the whole row does not count. So this is half the spread of the differences.
+    """
     if (b.bias is None) != (t.bias is None):
         raise _unlike(b, t, "attention with other position biases")
     if b.bias is None or t.bias is None:
         return [ZERO] * b.q.heads
     apart = difference(t.bias.weight, b.bias.weight)
     assert apart is not None
-    spread = (apart.amax(1) - apart.amin(1)) / 2 + apart.abs().amax(
-        1
-    ) * 2.0**-51  # each difference was rounded
+    # The last term covers the rounding of each difference.
+    spread = (apart.amax(1) - apart.amin(1)) / 2 + apart.abs().amax(1) * 2.0**-51
     return [mul(up(x), _SLIP) for x in spread.tolist()]
 
 
 def _heads(b: Attention, t: Attention, role: str, r: Decimal, sides: Sides) -> list[Decimal]:
-    """2-norm, per query head, of what one of q, k, v differs by on the same token; turned keys and queries included.
+    """2-norm, per query head, by which q, k or v of the two models differ on the same token.
 
-    A key's bias adds the same to every logit of a row (see Attention.sizes), unless a norm or a rotation comes after it;
-    so does its difference. A value's passes the mixture unchanged, and counts in full.
+    Norms and rotations of queries and keys are included. A key's bias adds the same to every logit
+    of a row, unless a norm or a rotation comes after it (see Attention.sizes). The same is true of
+    a difference of key biases, so it is left out then. A value's bias passes the mixture unchanged,
+    so its difference counts in full.
     """
     p, pt = getattr(b, role), getattr(t, role)
     posts = (getattr(b, f"{role}_norm", None), getattr(t, f"{role}_norm", None))
@@ -331,7 +380,10 @@ def _heads(b: Attention, t: Attention, role: str, r: Decimal, sides: Sides) -> l
 def _normed(
     b: Attention, t: Attention, role: str, moved: list[Decimal], r: Decimal, sides: Sides
 ) -> list[Decimal]:
-    """The differences behind the norms of q or k, each head's or the whole vector's."""
+    """The differences of q or k behind their norms.
+
+    A norm is over each head, or over the whole vector of all heads.
+    """
     p, pt = getattr(b, role), getattr(t, role)
     posts = (getattr(b, f"{role}_norm"), getattr(t, f"{role}_norm"))
     before_b, before_t = b.sizes(p, r, sides.base, None), t.sizes(pt, r, sides.tuned, None)
@@ -339,9 +391,8 @@ def _normed(
     if b.whole_norms:
         full = root(up(b.d_head * p.heads))
         radii = [div(norm2(s.sizes[::group]), below(full)) for s in (before_b, before_t)]
-        extra = [
-            div(norm2(x.head_biases()), below(full)) for x in (p, pt)
-        ]  # sizes leave out what is unseen without a norm
+        # A key's bias is not in its size without a norm, but the norm reads it.
+        extra = [div(norm2(x.head_biases()), below(full)) for x in (p, pt)]
         at = Streams(
             add(radii[0], extra[0]), add(radii[1], extra[1]), div(norm2(moved), below(full))
         )
@@ -357,7 +408,15 @@ def _normed(
 
 
 def logit_step(b: Linear, t: Linear, at: Streams, sides: Sides) -> Decimal:
-    """Largest difference of a single output of two linear maps: the last one's, so of a logit."""
+    """Largest difference of a single output of two linear maps.
+
+    It is used for the last map, whose single outputs are logits.
+
+    Args:
+        b, t: the map in the base, and the same map in the tuned model.
+        at: token norms of the streams that enter them.
+        sides: proven norms of the matrices.
+    """
     big, width = at.radius, root(up(b.d_in))
     rows = min(sides.base[b.name].row, sides.tuned[t.name].row)
     own = add(

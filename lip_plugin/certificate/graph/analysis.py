@@ -1,14 +1,18 @@
-"""A table of rules, one for each kind of node: how an analysis of a graph finds the rule for a node.
+"""`Analysis`: a table of rules, one for each kind of node of a graph.
+
+The rules of the certificate itself are methods of the nodes (`Node.bound`). Every other analysis of
+the graph (certified radius, drift, rounding, reach of activations) keeps its rules in such a table:
 
     move = Analysis("local movement", missing)
 
     @move.rule(Linear)
     def linear_movement(node, x, ...): ...
 
-    move(node, x, ...)
+    move(node, x, ...)  # applies the rule of the node's class
 
-A rule is found by the very class of a node. A new kind of node inherits nothing from the class that it extends: it gets a
-rule of its own, or is refused by name. tests/certificate/test_node_coverage.py asks every node for every analysis.
+A rule is found by the exact class of a node. A new kind of node inherits no rule from the class
+that it extends, because that rule may not be proven for it. It needs a rule of its own; otherwise
+it is refused by name. tests/certificate/test_node_coverage.py asks every node for every analysis.
 """
 
 from __future__ import annotations
@@ -20,11 +24,11 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 class Analysis:
-    """Rules by the class of a node; calling it applies the rule of its first argument.
+    """Rules by the class of a node. A call applies the rule of the node that is passed first.
 
     Args:
-        name: what it computes, for people.
-        missing: the error for a node without a rule.
+        name: what the analysis computes, for messages.
+        missing: makes the error to raise for a node without a rule.
     """
 
     def __init__(self, name: str, missing: Callable[[Any], Exception]) -> None:
@@ -32,7 +36,10 @@ class Analysis:
         self._rules: dict[type, Callable[..., Any]] = {}
 
     def rule(self, *kinds: type) -> Callable[[Rule], Rule]:
-        """Make the decorated function the rule of these kinds of nodes."""
+        """A decorator that makes a function the rule of these kinds of nodes.
+
+        Raises TypeError if a kind has a rule already.
+        """
 
         def register(function: Rule) -> Rule:
             for kind in kinds:

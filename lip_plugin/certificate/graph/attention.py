@@ -1,17 +1,24 @@
-"""Multi-head softmax attention, before its output map: run and bound.
+"""The node `Attention`: multi-head softmax attention, without its output map.
 
-In 2-norms, for one head, with Q, K, V bounds on the size of q, k, v (biases that softmax cannot see
-left out of K and V) and D_q, D_k, D_v their Lipschitz constants:
+The node runs attention and bounds it. Its rule starts from how fast the output of one head moves,
+in 2-norms. Let Q, K and V bound the sizes of q, k and v, where biases that softmax cannot see are
+left out of K and V. Let D_q, D_k and D_v be their Lipschitz constants. The output moves for three
+reasons:
 
-    values move    D_v           a convex mixture of D_v-Lipschitz maps
-    keys move      tau Q D_k V   moving the weights changes the output by a covariance of logits and
-    queries move   tau D_q K V   values, at most the logits' deviation times the values'
+    values move    D_v           the output is a convex mixture of D_v-Lipschitz maps
+    keys move      tau Q D_k V   when logits move, the output moves by a covariance of logits and
+    queries move   tau D_q K V   values, which is at most the product of their standard deviations
 
-Values and keys move with the same tokens, and their effects are uncorrelated over the mixture, so
-they add as squares, unless a rotation or a norm treats each token's key differently. Heads are
-joined two ways and the smaller is taken, term by term: each head with its own norms, or the query's
-movement (or size) spread over the heads: its 2-norm over all heads is at most that of the whole q.
-Proofs: docs/maths.md.
+Values and keys move with the same tokens, and their effects are uncorrelated over the mixture. So
+they add as squares. This is not so where a rotation or a norm treats the keys of different tokens
+differently; then they add plainly.
+
+Heads are joined in two ways, and the smaller bound is taken. The first way joins whole heads, each
+with its own norms. The second way joins the heads term by term. For a term with the query, it may
+use that one token's query serves all heads: the 2-norm of its movement (or its size) over all heads
+together is at most that of the whole q.
+
+The proofs are in docs/maths.md, section 5.
 """
 
 from __future__ import annotations
@@ -32,34 +39,43 @@ from lip_plugin.model.position import OffsetBias
 
 
 class Rotary:
-    """A library's rotation, asked for the kind of one layer; pairs of the first `width` coordinates turn.
+    """A library's rotation by position, as one layer uses it.
 
-    What it computes is an isometry times `scale` on these, and nothing on the others.
+    It turns pairs of the first `width` coordinates of a head, and multiplies these coordinates by
+    `scale`. It leaves the others as they are.
+
+    Args:
+        module: the library's module, which gives cos and sin.
+        layer_type: what the module is asked with, where layers of one model rotate differently.
+            None where all layers rotate alike.
     """
 
     def __init__(self, module: Any, layer_type: str | None) -> None:
         self.module, self.layer_type = module, layer_type
 
     def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [batch, tokens, width]."""
+        """cos and sin, each [batch, tokens, width]."""
         if self.layer_type is None:
             return self.module(x, positions)
         return self.module(x, positions, self.layer_type)
 
     @property
     def scale(self) -> float:
-        """What yarn and longrope multiply cos and sin with; 1 for all others."""
+        """The factor that yarn and longrope put on cos and sin. It is 1 for all other kinds."""
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
         return float(getattr(self.module, f"{prefix}attention_scaling", 1.0))
 
     @property
     def attention_scaling(self) -> float:
-        """Bound on the factor of any coordinate: those that are not turned keep theirs."""
+        """Bound on the factor of any coordinate. One that is not turned has the factor 1."""
         return max(1.0, abs(self.scale))
 
 
 def attentions(nodes: Sequence[Node]) -> Iterator[tuple[Node, Attention]]:
-    """(what is in front of it in its branch, attention) of every layer, in running order."""
+    """Every attention among residual and parallel nodes, in running order.
+
+    Each is given as (the node in front of it in its branch, the attention).
+    """
     for chain in (branch for node in nodes for branch in node.added()):
         for before, after in zip(chain.nodes, chain.nodes[1:], strict=False):
             first = after.nodes[0] if isinstance(after, Chain) else after
@@ -69,7 +85,13 @@ def attentions(nodes: Sequence[Node]) -> Iterator[tuple[Node, Attention]]:
 
 @dataclass
 class HeadRows:
-    """One of q, k, v: the rows [start, stop) of a linear map, cut into heads of equal size."""
+    """One of q, k, v: the rows [start, stop) of a linear map, cut into heads of equal size.
+
+    Attributes:
+        role: "q", "k" or "v".
+        linear: the linear map. A fused one also has the rows of the other two.
+        heads: the number of heads.
+    """
 
     role: str
     linear: Linear
@@ -82,7 +104,7 @@ class HeadRows:
         return None if bias is None else bias[self.start : self.stop]
 
     def head_biases(self) -> list[Decimal]:
-        """2-norms of each head's bias."""
+        """Bounds on the norm2 of each head's bias."""
         bias = self.bias()
         if bias is None:
             return [Decimal(0)] * self.heads
@@ -92,13 +114,22 @@ class HeadRows:
 
 @dataclass
 class Attention(Node):
-    """softmax(tau q k^T + mask) v for all heads, concatenated; q and k may be normed and rotated.
+    """softmax(tau q k^T + mask) v for all heads, concatenated. q and k may be normed and rotated.
 
     Attributes:
-        whole_norms: the norms of q and k are over all heads together, not over each.
-        softcap: c of c tanh(logit / c), for turned keys only; None for none.
-        causal, window: which tokens a query sees in `run`; no bound depends on it.
-        bias: what position adds to the logits, in `run`; no Lipschitz constant depends on it. tau is 0 if it is all.
+        q, k, v: the rows of the linear maps. k and v may have fewer heads than q; then each of
+            their heads serves a group of query heads.
+        tau: the factor on the logits.
+        d_head: the width of a head.
+        d_in: the width of the input.
+        q_norm, k_norm: the norm slots behind q and k, or None.
+        rotary: the rotation of q and k, or None.
+        whole_norms: whether the norms of q and k are over all heads together, and not over each.
+        softcap: c, if the logits become c tanh(logit / c), else None. It is there only with a
+            rotation, because the rule with a softcap is proven for turned keys only.
+        causal, window: which tokens a query sees in `run`. No bound depends on it.
+        bias: what position adds to the logits in `run`. No Lipschitz constant depends on it. If the
+            logits are nothing but this bias, tau is 0.
     """
 
     name: str
@@ -143,7 +174,7 @@ class Attention(Node):
         return (weights @ v).transpose(-3, -2).flatten(-2)
 
     def biased(self, logits: Tensor) -> Tensor:
-        """The logits [..., heads, tokens, tokens] with what position adds."""
+        """The logits [..., heads, tokens, tokens], with the bias by position added."""
         if self.bias is None:
             return logits
         positions = torch.arange(logits.shape[-1], device=logits.device)
@@ -154,7 +185,7 @@ class Attention(Node):
         return q, k if self.k_norm is None else self.k_norm.run(k)
 
     def _hidden(self, logits: Tensor) -> Tensor:
-        """Which keys each query does not see [tokens, tokens]."""
+        """For each query, the keys that it does not see, as booleans [tokens, tokens]."""
         everything = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
         hidden = everything.triu(1) if self.causal else ~everything
         return hidden if self.window is None else hidden | everything.tril(-self.window)
@@ -162,19 +193,31 @@ class Attention(Node):
     def sizes(
         self, p: HeadRows, r: Decimal, norms: ProvenNorms, post: Norm | Scale | None
     ) -> _Sizes:
-        """2-norm bounds on one of q, k, v at input token norm r, each kv head repeated for its group."""
+        """Bound q, k or v in 2-norms, for inputs of token norm at most r.
+
+        Args:
+            p: q, k or v.
+            r: bound on the token norm of the input.
+            norms: proven norms of the weights.
+            post: the norm slot behind q or k, or None.
+
+        Returns:
+            Bounds for each query head. A head of k or v is repeated for its group.
+        """
         table, width = norms[p.linear.name], root(up(self.d_head))
         radius = mul(root(up(self.d_in)), r)
         turned = self.rotary is not None and p.role != "v"
         # A key's bias adds the same to every logit of a row, unless a norm or a rotation comes
-        # after it, and a value's bias passes any mixture unchanged: neither moves what is bounded.
+        # after it, and softmax does not see that. A value's bias passes any mixture unchanged.
+        # Neither changes how fast the output moves, so both are left out.
         seen = p.role == "q" or post is not None or turned
         biases = p.head_biases() if seen else [ZERO] * p.heads
         constants = list(table.heads[p.role])
         sizes = [add(mul(s, radius), b) for s, b in zip(constants, biases, strict=True)]
         whole = table.whole[p.role]
         whole_size = min(add(mul(whole, radius), norm2(biases)), norm2(sizes))
-        if post is not None and self.whole_norms:  # every head is part of one normed vector
+        if post is not None and self.whole_norms:
+            # Each head is a part of one normed vector, so the bounds of the whole hold for it.
             full = root(up(self.d_head * p.heads))
             b = post.bound(div(whole_size, below(full)), norms)
             whole, whole_size = mul(whole, b.lipschitz), mul(b.radius, full)
@@ -197,7 +240,11 @@ class Attention(Node):
         )
 
     def tau_upper(self) -> Decimal:
-        """The factor on q.k, everything but the linear maps included; kept norms on q and k left out."""
+        """Bound on the factor between the logits and the q.k of the bare linear maps.
+
+        It includes tau, the rotation's factor, and constants in the norm slots of q and k. It does
+        not include kept norms there.
+        """
         factors = [n.scale for n in (self.q_norm, self.k_norm) if isinstance(n, Scale)]
         turned = float(getattr(self.rotary, "attention_scaling", 1.0))
         return mul(*(up(abs(f)) for f in (self.tau, turned, turned, *factors)))
@@ -211,7 +258,8 @@ class Attention(Node):
         key_moves = [mul(tau, q.sizes[h], k.constants[h], v.sizes[h]) for h in heads]
         joint_query = mul(tau, q.whole, max(mul(k.sizes[h], v.sizes[h]) for h in heads))
         joint_key = mul(tau, q.whole_size, max(mul(k.constants[h], v.sizes[h]) for h in heads))
-        # uncorrelated only if every token's key comes from its input by the same linear map
+        # Values and keys add as squares only if each token's key comes from its input by the same
+        # linear map. Otherwise they add plainly.
         join = norm2 if self.rotary is None and not isinstance(self.k_norm, Norm) else _sum
         together = norm2(
             [add(join([v.constants[h], key_moves[h]]), query_moves[h]) for h in heads],
@@ -220,7 +268,8 @@ class Attention(Node):
             join([norm2(v.constants), min(norm2(key_moves), joint_key)]),
             min(norm2(query_moves), joint_query),
         )
-        # 2-norm to 2-norm so far; as RMS norms, times sqrt(d_in / (heads d_head))
+        # So far the constants are between 2-norms. Between RMS norms they are this factor times
+        # that, with d_out = heads d_head.
         factor = root(div(up(self.d_in), up(self.q.heads * self.d_head)))
         group = self.q.heads // self.v.heads
         biases = [b for b in self.v.head_biases() for _ in range(group)]
@@ -229,7 +278,10 @@ class Attention(Node):
         return Bound(radius, mul(min(apart, together), factor))
 
     def logit_bound(self, r: Decimal, norms: ProvenNorms) -> Decimal:
-        """B such that all logits of every row lie, up to a common shift, in [-B, B], biases by position included."""
+        """A number B such that all logits of a row lie in [-B, B], up to a shift common to the row.
+
+        Biases by position are included. The bound holds for inputs of token norm at most r.
+        """
         q = self.sizes(self.q, r, norms, self.q_norm)
         k = self.sizes(self.k, r, norms, self.k_norm)
         content = mul(
@@ -240,7 +292,14 @@ class Attention(Node):
 
 @dataclass(frozen=True)
 class _Sizes:
-    """2-norm bounds of q, k or v: per query head, and over all heads of one token together."""
+    """2-norm bounds of q, k or v at one token.
+
+    Attributes:
+        constants: the Lipschitz constant of each query head.
+        sizes: the size of each query head.
+        whole: the Lipschitz constant of all heads together.
+        whole_size: the size of all heads together.
+    """
 
     constants: list[Decimal]
     sizes: list[Decimal]
@@ -253,7 +312,7 @@ def _sum(values: list[Decimal]) -> Decimal:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, halves convention: pairs (x_i, x_(i + w/2)) of the first w coordinates turned."""
+    """Turn the pairs (x_i, x_(i + w/2)) of the first w coordinates, and keep the others."""
     cos, sin = cos.to(x.dtype).unsqueeze(-3), sin.to(x.dtype).unsqueeze(-3)
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     a, b = turned.chunk(2, dim=-1)
@@ -262,11 +321,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def smallest_entropy_lower(logit_bound: float, visible: int) -> float:
-    """Proven lower bound, in nats, on the entropy of softmax over `visible` logits in [-B, B].
+    """Proven lower bound on the entropy of softmax over logits in [-B, B].
 
-    Along one logit the entropy rises to the mean of the others and then falls, so the minimum lies
-    at a vertex of the cube: some m logits at B, the others at -B. All m are tried; m = 1 is not
-    always the worst (for small B, half of them is).
+    As one logit grows, the entropy rises until the logit is at the softmax mean of the others, and
+    falls from there. So the minimum is at a vertex of the cube, where some number m of the logits
+    are at B and the others at -B. All m are tried, because m = 1 is not always the worst. For small
+    B the worst m is half of the logits. The proof is in docs/maths.md, section 6.
+
+    Args:
+        logit_bound: B.
+        visible: the number of logits.
+
+    Returns:
+        The bound in nats.
     """
     if visible <= 1:
         return 0.0
@@ -275,7 +342,8 @@ def smallest_entropy_lower(logit_bound: float, visible: int) -> float:
     log_z = torch.log(m) + torch.log1p(
         (visible - m) / m * torch.exp(torch.tensor(-gap, dtype=torch.float64))
     )
-    low = torch.exp(-gap - log_z) * (visible - m)  # weight of all the low logits together
+    low = torch.exp(-gap - log_z) * (visible - m)  # softmax weight of all low logits together
     entropy = log_z + low * gap
-    # rounding of a handful of float64 operations on numbers below log(visible) + 1
+    # Taken off for the rounding of a handful of float64 operations on numbers below
+    # log(visible) + 1.
     return max(0.0, float(entropy.amin()) - 1e-12 * (1.0 + float(entropy.amin())))

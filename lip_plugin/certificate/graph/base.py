@@ -1,4 +1,8 @@
-"""What every node of the graph speaks: bounds, proven norms of matrices, and what is seen while the graph runs."""
+"""The words that all nodes of the graph share.
+
+`Node` is the base class of all nodes. `Bound` is what a node's rule gives. `ProvenNorms` is what a
+rule reads about the weights. `Watch` collects facts while a graph runs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,13 @@ from lip_plugin.linalg.norms import row_rms_max_upper
 
 @dataclass(frozen=True)
 class Bound:
-    """On the ball of the input: token norm of the output, and Lipschitz constant, both from above."""
+    """What a rule proves about a node on a ball of inputs, in token norm.
+
+    Attributes:
+        radius: upper bound of the token norm of the output.
+        lipschitz: upper bound of the Lipschitz constant on that ball, from token norm to token
+            norm.
+    """
 
     radius: Decimal
     lipschitz: Decimal
@@ -24,10 +34,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class LinearNorms:
-    """Proven upper bounds on one matrix: sigma_max, largest row 2-norm, sigma_max of each part by role.
+    """Proven upper bounds of the norms of one matrix, in 2-norms.
 
-    `whole[role]` bounds sigma_max of the rows of q, k or v together, `heads[role]` of each head's rows, `pairs`
-    the norm2 of the difference of any two rows (asked for of the head only).
+    Attributes:
+        sigma: of sigma_max of the whole matrix.
+        row: of the largest norm2 of a row.
+        whole: `whole[role]`, of sigma_max of all rows of q, k or v together.
+        heads: `heads[role]`, of sigma_max of the rows of each head of q, k or v.
+        pairs: of norm2 of the difference of any two rows. Only the model's head is asked for it.
     """
 
     sigma: Decimal
@@ -38,7 +52,12 @@ class LinearNorms:
 
 
 class ProvenNorms(dict[str, LinearNorms]):
-    """LinearNorms by the name of the linear map; in `joint`, what a node measured of several maps together."""
+    """LinearNorms by the name of the linear map.
+
+    Attributes:
+        joint: norms of several maps together, by the name of the node that measured them (see
+            joint_bounds.py).
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -51,11 +70,17 @@ class ProvenNorms(dict[str, LinearNorms]):
 
 
 class Watch:
-    """Collects, while a graph runs, the largest absolute activation and the attention's entropies."""
+    """Collects facts while a graph runs.
+
+    Attributes:
+        largest_activation: the largest absolute value of an activation.
+        smallest_entropy: the smallest entropy of an attention row, in nats. Only the last row of
+            each head is looked at.
+    """
 
     def __init__(self) -> None:
         self.largest_activation = 0.0
-        self.smallest_entropy = float("inf")  # nats, over the last row of every head
+        self.smallest_entropy = float("inf")
 
     def activation(self, x: Tensor) -> None:
         self.largest_activation = max(self.largest_activation, float(x.detach().abs().amax()))
@@ -67,11 +92,14 @@ class Watch:
 
 
 class Node:
-    """One step of the graph, which runs and bounds.
+    """One step of the graph.
 
-    `run(x)` computes what the model computes, on x [batch, tokens, d] in x's own dtype. `bound(r)` gives, for inputs of
-    token norm (largest RMS norm of a token) at most r, a bound on the output's token norm and on the Lipschitz
-    constant between token norms on that ball.
+    `run(x)` computes what the model computes there, on x [batch, tokens, d], in the dtype of x. A
+    `Watch` that is passed sees the activations.
+
+    `bound(r, norms)` is the node's rule. It is about all inputs of token norm at most r, where the
+    token norm is the largest RMS norm of a token. It bounds the token norm of the output on that
+    ball, and the Lipschitz constant on it from token norm to token norm.
     """
 
     name: str
@@ -87,19 +115,19 @@ class Node:
         return ()
 
     def added(self) -> Sequence[Node]:
-        """The chains inside whose outputs are added to the node's input; none for most nodes."""
+        """The chains inside whose outputs are added to the node's input. Most nodes have none."""
         return ()
 
 
 def rms(bias: Tensor | None) -> Decimal:
-    """RMS norm of a bias, rounded up; 0 without one."""
+    """RMS norm of a bias, rounded up. It is 0 if there is no bias."""
     if bias is None or bias.numel() == 0:
         return Decimal(0)
     return up(float(row_rms_max_upper(bias.detach().reshape(1, -1))))
 
 
 def largest(values: Tensor | None) -> Decimal:
-    """Largest absolute entry, exact; 0 for none."""
+    """Largest absolute entry, exact. It is 0 if there are no values."""
     if values is None or values.numel() == 0:
         return Decimal(0)
     return up(float(values.detach().double().abs().amax()))

@@ -1,4 +1,8 @@
-"""model -> graph: an executable copy of its structure, which shares its weights."""
+"""`build(model)`: the graph of a model, which copies its structure and shares its weights.
+
+The family's `Architecture` says which module has which role. This file makes a node, or several,
+for each of them. Everything in a model that no rule covers is refused here by name.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +54,19 @@ from lip_plugin.surgery.state import find_retrofit, is_retrofitted
 
 @dataclass
 class Graph:
-    """A model as nodes: `entry` from its inputs to the first block, `body` from there to the logits.
+    """A model as nodes. `entry` leads from its inputs to the first block, `body` on to the logits.
 
     Attributes:
-        subject: what the user passed, as far as one process may run it (see lip_plugin/model/wrappers.py).
-        root: the model of a known family inside it.
+        subject: what the user passed, or the outermost part of it that one process may run (see
+            lip_plugin/model/wrappers.py). The comparison runs this.
+        root: the model of a known family inside `subject`.
+        family: the family of `root`.
+        parts: the full names of the modules of `root`, by their roles.
+        entry: the map from the inputs to what enters the first block.
         blocks: the nodes of each layer.
         readout: the nodes behind the last layer.
-        only: restricts `linears` (so what is measured) to linear modules of these names: a layer at a time.
+        only: if it is given, `linears` lists only the linear modules of these names. This lets a
+            caller measure one layer at a time.
     """
 
     subject: nn.Module
@@ -76,15 +85,19 @@ class Graph:
 
     @property
     def patches(self) -> Linear | None:
-        """Image models: the patch convolution as a matrix, d_in = channels * p * p; else None.
+        """The patch convolution as a matrix with d_in = channels * p * p. None for token models.
 
-        A change of an image by eps in 2-norm changes what enters the first block by at most
-        sigma_max(matrix) * eps in 2-norm over all tokens together, so in each of them: patches do not overlap.
+        If an image changes by eps in 2-norm, then what enters the first block changes by at most
+        sigma_max(matrix) * eps in 2-norm over all tokens together, because patches do not overlap.
+        So the change of each single token is at most that, too.
         """
         return self.entry.patches
 
     def embed(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """What enters the first block for token ids [batch, tokens], or pixels [batch, channels, h, w]."""
+        """What enters the first block, [batch, tokens, d], computed in `dtype`.
+
+        The inputs are token ids [batch, tokens], or pixels [batch, channels, height, width].
+        """
         return self.entry.run(inputs, dtype)
 
     def tables(self) -> list[str]:
@@ -92,10 +105,11 @@ class Graph:
         return [table.name for table in self.entry.tables.values()]
 
     def linears(self) -> list[tuple[str, str, nn.Module, Tensor]]:
-        """(role, name of the node, plain base module, effective weight) of every linear map.
+        """Every linear map as (role, name of its node, plain base module, effective weight).
 
-        The weight is stored as the module's is ([d_in, d_out] for a Conv1D), but a convolution's as a
-        matrix, and rows of q, k and v in that order; a fused gate and up are two maps.
+        The weight is stored as the module's own is, so it is [d_in, d_out] for a Conv1D. There are
+        three exceptions. A convolution's weight is given as a matrix. The rows of a fused q, k and
+        v are given in that order. A fused gate and up are two maps.
         """
         found = []
         for role, name in self.parts.linears():
@@ -111,9 +125,15 @@ class Graph:
 
 
 def build(model: nn.Module) -> Graph:
-    """The graph of a model of a known family, retrofitted or not; known wrappers are looked through.
+    """Make the graph of a model of a known family, retrofitted or not.
 
-    Raises UnsupportedModelError naming a module without a proven rule, or a wrapper that is not known.
+    Wrappers that are known are looked through.
+
+    Args:
+        model: the object that a certificate is asked for.
+
+    Raises:
+        UnsupportedModelError: a module has no proven rule, or a wrapper is not known. It is named.
     """
     subject, root = unwrap(model, is_retrofitted)
     family = find_family(root)
@@ -126,7 +146,11 @@ def build(model: nn.Module) -> Graph:
 
 
 def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
-    """One layer: its two branches and the norms behind their sums, or both branches at once."""
+    """The nodes of one layer.
+
+    They are its two branches, one after the other, each with the norm behind its sum if there is
+    one. In a family with parallel branches they are one node for both.
+    """
     chains = [_attention_branch(root, names, layer), _mlp_branch(root, names, layer)]
     if names.architecture.parallel:
         yield Parallel(layer.name, chains)
@@ -139,11 +163,11 @@ def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
             yield _slot(root, branch.sum_norm)
 
 
-_ONE_TOKEN = {"first": 0, "last": -1}
+_ONE_TOKEN = {"first": 0, "last": -1}  # index of the token that a classifier keeps
 
 
 def _readout(root: nn.Module, names: Parts) -> list[Node]:
-    """From the last block to the logits."""
+    """The nodes from the last block to the logits."""
     architecture, config = names.architecture, _config(root)
     nodes: list[Node] = []
     if architecture.final_norm:
@@ -178,15 +202,15 @@ def _config(root: nn.Module) -> Any:
 
 
 def _padding(root: nn.Module, architecture: Architecture) -> int | None:
-    """The token id that the forward treats as padding by its value; None if there is none."""
+    """The token id that the forward treats as padding by its value, or None."""
     return attrgetter(architecture.padding)(root) if architecture.padding else None
 
 
 def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
-    """What the forward multiplies the token rows with; 1 without a multiplier.
+    """What the forward multiplies the token rows with. It is 1 if there is no multiplier.
 
-    A buffer is rounded to the table's dtype, as the forward does; on the meta device it has no value, and
-    the float that a load fills it from has.
+    A multiplier that is a buffer is rounded to the table's dtype, as the forward does. On the meta
+    device a buffer has no value. Then the float that it is filled from on loading is taken.
     """
     for path in architecture.embedding_scale:
         owner, _, attribute = path.rpartition(".")
@@ -201,6 +225,7 @@ def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
     return 1.0
 
 
+# The map from the model's inputs to what enters the first block.
 def _entry(root: nn.Module, names: Parts) -> Entry:
     architecture, config = names.architecture, _config(root)
     scale = _embedding_scale(root, architecture)
@@ -231,18 +256,22 @@ def _entry(root: nn.Module, names: Parts) -> Entry:
 
 
 def _known_table(root: nn.Module, name: str) -> Any:
-    """A table whose lookup we know; raises UnsupportedModelError for what an adapter or another wrapper made of it."""
+    """A table of rows, if it is looked up as an embedding is.
+
+    Raises UnsupportedModelError if an adapter or another wrapper stands in its place.
+    """
     table = table_of(root, name)
     if isinstance(table, RowParameter) or is_embedding(table):
         return table
     raise UnsupportedModelError(
-        f"{name} is {type(table).__module__}.{type(table).__name__}: what it looks up has no proven rule here. Merge "
-        "adapters (merge_and_unload), or leave the embedding out of their target_modules."
+        f"{name} is {type(table).__module__}.{type(table).__name__}: what it looks up has no "
+        "proven rule here. Merge adapters (merge_and_unload), or leave the embedding out of their "
+        "target_modules."
     )
 
 
 def _slot(root: nn.Module, name: str) -> Node:
-    """The node of a norm slot: the constant it became, or the norm, with its floor if it has one."""
+    """The node of a norm slot: a constant if the norm was removed, else the norm."""
     module: Any = root.get_submodule(name)
     if isinstance(module, ConstantScale):
         return Scale(name, module.scale)
@@ -250,7 +279,8 @@ def _slot(root: nn.Module, name: str) -> Node:
     weight: Any = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
     if facts.one_plus:
-        # the gain in float64, away from zero by one unit, as 1 + w may round
+        # 1 + w may be rounded towards zero. So it is formed in float64 and moved away from zero by
+        # one unit.
         gain = 1.0 + weight.detach().double()
         weight = gain + gain * 2**-52
     floor = module.floor if isinstance(module, Floored) else 0.0
@@ -260,13 +290,14 @@ def _slot(root: nn.Module, name: str) -> Node:
 def _branch(
     root: nn.Module, names: Parts, layer: LayerParts, branch: BranchParts, nodes: list[Node]
 ) -> Chain:
-    """What is in front of f, f itself, and what is multiplied with it before it is added."""
+    """One branch: the slot in front of f, the nodes of f, and the factors on its output."""
     before = (
         _slot(root, branch.norm)
         if branch.norm
         else Scale(branch.module, input_scale(root.get_submodule(branch.module)))
     )
     chain = [before, *nodes]
+    # If the factor sits on the activation's output (OPT), it is among the nodes of f already.
     if branch.scale != branch.act:
         chain.append(Scale(branch.scale, branch_scale(root.get_submodule(branch.scale))))
     if branch.branch_norm:
@@ -281,7 +312,7 @@ def _branch(
 def _projections(
     root: nn.Module, names: Parts, branch: BranchParts, d_head: int
 ) -> dict[str, HeadRows]:
-    """q, k and v: rows of one fused map, or each of its own."""
+    """q, k and v by role. Each is a linear map of its own, or some rows of a fused one."""
     heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
     if "qkv" not in branch.linears:
         maps = {role: linear_of(root, role, branch.linears[role]) for role in heads}
@@ -294,6 +325,7 @@ def _projections(
     return found
 
 
+# The branch of a layer that holds attention and its output map.
 def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
     described, branch = names.architecture.attention, layer.attention
     module: Any = root.get_submodule(branch.module)
@@ -305,7 +337,7 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
         tau = float(getattr(owner, attribute))
     bias = position_bias(module)
     if bias is not None and not bias.content:
-        tau = 0.0
+        tau = 0.0  # attention by position alone, without q.k
     softcap = getattr(module, described.softcap) if described.softcap else None
     if softcap is not None and not names.rotary:
         raise UnsupportedModelError(
@@ -340,7 +372,10 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
 
 
 def _window(root: nn.Module, module: nn.Module) -> int | None:
-    """How many tokens back a query sees: the layer's own, or the model's, sliding window."""
+    """The sliding window of the layer, or else of the model: how many tokens a query sees.
+
+    None if there is no window.
+    """
     config = _config(root)
     window = getattr(
         module if hasattr(module, "sliding_window") else config, "sliding_window", None
@@ -349,7 +384,7 @@ def _window(root: nn.Module, module: nn.Module) -> int | None:
 
 
 def _activation(root: nn.Module, name: str) -> list[Node]:
-    """The activation, and the branch's scale if its output is where that is."""
+    """The node of an activation, and that of the branch's factor if it sits on the output."""
     module = root.get_submodule(name)
     kind = activation_kind(module)
     if kind is None:
@@ -360,6 +395,7 @@ def _activation(root: nn.Module, name: str) -> list[Node]:
     return nodes
 
 
+# The branch of a layer that holds its MLP, gated or not.
 def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
     branch, linears = layer.mlp, layer.mlp.linears
     act, *scale = _activation(root, str(branch.act))

@@ -1,4 +1,9 @@
-"""Nodes that hold nodes: chains, residual sums, parallel branches; and how to walk them."""
+"""Nodes that hold other nodes, and `walk`, which visits them all.
+
+A chain runs its nodes one after another. A residual adds a chain's output to its input. Parallel
+branches read the same input and are all added to it. The rules are proven in docs/maths.md,
+sections 3, 4 and 12.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from lip_plugin.certificate.graph.decimals import ONE, add, mul
 
 @dataclass
 class Parallel(Node):
-    """x + sum of f_i(x): radius r + sum of r_i, constant 1 + sum of L_i."""
+    """x + sum of f_i(x). The radius is r + sum of r_i, and the constant is 1 + sum of L_i."""
 
     name: str
     branches: Sequence[Chain]
@@ -40,7 +45,7 @@ class Parallel(Node):
 
 @dataclass
 class Chain(Node):
-    """Nodes one after another: constants multiply, radii are handed on."""
+    """Nodes one after another. Each gets the radius of the one before, and constants multiply."""
 
     name: str
     nodes: Sequence[Node]
@@ -63,7 +68,7 @@ class Chain(Node):
 
 @dataclass
 class Residual(Node):
-    """x + f(x): radius r + r_f, constant 1 + L_f."""
+    """x + f(x). The radius is r + r_f, and the constant is 1 + L_f."""
 
     name: str
     branch: Chain
@@ -85,7 +90,7 @@ class Residual(Node):
 
 
 def walk(nodes: Iterable[Node]) -> Iterator[Any]:
-    """All nodes, whatever contains them, containers first."""
+    """All nodes and all nodes inside of them. A container comes before its own nodes."""
     for node in nodes:
         yield node
         yield from walk(node.children())

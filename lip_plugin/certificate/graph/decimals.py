@@ -1,9 +1,9 @@
-"""Arithmetic for upper bounds: non-negative decimals, every operation rounded up, no overflow.
+"""Arithmetic for upper bounds: non-negative decimals, with every operation rounded up.
 
-A bound is a sum and product of non-negative numbers, so rounding each operation upwards keeps it an
-upper bound. Decimal does that by a context setting, and its exponents do not end at 1e308, which
-the certificates of unconstrained models exceed. A few thousand operations per certificate cost
-milliseconds.
+A bound is made of sums and products of non-negative numbers. So it stays an upper bound if each
+operation is rounded up. Decimal does that by a context setting. Its exponents also go beyond 1e308,
+which the certificates of unconstrained models exceed. A certificate takes a few thousand
+operations, which cost milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ ZERO, ONE, INF = Decimal(0), Decimal(1), Decimal("Infinity")
 
 
 def up(value: float | int | Decimal) -> Decimal:
-    """The number itself or the next decimal above it; nan becomes infinity, negative raises."""
+    """The number itself, or the next decimal above it. nan becomes infinity.
+
+    Raises ValueError for a negative number.
+    """
     d = _UP.plus(Decimal(value))
     if d.is_nan():
         return INF
@@ -35,7 +38,10 @@ def add(*terms: Decimal) -> Decimal:
 
 
 def mul(*factors: Decimal) -> Decimal:
-    """Product, rounded up; anything times infinity is infinity (0 too: the rules never cancel)."""
+    """Product, rounded up. Anything times infinity is infinity.
+
+    That includes 0 times infinity, because no rule relies on a zero that cancels an infinity.
+    """
     if any(f.is_infinite() for f in factors):
         return INF
     product = ONE
@@ -45,26 +51,35 @@ def mul(*factors: Decimal) -> Decimal:
 
 
 def div(a: Decimal, b: Decimal) -> Decimal:
-    """a / b, rounded up; b must be a value known exactly or from below."""
+    """a / b, rounded up. The divisor b must be known exactly or from below."""
     return INF if b == 0 or a.is_infinite() else _UP.divide(a, b)
 
 
 def root(value: Decimal) -> Decimal:
-    """Square root, rounded up (Decimal's sqrt ignores the rounding mode, so one step is added)."""
+    """Square root, rounded up.
+
+    Decimal's sqrt ignores the rounding mode and is right to half a unit, so one unit is added.
+    """
     if value.is_infinite() or value == 0:
         return value
     return _UP.next_plus(_UP.sqrt(value))
 
 
 def exponential(value: Decimal) -> Decimal:
-    """exp, rounded up (Decimal's is right to half a unit, so one step is added); inf beyond 10^6."""
+    """The exponential, rounded up. It is infinity for values beyond 10^6.
+
+    Decimal's exp is right to half a unit, so one unit is added.
+    """
     if value > 10**6:
         return INF
     return _UP.next_plus(_UP.exp(value))
 
 
 def below(value: Decimal) -> Decimal:
-    """A divisor: at or below the exact root that `root` rounded `value` up from (at most 1.5 units)."""
+    """For a `value` that `root` gave: a number at or below the exact root, to divide by.
+
+    `root` lies at most 1.5 units above the exact root, so two units are taken off.
+    """
     return value if value == 0 else _UP.next_minus(_UP.next_minus(value))
 
 
@@ -74,7 +89,7 @@ def norm2(values: Iterable[Decimal]) -> Decimal:
 
 
 def to_float(value: Decimal) -> float:
-    """Nearest float not below; inf beyond 1.8e308."""
+    """The smallest float at or above the value. It is inf beyond 1.8e308."""
     if value.is_infinite():
         return math.inf
     f = float(value)
@@ -82,7 +97,7 @@ def to_float(value: Decimal) -> float:
 
 
 def log10(value: Decimal) -> float:
-    """log10, rounded up; -inf for zero."""
+    """The base-10 logarithm, rounded up. It is -inf for zero."""
     if value == 0:
         return -math.inf
     if value.is_infinite():
@@ -92,6 +107,6 @@ def log10(value: Decimal) -> float:
 
 
 def to_float_signed(value: Decimal) -> float:
-    """Float not below a decimal of either sign."""
+    """A float at or above a decimal of either sign."""
     f = float(value)
     return f if Decimal(f) >= value else math.nextafter(f, math.inf)

@@ -1,4 +1,9 @@
-"""What enters the first block: sums of one row per table, or patches of an image with positions."""
+"""What enters the first block of a model, as a function of the model's inputs.
+
+For token ids it is a sum of one row from each embedding table. For images it is the embedded
+patches plus positions. The graph runs the entry in the comparison with the model, and the radius is
+about it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,15 @@ from lip_plugin.errors import ConfigError
 
 @dataclass
 class Table:
-    """Rows [n, d] that are looked up: from row `offset` on, each times `scale`."""
+    """A table of rows [n, d] that the model looks up.
+
+    Attributes:
+        role: "token", "first", "position" or "type".
+        name: full name of the embedding module or Parameter.
+        module: what holds the rows as `weight`.
+        offset: number of rows in front of the row of the first position.
+        scale: what the model multiplies each row with.
+    """
 
     role: str
     name: str
@@ -25,30 +38,35 @@ class Table:
     scale: float = 1.0
 
     def rows(self) -> Tensor:
-        """The rows as stored, read when needed."""
+        """The rows as they are stored now."""
         weight = self.module.weight
         return weight.reshape(-1, weight.shape[-1])
 
     def read(self) -> Tensor:
-        """The rows times `scale`, in float64 if that is not 1 (those before `offset` too: padding may be given them)."""
+        """The rows times `scale`, in float64 if `scale` is not 1.
+
+        The rows in front of `offset` are included, because the model may give them to padding.
+        """
         rows = self.rows().detach()
         return rows if self.scale == 1.0 else rows.double() * self.scale
 
 
 @dataclass
 class Entry:
-    """Inputs of the model -> what its first block reads [batch, tokens, d].
+    """The map from a model's inputs to what its first block reads, [batch, tokens, d].
 
     Attributes:
-        tables: by role: token, first, position, type.
-        token_map: linear map of the token rows.
-        patches: the patch convolution as a matrix [d, channels * p * p], of image models.
+        tables: the tables by role: "token", "first", "position", "type".
+        token_map: linear map of the token rows, or None.
+        patches: the patch convolution as a matrix [d, channels * p * p]. None for token models.
         patch: (height, width) of a patch.
         image: (channels, height, width) of an image.
-        norm: slot behind the sum.
-        padding: token id that the model treats as padding by its value (see Architecture); None if all ids
-            are treated alike. `run` is the model's embedding for sequences without it.
-        pixel_max: bound on the absolute value of every pixel entry that the certificate assumes.
+        norm: the norm slot behind the sum, or None.
+        padding: the token id that the model treats as padding by its value (see Architecture). None
+            if it treats all ids alike. `run` is the model's embedding for sequences without this
+            id.
+        pixel_max: the certificate assumes that no pixel entry is larger than this in absolute
+            value.
     """
 
     tables: dict[str, Table]
@@ -62,18 +80,27 @@ class Entry:
 
     @property
     def width(self) -> int:
-        """d of what enters the first block."""
+        """Width d of what enters the first block."""
         linear = self.patches or self.token_map
         return linear.d_out if linear else int(self.tables["token"].rows().shape[-1])
 
     @property
     def longest(self) -> int | None:
-        """Largest number of tokens that the positions allow; None if there is no table of them."""
+        """Largest number of tokens that the positions allow, or None without a position table."""
         table = self.tables.get("position")
         return None if table is None else int(table.rows().shape[0]) - table.offset
 
     def run(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of token ids [batch, tokens], or of pixels [batch, channels, height, width]."""
+        """What enters the first block.
+
+        Args:
+            inputs: token ids [batch, tokens], or pixels [batch, channels, height, width].
+            dtype: the dtype to compute in.
+
+        Returns:
+            A tensor [batch, tokens, d]. An image has one token for each patch, behind the row
+            "first".
+        """
         x = self._pixels(inputs, dtype) if self.patches else self._tokens(inputs, dtype)
         if "position" in self.tables:
             table = self.tables["position"]
@@ -88,22 +115,26 @@ class Entry:
         return x if self.token_map is None else self.token_map.run(x)
 
     def _pixels(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """Each patch, flattened as its weight is, through the matrix; behind the first row."""
+        """The embedded patches of images, behind the row "first"."""
         assert self.patches is not None
         x = self.patches.run(self.cut(pixels.to(dtype)))
         first = self.tables["first"].rows().to(dtype).expand(x.shape[0], 1, -1)
         return torch.cat([first, x], dim=1)
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """Pixels [batch, channels, height, width] -> patches [batch, n, channels * p * p], row by row."""
+        """Cut images into patches, row by row, each flattened as the convolution's weight is.
+
+        Pixels [batch, channels, height, width] become patches [batch, n, channels * p * p].
+        """
         p, q = self.patch
         blocks = pixels.unfold(2, p, p).unfold(3, q, q)  # batch, channels, rows, columns, p, q
         return blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
     def sample(self, tokens: int, generator: torch.Generator, device: Any) -> Tensor:
-        """Random inputs of two sequences, or two images, with entries that the assumptions allow.
+        """Random inputs: two sequences of token ids, or two images.
 
-        Sequences are no longer than the positions reach, and hold no padding.
+        Sequences have at most `tokens` tokens, are no longer than the positions reach, and hold no
+        padding. Pixel entries are at most `pixel_max` in absolute value.
         """
         if self.patches:
             values = torch.rand((2, *self.image), generator=generator, dtype=torch.float64)
@@ -115,7 +146,11 @@ class Entry:
         return (ids + (ids >= self.padding)).to(device)
 
     def refuse_padding(self, ids: Tensor) -> None:
-        """Raise ConfigError for token ids with padding in them: the model would not do with them what the graph does."""
+        """Raise ConfigError if the token ids hold the padding id.
+
+        The model treats that id in a way of its own, so it would not compute what the graph
+        computes.
+        """
         if (
             self.padding is None
             or self.patches is not None
@@ -123,9 +158,10 @@ class Entry:
         ):
             return
         raise ConfigError(
-            f"the token ids hold {self.padding}, the model's padding id (pad_token_id): its forward looks for that id, whatever "
-            "the mask says, and would read another token for its prediction or count positions otherwise. Give batches of "
-            "sequences of equal length, without padding."
+            f"the token ids hold {self.padding}, the model's padding id (pad_token_id): its "
+            "forward looks for that id, whatever the mask says, and would read another token for "
+            "its prediction or count positions otherwise. Give batches of sequences of equal "
+            "length, without padding."
         )
 
 
@@ -137,9 +173,16 @@ def entry_of(
     norm: Node | None,
     first_position: int | None = None,
 ) -> Entry:
-    """Entry of token models from (role, name, module) of its tables.
+    """Make the entry of a token model. For an image model, the caller adds the patches.
 
-    Positions begin at row `first_position`; None takes the `offset` that the table itself has (OPT's is 2), or 0.
+    Args:
+        tables: (role, name, module) of each table.
+        scale: what the forward multiplies the token rows with.
+        linear: gives the node of a linear map by its name.
+        token_map: name of the linear map of the token rows, or None.
+        norm: the norm slot behind the sum, or None.
+        first_position: the row where positions begin. None takes the `offset` that the table itself
+            has (OPT's is 2), or 0.
     """
     found = {}
     for role, name, module in tables:

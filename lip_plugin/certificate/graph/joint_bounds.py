@@ -1,10 +1,21 @@
-"""Rules for several maps together, where norms of products beat products of norms.
+"""Nodes with a rule for several linear maps together.
 
-`AttentionOut` is attention with its output map: all heads at once, through M_h = W_o,h W_v,h and
-A_h = W_q,h^T W_k,h. `MlpResidual` is x + g W_2 f(W_1 x), whose linear half is added to the identity
-before a norm is taken. `GatedMlp` is W_d (f(W_g x) * W_u x), bounded by entrywise products of Gram
-matrices. Each is a plain Chain or Residual as well, and takes the smaller bound. Everything in
-2-norms until the last line; proofs in docs/maths.md, sections 4 and 5.
+The norm of a product of matrices can be far below the product of their norms. The nodes in this
+file use that:
+
+- `AttentionOut` is attention with its output map. Its rule looks at all heads at once, through
+  M_h = W_o,h W_v,h and A_h = W_q,h^T W_k,h.
+- `MlpResidual` is x + g W_2 f(W_1 x). Its rule adds the linear half of f to the identity, and
+  takes a norm only then.
+- `GatedMlp` is W_d (f(W_g x) * W_u x). Its rule takes norms of entrywise products of Gram matrices.
+
+Each is a plain Chain or Residual as well, so it has the plain rule too, and takes the smaller
+bound. The norms of several maps together are found before any rule runs, and are kept in
+`ProvenNorms.joint`. From weights, a node's `measure` finds them. From caps, its `from_caps` does,
+if it has one.
+
+All rules here work in 2-norms, and turn to RMS norms in the end. rho is the largest norm2 of a
+token of the input. The proofs are in docs/maths.md, sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -24,22 +35,31 @@ from lip_plugin.linalg.rounded import Rounded
 from lip_plugin.model.activations import REPLACEMENTS
 
 _HALF = Decimal("0.5")
-_SLIP = 1 + Decimal("1e-15")  # products and quotients of a few floats
-_ALIKE = 1.05  # heads whose norms differ by less than this need no weights of their own
-_HADAMARD_UP_TO = 4096  # a Gram matrix of the hidden width squared: 128 MiB at this size
+_SLIP = 1 + Decimal("1e-15")  # covers the rounding of products and quotients of a few floats
+_ALIKE = 1.05  # if the weights of all heads are within this factor, they are not worth measuring
+# Largest hidden width for which `GatedMlp` is measured. A Gram matrix has that width squared
+# entries, which is 128 MiB at this width.
+_HADAMARD_UP_TO = 4096
 
 
 @dataclass(frozen=True)
 class HeadNorms:
     """2-norm bounds on all heads of an attention together, for one choice of weights w_h > 0.
 
+    Any choice of weights gives a proven bound. M_h and A_h are as in the docstring of this file.
+    Each field bounds the number that is named here, with the name that docs/maths.md, section 5,
+    has for it.
+
     Attributes:
-        spread: sqrt(sum_h w_h^-2).
-        values: sigma_max of [w_1 M_1 .. w_H M_H].
-        scores: sigma_max of the A_h^T / w_h below each other; of sigma(W_k,h) / w_h W_q,h if keys are turned.
-        query_bias: norm2 of all W_k,h^T b_q,h / w_h; of sigma(W_k,h) b_q,h / w_h if keys are turned.
-        key_bias: sigma_max of the norm2(b_k,h) / w_h W_q,h; 0 unless keys are turned.
-        both: sigma_max of sum_h M_h A_h^T; None if keys are turned.
+        spread: omega = sqrt(sum_h w_h^-2).
+        values: G = sigma_max of [w_1 M_1 .. w_H M_H].
+        scores: B = sigma_max of the A_h^T / w_h below each other. If keys are turned,
+            B' = sigma_max of the sigma(W_k,h) / w_h W_q,h below each other.
+        query_bias: beta = norm2 of all W_k,h^T b_q,h / w_h. If keys are turned,
+            beta' = norm2 of all sigma(W_k,h) b_q,h / w_h.
+        key_bias: kappa = sigma_max of the norm2(b_k,h) / w_h W_q,h below each other if keys are
+            turned, else 0.
+        both: C = sigma_max of sum_h M_h A_h^T. None if keys are turned.
     """
 
     spread: Decimal
@@ -50,7 +70,11 @@ class HeadNorms:
     both: Decimal | None
 
     def lipschitz(self, rho: Decimal, tau: Decimal) -> Decimal:
-        """2-norm constant of all heads through the output map, for tokens of norm2 at most rho."""
+        """2-norm Lipschitz constant of all heads through the output map.
+
+        It holds for tokens of norm2 at most rho. tau is the factor on the logits, see
+        `Attention.tau_upper`.
+        """
         keys = mul(tau, add(mul(rho, self.scores), self.query_bias))
         if self.both is None:
             own = mul(self.values, add(self.spread, mul(rho, keys)))
@@ -61,7 +85,10 @@ class HeadNorms:
 
 @dataclass
 class AttentionOut(Chain):
-    """Attention, then its output map."""
+    """Attention, then its output map.
+
+    Where a kept norm is behind q or k, only the plain rule of a chain is used.
+    """
 
     def linear_names(self) -> list[str]:
         return linear_names(self)
@@ -73,7 +100,10 @@ class AttentionOut(Chain):
         return attention, out
 
     def measure(self, norms: ProvenNorms) -> tuple[HeadNorms, ...]:
-        """Proven norms of the weights as they are, for one to three choices of the heads' weights."""
+        """Measure the weights as they are, for one to three choices of the heads' weights w_h.
+
+        The result is empty where a kept norm is behind q or k.
+        """
         attention, out = self._parts()
         if isinstance(attention.q_norm, Norm) or isinstance(attention.k_norm, Norm):
             return ()
@@ -81,7 +111,7 @@ class AttentionOut(Chain):
         return tuple(heads.norms(w, norms) for w in heads.candidates())
 
     def from_caps(self, norms: ProvenNorms) -> tuple[HeadNorms, ...]:
-        """The same from norms of single matrices."""
+        """The same bounds from the norms of single matrices, for w_h = 1."""
         attention, out = self._parts()
         if isinstance(attention.q_norm, Norm) or isinstance(attention.k_norm, Norm):
             return ()
@@ -119,7 +149,15 @@ class AttentionOut(Chain):
 
 @dataclass(frozen=True)
 class _Heads:
-    """Rows of q, k, v and columns of the output map by query head, [H, d_head, d], exact."""
+    """The weights of an attention by query head, each [H, d_head, d], exact.
+
+    Attributes:
+        q, k, v: the rows of each head. Those of k and v are repeated for the query heads of a
+            group.
+        out: the columns of the output map that read each head, transposed.
+        q_bias: the bias of q, or None.
+        attention: the node that the weights are of.
+    """
 
     q: Rounded
     k: Rounded
@@ -135,7 +173,12 @@ class _Heads:
         return cls(q, k, v, columns, attention.q.bias(), attention)
 
     def candidates(self) -> list[Tensor]:
-        """Weights of the heads: none; by the size of M_h; by what A_h needs of it. Any w > 0 is proven."""
+        """The choices of weights w_h that are tried.
+
+        They are 1, 1 / norm2(M_h), and sqrt(norm2(A_h) / norm2(M_h)). The norms are only about
+        right, which is enough, because any w_h > 0 gives a proven bound. A choice whose weights are
+        almost alike is left out.
+        """
         value, score = (
             _product_norms(self.out.value, self.v.value),
             _product_norms(self.q.value, self.k.value),
@@ -146,11 +189,12 @@ class _Heads:
                 choices.append(w / w.amax())
         return choices
 
+    # The bounds for one choice of weights. Products are taken with their rounding, see `Rounded`.
     def norms(self, w: Tensor, norms: ProvenNorms) -> HeadNorms:
         turned = self.attention.rotary is not None
-        inverse = (
-            1.0 / w
-        )  # as stored: both w and this are used as exact weights, so bound their mismatch
+        # Below, w and `inverse` both count as exact weights. w * inverse is 1 only up to rounding,
+        # and `_SLIP` covers that.
+        inverse = 1.0 / w
         values = (
             self.out.flat().mT @ ((self.v @ self.v.mT) @ self.out).times(w * w).flat()
         ).gram_norm_upper()
@@ -192,7 +236,15 @@ class _Heads:
 
 @dataclass(frozen=True)
 class AffineNorms:
-    """2-norm bounds of x + branch(x) = (I + h c W_2 W_1) x + const + rest: of its matrix, and of its constant."""
+    """2-norm bounds of the affine part of an MLP with its residual path.
+
+    With the letters of `MlpResidual`, the whole is (I + (g c m F / 2) W_2 W_1) x + const + rest.
+    The affine part is all but the rest.
+
+    Attributes:
+        linear: sigma_max of the matrix I + (g c m F / 2) W_2 W_1.
+        constant: norm2 of const = g ((m F / 2) W_2 b_1 + b_2).
+    """
 
     linear: Decimal
     constant: Decimal
@@ -200,13 +252,24 @@ class AffineNorms:
 
 @dataclass
 class MlpResidual(Residual):
-    """x + g (m W_2 F f(W_1 c x + b_1) + b_2): f(z) = z / 2 + e(z) with e smaller and flatter than f."""
+    """x + g (m W_2 F f(W_1 c x + b_1) + b_2), an MLP with its residual path.
+
+    c, m and g are constants in front of the first map, between activation and second map, and
+    behind the second map. F is the factor of the activation.
+
+    The rule writes f(z) = z / 2 + e(z), where e is smaller and flatter than f. The half z / 2 is
+    linear, so it is added to the identity before a norm is taken. Only e is bounded by a product of
+    norms.
+    """
 
     def linear_names(self) -> list[str]:
         return linear_names(self)
 
     def _parts(self) -> tuple[Linear, Activation, Linear, list[float]] | None:
-        """(up, activation, down, [c, m, g]); None if there is more to the branch, a kept norm say."""
+        """(first map, activation, second map, [c, m, g]).
+
+        None if the branch has other nodes (a kept norm say), or if the rule is not proven for it.
+        """
         kinds = [type(n) for n in self.branch.nodes if not isinstance(n, Scale)]
         if kinds != [Linear, Activation, Linear]:
             return None
@@ -214,7 +277,7 @@ class MlpResidual(Residual):
         scales, act = [1.0, 1.0, 1.0], None
         for node in self.branch.nodes:
             if isinstance(node, Scale) and len(linears) == 1 and act is None:
-                return None  # a constant in front of a curved function: not the map of the proof
+                return None  # the proof has no constant between the first map and the activation
             if isinstance(node, Scale):
                 scales[len(linears)] *= node.scale
             elif isinstance(node, Linear):
@@ -223,7 +286,7 @@ class MlpResidual(Residual):
                 act = node
         assert act is not None
         if act.kind in REPLACEMENTS:
-            return None  # no f(z) - z / 2 that is smaller and flatter than f
+            return None  # for these f (abs), f(z) - z / 2 is not smaller and flatter than f
         return linears[0], act, linears[1], scales
 
     def measure(self, norms: ProvenNorms) -> AffineNorms | None:
@@ -233,7 +296,8 @@ class MlpResidual(Residual):
         first, act, second, (c, m, g) = found
         half = 0.5 * g * m * c * float(act.factor)
         w1, w2 = Rounded.of(first.weight()), Rounded.of(second.weight())
-        # the float `half` is a few roundings off, which moves the matrix by 1e-15 of half W_2 W_1 at most
+        # The float `half` is a few roundings off. That changes the matrix by at most 1e-15 of
+        # half W_2 W_1.
         slip = mul(
             up(abs(half)), Decimal("1e-15"), norms[first.name].sigma, norms[second.name].sigma
         )
@@ -265,14 +329,18 @@ class MlpResidual(Residual):
 
 @dataclass(frozen=True)
 class GateNorms:
-    """2-norm bounds on the entrywise product through the output map: norm2(W_d (W_g x * W_u y)) / (norm2(x) norm2(y))."""
+    """A 2-norm bound on the entrywise product of a gated MLP, through its output map.
+
+    Attributes:
+        product: t with norm2(W_d (W_g x * W_u y)) <= t norm2(x) norm2(y) for all x and y.
+    """
 
     product: Decimal
 
 
 @dataclass
 class GatedMlp(Chain):
-    """W_d (f(W_g x + b_g) * (W_u x + b_u)), a Gate and its output map."""
+    """W_d (f(W_g x + b_g) * (W_u x + b_u)): a Gate, then its output map."""
 
     def linear_names(self) -> list[str]:
         return linear_names(self)
@@ -300,7 +368,11 @@ class GatedMlp(Chain):
         return GateNorms(min(pairs))
 
     def from_caps(self, norms: ProvenNorms) -> GateNorms:
-        """The same from norms of single matrices: an entrywise product has at most the product of two norms."""
+        """The same bound from the norms of single matrices.
+
+        norm2 of an entrywise product is at most the largest entry of one factor times norm2 of the
+        other. The largest entry of W x is at most the largest norm2 of a row of W times norm2(x).
+        """
         gate, down = self._parts()
         g, u, d = (norms[n.name] for n in (gate.gate, gate.up, down))
         return GateNorms(mul(d.sigma, min(mul(g.row, u.sigma), mul(g.sigma, u.row))))
@@ -326,7 +398,7 @@ class GatedMlp(Chain):
 
 
 def linear_names(node: Chain | Residual) -> list[str]:
-    """Names of all linear maps inside a node."""
+    """Names of all linear maps inside a node, those of an attention included."""
     names = []
     for inner in walk([node]):
         found = (inner.q, inner.k, inner.v) if isinstance(inner, Attention) else ()
@@ -336,22 +408,29 @@ def linear_names(node: Chain | Residual) -> list[str]:
     return names
 
 
+# The rows of q, k or v by query head, [H, d_head, d]. Those of k and v are repeated for a group.
 def _rows(attention: Attention, p: HeadRows) -> Rounded:
     rows = p.linear.weight()[p.start : p.stop].detach().unflatten(0, (p.heads, attention.d_head))
     return Rounded.of(rows.repeat_interleave(attention.q.heads // p.heads, 0))
 
 
+# sigma_max of q, k or v by query head.
 def _per_head(attention: Attention, p: HeadRows, norms: ProvenNorms) -> list[Decimal]:
     group = attention.q.heads // p.heads
     return [s for s in norms[p.linear.name].heads[p.role] for _ in range(group)]
 
 
+# norm2 of the bias of q, k or v by query head.
 def _head_biases(attention: Attention, p: HeadRows) -> list[Decimal]:
     return [b for b in p.head_biases() for _ in range(attention.q.heads // p.heads)]
 
 
 def _product_norms(a: Tensor, b: Tensor) -> Tensor:
-    """About norm2(a_h^T b_h) of each head, for choosing weights only: [H, k, n], [H, k, m] -> [H]."""
+    """About sigma_max(a_h^T b_h) of each head: [H, k, n], [H, k, m] -> [H].
+
+    This is the result of twelve steps of a power iteration. It is not proven, so it only serves to
+    choose weights.
+    """
     left, right = a @ a.mT, b @ b.mT
     x = torch.ones(*left.shape[:-1], 1, dtype=left.dtype, device=left.device)
     size = torch.ones(len(left), 1, 1, dtype=left.dtype, device=left.device)
@@ -362,5 +441,6 @@ def _product_norms(a: Tensor, b: Tensor) -> Tensor:
     return size[:, 0, 0].sqrt()
 
 
+# Sizes that are not far below the largest one, so that they can be divided by.
 def _floored(sizes: Tensor) -> Tensor:
     return sizes.clamp_min(1e-3 * float(sizes.amax()))

@@ -1,6 +1,9 @@
-"""Nodes that hold no others, and the gate of a gated MLP: what they compute, and their bounds.
+"""The simple nodes: what they compute, and their bounds.
 
-Each rule's proof is in docs/maths.md; all of them hold for any mask, any length, and with or without a KV cache.
+These are the nodes that hold no others, and the gate of a gated MLP. The docstring of each class
+states its rule, in RMS norms. r is the token norm of the input, N(W) is the RMS->RMS norm of W, and
+RMS(b) is the RMS norm of b. The proofs are in docs/maths.md, sections 4 and 12. All rules hold for
+any mask and any length, with or without a KV cache.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from lip_plugin.model.activations import ACTIVATIONS, SLOPE_UPPER, ScaledActivat
 
 @dataclass
 class Softcap(Node):
-    """c tanh(x / c), entrywise: radius min(r, c), constant 1."""
+    """c tanh(x / c), entry by entry. The radius is min(r, abs(c)), and the constant is 1."""
 
     name: str
     cap: float
@@ -34,12 +37,15 @@ class Softcap(Node):
 
 @dataclass
 class OneToken(Node):
-    """One token of all, [batch, 1, d]: the token norm is a maximum over tokens, so r and 1.
+    """One token of a sequence, as [batch, 1, d]. The radius is r, and the constant is 1.
+
+    That is because the token norm is a maximum over tokens.
 
     Attributes:
         index: 0 for the first token, -1 for the last.
-        padding: token id that the model passes over when it looks for the last token. The node runs on
-            sequences without it; the bound holds for any one token, so with it as well.
+        padding: the token id that the model passes over when it looks for the last token, if it
+            does. `run` is right only for sequences without this id. The bound holds for any one
+            token, so it holds for sequences with it as well.
     """
 
     name: str
@@ -60,10 +66,16 @@ class OneToken(Node):
 
 @dataclass
 class Linear(Node):
-    """W x + b. Radius N r + RMS(b), constant N = sigma_max sqrt(d_in / d_out)."""
+    """W x + b. The radius is N r + RMS(b), and the constant is N = sigma_max sqrt(d_in / d_out).
+
+    Attributes:
+        weight: gives W [d_out, d_in]. It is a function because training goes on after the graph was
+            built, and the weight has to be the one of now.
+        bias: gives b [d_out], or None, for the same reason.
+    """
 
     name: str
-    weight: Callable[[], Tensor]  # [d_out, d_in], read when needed: training goes on
+    weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
     d_out: int
     d_in: int
@@ -85,13 +97,16 @@ class Linear(Node):
         return Bound(add(mul(n, r), rms(self.bias())), n)
 
     def entrywise(self, norms: ProvenNorms) -> Decimal:
-        """Largest entry of W x over x of RMS norm 1: largest row norm times sqrt(d_in)."""
+        """Bound on the largest entry of W x, for x of RMS norm at most 1.
+
+        It is the largest norm2 of a row of W, times sqrt(d_in).
+        """
         return mul(norms[self.name].row, root(up(self.d_in)))
 
 
 @dataclass
 class Scale(Node):
-    """x -> scale * x: radius and constant abs(scale)."""
+    """x -> scale * x. The radius is abs(scale) r, and the constant is abs(scale)."""
 
     name: str
     scale: float
@@ -106,10 +121,20 @@ class Scale(Node):
 
 @dataclass
 class Norm(Node):
-    """LayerNorm or RMSNorm, kept or with a floor: g x / max(s(x), floor) + b with s = sqrt(mean square + eps).
+    """A LayerNorm or RMSNorm that is kept, with or without a floor under its divisor.
 
-    Radius largest gain + RMS(bias), constant gain / max(sqrt(eps), floor). The centering of a LayerNorm is an orthogonal
-    projection, so it changes neither number.
+    It computes g x / max(s(x), floor) + b, with gain g, bias b and
+    s(x) = sqrt(mean square of x + eps). A LayerNorm centers x first.
+
+    Let G be the largest absolute gain and F = max(sqrt(eps), floor). The radius is
+    min(G, r G / F) + RMS(b), and the constant is G / F. Centering is an orthogonal projection, so
+    it makes neither number larger.
+
+    Attributes:
+        module: the library's norm, which the comparison runs beside this node.
+        center: whether x is centered first.
+        weight: the gain as the forward uses it, or None for a gain of 1.
+        floor: 0 if there is none.
     """
 
     name: str
@@ -128,12 +153,15 @@ class Norm(Node):
 
     @property
     def width(self) -> int:
-        """d of what it norms."""
+        """Length d of the vectors that are normed."""
         shape: Any = self.module.normalized_shape if self.weight is None else self.weight.shape
         return int(shape[-1])
 
     def least(self) -> Decimal:
-        """What it divides by is at least this; from below by one unit of 1e-15, as the library computes with floats."""
+        """A lower bound of the divisor: max(sqrt(eps), floor), made smaller by a relative 1e-15.
+
+        That covers the rounding of the root, which is computed in floats.
+        """
         return up(max(self.eps**0.5, self.floor) * (1 - 1e-15))
 
     def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
@@ -144,9 +172,18 @@ class Norm(Node):
 
 @dataclass
 class Activation(Node):
-    """Entrywise f with f(0) = 0 and abs(f(z)) <= abs(z): radius r, constant the largest slope.
+    """F f(z), entry by entry. The radius is F r, the constant is F times the largest slope of f.
 
-    With a cap c, c tanh(f(z) / c): no steeper, no larger, and no entry above c.
+    Here f is one of `ACTIVATIONS`, which all have abs(f(z)) <= abs(z). F is the factor of a scaled
+    activation. It is 1 / (largest slope of f), or 1 if the activation was not scaled.
+
+    With a cap c, the node computes c tanh(F f(z) / c). That is no steeper and no larger than
+    F f(z), and no entry is above c.
+
+    Attributes:
+        act: the model's module.
+        kind: the name of f in `ACTIVATIONS` and `SLOPE_UPPER`.
+        cap: c, or None.
     """
 
     name: str
@@ -156,22 +193,30 @@ class Activation(Node):
 
     @property
     def factor(self) -> Decimal:
-        """What the module multiplies the activation with: 1/slope if it was scaled."""
+        """F, the factor that the module multiplies f with. It is 1 / slope if f was scaled."""
         return up(1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else ONE
 
     def run(self, x: Tensor, watch: Watch | None = None) -> Tensor:
-        # the function that the slope was proven for, not the module: a hook on that would hide here
+        # Runs the function that the slope is proven for, and not the module. If the module were
+        # run, a hook on it would be in both sides of the comparison with the model, and so stay
+        # unseen.
         y = ACTIVATIONS[self.kind](x)
         y = y * (1.0 / SLOPE_UPPER[self.kind]) if isinstance(self.act, ScaledActivation) else y
         return within_cap(y, self.cap)
 
+    # F times the largest slope of f.
     def slope(self) -> Decimal:
-        # decimal string of the constant: its float may lie below the value that was rounded up
+        # The constant was rounded up as a decimal. The float that stands for it may lie below that
+        # decimal, so the decimal string is read and not the float.
         return mul(Decimal(repr(SLOPE_UPPER[self.kind])), self.factor)
 
     def swing(self) -> Decimal:
-        """Largest slope of f(z) - F z / 2, F the factor: slopes lie in [F - slope, slope], as f(-z) = f(z) - F z."""
-        # not `-`: that rounds as the caller's decimal context says
+        """Bound on the slope of F f(z) - F z / 2, which is F times (largest slope of f - 1/2).
+
+        The slopes of f lie between 1 - s and s, where s is the largest. docs/maths.md, section 4,
+        has the reason, under "MLP with its residual".
+        """
+        # `add` and not `-`, because `-` would round as the caller's decimal context says.
         return mul(self.factor, add(Decimal(repr(SLOPE_UPPER[self.kind])), Decimal("-0.5")))
 
     def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
@@ -181,9 +226,16 @@ class Activation(Node):
 
 @dataclass
 class Gate(Node):
-    """act(gate x) * up x, entrywise: each term bounded with whichever factor is better entrywise.
+    """act(gate x) * (up x), entry by entry. With a cap c, c tanh(up x / c) takes the place of up x.
 
-    With a cap c, c tanh(up x / c) in place of up x.
+    The RMS norm of a product, entry by entry, is at most the largest entry of one factor times the
+    RMS norm of the other. Each term of the rule takes the better choice of the two. docs/maths.md,
+    section 4, has the rule under "Gate".
+
+    Attributes:
+        gate, up: the two linear maps.
+        act: the activation behind `gate`, which may have a cap of its own.
+        cap: c, or None.
     """
 
     name: str
@@ -203,6 +255,8 @@ class Gate(Node):
 
     def bound(self, r: Decimal, norms: ProvenNorms) -> Bound:
         g, u, factor = self.gate.bound(r, norms), self.up.bound(r, norms), self.act.factor
+        # For both factors, p bounds the largest entry and a the RMS norm. e is how fast the largest
+        # entry of a linear map moves with the RMS norm of its input.
         e_g, e_u = self.gate.entrywise(norms), self.up.entrywise(norms)
         p_g = _within(mul(factor, add(mul(e_g, r), largest(self.gate.bias()))), self.act.cap)
         p_u = _within(add(mul(e_u, r), largest(self.up.bias())), self.cap)
@@ -213,9 +267,10 @@ class Gate(Node):
 
 
 def within_cap(x: Tensor, cap: float | None) -> Tensor:
-    """c tanh(x / c); x itself without a cap."""
+    """c tanh(x / c), or x itself if there is no cap."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+# The smaller one of a bound and a cap, if there is a cap.
 def _within(bound: Decimal, cap: float | None) -> Decimal:
     return bound if cap is None else min(bound, up(cap))

@@ -1,4 +1,9 @@
-"""Linear maps of a model: what a module really multiplies with, as nodes whose weights are read when needed."""
+"""The linear maps of a model, as nodes.
+
+A module may not multiply with its `weight` alone. It may be wrapped by an adapter, quantized, or
+computed at every forward. `read_linear` finds out what a module really multiplies with, or refuses
+the module. The nodes made here read their weights each time they are needed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,19 @@ from lip_plugin.model.layers import is_linear, is_patches, is_transposed, rows_o
 
 
 def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
-    """(plain linear module, reader of the weight it multiplies with, in the plain module's storage)."""
+    """Find out what a linear module multiplies with.
+
+    Args:
+        module: the module at that place of the model, with an adapter around it or not.
+        name: its name, for messages.
+
+    Returns:
+        The plain linear module, and a function that gives the weight. That weight is stored as the
+        plain module's own is. A convolution's is flattened to a matrix.
+
+    Raises:
+        UnsupportedModelError: nothing is proven about what the module computes.
+    """
     module = runs_inside(module)
     _refuse_computed(module, name)
     if is_linear(module):
@@ -33,13 +50,13 @@ def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
         if wrapper.weight(module) is not None:
             return base, partial(wrapper.weight, module)
     raise UnsupportedModelError(
-        f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no proven "
-        "rule here. Merge adapters (merge_and_unload) or take the wrapper off, then certify."
+        f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no "
+        "proven rule here. Merge adapters (merge_and_unload) or take the wrapper off, then certify."
     )
 
 
 def _refuse_computed(module: Any, name: str) -> None:
-    """Raise UnsupportedModelError for a weight that is no Parameter but computed before each forward."""
+    """Raise UnsupportedModelError if the weight is no Parameter, but computed at every forward."""
     base = getattr(module, "base_layer", module)
     weight = getattr(base, "weight", None)
     if (
@@ -48,13 +65,13 @@ def _refuse_computed(module: Any, name: str) -> None:
         and "weight_orig" in base._parameters
     ):
         raise UnsupportedModelError(
-            f"{name} is pruned: its weight is computed from weight_orig at every forward. Make it permanent first: "
-            f"torch.nn.utils.prune.remove(model.{name}, 'weight')."
+            f"{name} is pruned: its weight is computed from weight_orig at every forward. Make it "
+            f"permanent first: torch.nn.utils.prune.remove(model.{name}, 'weight')."
         )
     if isinstance(weight, Tensor) and "weight" not in base._parameters:
         raise UnsupportedModelError(
-            f"{name}'s weight is no Parameter: it is computed at every forward (weight_norm, parametrize). Remove the "
-            "parametrization first."
+            f"{name}'s weight is no Parameter: it is computed at every forward (weight_norm, "
+            "parametrize). Remove the parametrization first."
         )
 
 
@@ -64,9 +81,18 @@ Reader = Callable[[], Any]
 def maps_of(
     root: nn.Module, role: str, name: str, interleaved: int | None
 ) -> list[tuple[str, str, Reader, Reader]]:
-    """(role, node's name, reader of its weight, of its bias) of each map in a module, as stored.
+    """The maps in one module of a model, which are two for a fused gate and up and else one.
 
-    A fused gate and up are two maps. Rows of `interleaved` heads are put in the order q, k, v.
+    Args:
+        root: the model of a known family.
+        role: what the module is: "q", "qkv", "out", "gate_up", "head" and so on.
+        name: the module's full name.
+        interleaved: the number of heads, if the module's rows are those of q, k and v head by head.
+            They are then put in the order of all q, all k, all v. None leaves all rows in place.
+
+    Returns:
+        For each map its role, the name of its node, a function that gives its weight, and one that
+        gives its bias. The weight is stored as the module's is.
     """
     base, weight = read_linear(root.get_submodule(name), name)
     dim = 1 if is_transposed(base) else 0
@@ -96,7 +122,10 @@ def maps_of(
 def linears_of(
     root: nn.Module, role: str, name: str, interleaved: int | None = None
 ) -> list[Linear]:
-    """Nodes of the maps in a module: one, or gate and up of a fused one. Raises UnsupportedModelError (see `read_linear`)."""
+    """The nodes of the maps in one module, see `maps_of`.
+
+    Raises UnsupportedModelError as `read_linear` does.
+    """
     base, _ = read_linear(root.get_submodule(name), name)
     transposed = is_transposed(base)
     found = []
@@ -112,5 +141,5 @@ def _transposed(weight: Reader) -> Tensor:
 
 
 def linear_of(root: nn.Module, role: str, name: str, interleaved: int | None = None) -> Linear:
-    """The node of a module that is one map."""
+    """The node of a module that is one map. See `maps_of` for the arguments."""
     return linears_of(root, role, name, interleaved)[0]

@@ -1,1 +1,1 @@
-"""Around one given input: certified radii, certified accuracy, and the attacks beside them."""
+"""What is proven around one input: certified radii and accuracy, and attacks on both."""

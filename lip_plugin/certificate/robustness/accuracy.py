@@ -1,17 +1,19 @@
-"""Certified radius of predictions, and accuracy that is proven beside accuracy that survives an attack.
+"""Certified radii of predictions, certified accuracy, and the accuracy that survives an attack.
 
-ProvenNorms of the change, by the argument `norm`:
+The argument `norm` says in which norm a change of the input is measured:
 
-    "token"     token norm (largest RMS norm of a token) of the change of what enters the first block
-    "pixel_l2"  2-norm of the change of a whole image, which may leave the range of pixels
+- "token" is the token norm (largest RMS norm of a token) of the change of what enters the first
+  block.
+- "pixel_l2" is the 2-norm of the change of a whole image, which may leave the range of pixels.
 
-Token models predict at every token; classifiers have one prediction for each sequence or image, counted as one
-"token". How the radii are proven: margins.py, and docs/maths.md, section 11.
+A token model predicts at every token. A classifier has one prediction for each sequence or image,
+which counts as one token here. How the radii are proven is in margins.py and in docs/maths.md,
+section 11.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,11 +35,13 @@ EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 class Radii:
     """Certified radii of one batch.
 
+    All tensors are [batch, tokens], or [batch, 1] for a classifier.
+
     Attributes:
-        radius: [batch, tokens] ([batch, 1] of a classifier), in the norm asked for; the prediction cannot change
-            by a change of at most this size; 0 where that could not be proven, or the prediction is not the label.
-        prediction: of the same shape, the largest logit in float64.
-        correct: prediction is the label; all true without labels.
+        radius: no change of at most this size, in the norm asked for, can change the prediction. It
+            is 0 where nothing is proven, and where the prediction is not the label.
+        prediction: index of the largest logit in float64.
+        correct: whether the prediction is the label. It is true everywhere if no labels were given.
     """
 
     radius: Tensor
@@ -47,9 +51,16 @@ class Radii:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Share of counted tokens whose prediction is right, at each eps: proven (certified) or surviving (attacked).
+    """Share of counted tokens whose prediction is right, for each size eps of a change.
 
-    `right` [eps, tokens] says which; `clean` is the accuracy without any change of the input.
+    "Right" means proven to be right (`certified_accuracy`), or not turned by an attack
+    (`attacked_accuracy`).
+
+    Attributes:
+        eps: the sizes of a change.
+        accuracy: the share at each of them.
+        clean: the accuracy without any change of the input.
+        right: bool [eps, tokens], which of the counted tokens are right.
     """
 
     eps: tuple[float, ...]
@@ -67,25 +78,29 @@ def certified_radius(
     refine: int = 4,
     points: int = 64,
 ) -> Radii:
-    """Largest proven eps at which a prediction stays what it is, of every token or of a classifier.
+    """The largest proven eps at which each prediction stays what it is.
 
-    In token norm all tokens of a sequence may move at once, each by RMS norm at most eps. Radii lie on a geometric
-    grid of `points` values from 1e-6 to 1 times the batch's size (token norm of the embeddings, or largest 2-norm of
-    an image), so they are proven values, rounded down.
+    The size eps of a change is measured in `norm`. In token norm all tokens of a sequence may move
+    at once, each by an RMS norm of at most eps. The radii lie on a geometric grid of `points`
+    values from 1e-6 to 1 times the size of the batch. That size is the token norm of the
+    embeddings, or the largest 2-norm of an image. A radius is rounded down to the grid, so it is a
+    proven value.
 
     Args:
+        model: a model of a known family.
         inputs: token ids [batch, tokens], or pixels [batch, channels, height, width].
-        labels: [batch, tokens], or [batch] of a classifier; where the prediction is another class the radius is 0.
-            None: no labels, the prediction's own stability.
-        norm: "token" or, of images, "pixel_l2".
-        refine: backward passes spent on a prediction at most, each on the pair of classes that holds it back; 0
-            leaves the bound from sizes alone.
+        labels: [batch, tokens], or [batch] for a classifier. Where the prediction is another class
+            the radius is 0. Without labels each prediction's own stability is measured.
+        norm: "token", or "pixel_l2" for images.
+        refine: backward passes that are spent on a prediction at most. Each is spent on the pair of
+            classes that holds the radius back. 0 leaves the bound from sizes alone.
+        points: number of values on the grid.
 
     Raises:
-        CertificateError: a node without a local rule, or a graph that does not reproduce the model.
-        ConfigError: inputs or labels of a wrong shape, or a norm that does not fit the model.
+        CertificateError: a node has no local rule, or the graph does not reproduce the model.
+        ConfigError: inputs or labels have a wrong shape, or the norm does not fit the model.
     """
-    graph = _checked(model)
+    graph = _checked(model, inputs)
     ball = ball_of(graph, norm)
     labels = _check_batch(graph, inputs, labels)
     with torch.no_grad():
@@ -109,20 +124,25 @@ def certified_accuracy(
     norm: str = "token",
     refine: int = 4,
 ) -> Accuracies:
-    """Share of predictions proven to be right whatever moves the input by at most eps.
+    """Share of predictions that are proven right under every change of size at most eps.
 
     Args:
-        batches: mappings with `input_ids` or `pixel_values`, and `labels`, as Hugging Face takes them: unshifted
-            of a causal model, one a sequence or image of a classifier, -100 ignored. Or, of causal models, token
-            ids [batch, tokens] alone, each token's label being the next one.
-        eps: increasing, positive, in units of `norm`.
-        norm: "token": RMS norm of every embedding's change; "pixel_l2": 2-norm of the image's change.
+        model: a model of a known family.
+        batches: mappings with `input_ids` or `pixel_values`, and with `labels` as Hugging Face
+            takes them. Labels of a causal model are not shifted, a classifier has one for each
+            sequence or image, and -100 is ignored. For a causal model a batch may also be the token
+            ids [batch, tokens] alone. The label of each token is then the next one.
+        eps: sizes of a change, positive and increasing, in units of `norm`.
+        norm: "token" for the RMS norm of the change of every embedding, "pixel_l2" for the 2-norm
+            of the change of the image.
+        refine: as in `certified_radius`.
 
-    Raises what `certified_radius` raises.
+    Raises:
+        CertificateError, ConfigError: as in `certified_radius`.
     """
     graph, grid = _checked(model), _grid(eps)
     certifier, right, clean = Certifier(graph, ball_of(graph, norm), grid, refine), [], []
-    for inputs, labels in (_labelled(graph, batch) for batch in batches):
+    for inputs, labels in _compared(graph, batches):
         found = certifier.run(inputs, labels)
         counted = labels >= 0
         order = torch.arange(1, len(grid) + 1, device=inputs.device)[:, None]
@@ -143,13 +163,23 @@ def attacked_accuracy(
 ) -> Accuracies:
     """Share of right predictions that projected gradient descent within the ball could not turn.
 
-    An upper bound of the true robust accuracy, so never below `certified_accuracy` at the same eps. Batches, norm
-    and errors as there. Each change counts only after a float64 run of it, and a check that it lies in the ball.
+    It is an upper bound of the true robust accuracy, so it is never below `certified_accuracy` at
+    the same eps. A change counts only after a check that it lies in the ball, and a float64 run of
+    it.
+
+    Args:
+        model, batches, eps, norm: as in `certified_accuracy`.
+        restarts: number of starts of the descent at each eps.
+        steps: steps of each start.
+        seed: seed of the random starts.
+
+    Raises:
+        CertificateError, ConfigError: as in `certified_accuracy`.
     """
     graph, grid = _checked(model), _grid(eps)
     ball: Ball = ball_of(graph, norm)
     right, clean = [], []
-    for inputs, labels in (_labelled(graph, batch) for batch in batches):
+    for inputs, labels in _compared(graph, batches):
         with torch.no_grad():
             point = ball.point(inputs)
             correct = graph.body.run(ball.enter(point)).argmax(-1) == labels
@@ -162,16 +192,41 @@ def attacked_accuracy(
     return _accuracies(grid, right, clean)
 
 
-def _checked(model: nn.Module) -> Graph:
+# The graph of a model, compared with the model.
+def _checked(model: nn.Module, inputs: Tensor | None = None) -> Graph:
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite_weights(graph.root)
-        check_graph(graph)
+        check_graph(graph, 16 if inputs is None else _length(graph, inputs))
     return graph
 
 
+def _length(graph: Graph, inputs: Tensor) -> int:
+    """Tokens of a batch: the graph is compared with the model at the length it is asked about."""
+    return inputs.shape[-1] if graph.patches is None and inputs.dim() else 1
+
+
+def _compared(
+    graph: Graph, batches: Iterable[Tensor | Mapping[str, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, labels) of each batch.
+
+    Before a batch that is longer than all before it, the graph is compared at its length.
+    """
+    longest = 16
+    for batch in batches:
+        inputs, labels = _labelled(graph, batch)
+        if _length(graph, inputs) > longest:
+            longest = _length(graph, inputs)
+            check_graph(graph, longest)
+        yield inputs, labels
+
+
 def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor | None:
-    """The labels, a classifier's as [batch, 1]; refuses shapes that do not fit the model."""
+    """Refuse shapes that do not fit the model, and return the labels.
+
+    Labels of a classifier become [batch, 1].
+    """
     if inputs.numel() == 0:
         raise ConfigError("an empty batch has no predictions.")
     if graph.patches is not None:
@@ -197,7 +252,7 @@ def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor 
 
 
 def _classifies(graph: Graph) -> bool:
-    """One prediction for a whole sequence or image, in place of one for every token."""
+    """Whether the model has one prediction for a whole sequence or image."""
     return any(isinstance(node, OneToken) for node in graph.body.nodes)
 
 
@@ -209,7 +264,11 @@ def _grid(eps: Sequence[float]) -> Tensor:
 
 
 def _labelled(graph: Graph, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(inputs, the label of every prediction): of a causal model the next token, -100, not counted, for the last."""
+    """The inputs of a batch, and the label of every prediction.
+
+    The label of a causal model is the next token. The last token has none and gets -100, which is
+    not counted.
+    """
     causal = graph.parts.architecture.attention.causal and not _classifies(graph)
     if isinstance(batch, Tensor):
         if not causal:
@@ -230,11 +289,15 @@ def _labelled(graph: Graph, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tenso
 
 
 def _refuse_padding(batch: Mapping[str, Tensor]) -> None:
-    """The graph sees every token, in order, of type 0."""
+    """Raise ConfigError for padding and for token types besides 0.
+
+    The graph sees every token in order, and gives each one type 0.
+    """
     mask, types = batch.get("attention_mask"), batch.get("token_type_ids")
     if (mask is not None and not bool(mask.all())) or (types is not None and bool(types.any())):
         raise ConfigError(
-            "radii are proven for sequences without padding, of token type 0: batch sequences of equal length."
+            "radii are proven for sequences without padding, of token type 0: "
+            "batch sequences of equal length."
         )
 
 

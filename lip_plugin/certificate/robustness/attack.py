@@ -1,4 +1,8 @@
-"""Projected gradient descent on embeddings or pixels: which predictions change within a ball around the input."""
+"""An attack on predictions around one input: projected gradient descent on embeddings or pixels.
+
+It finds predictions that do change within a ball. Those that it cannot change give an upper bound
+of the true robust accuracy (`attacked_accuracy` in accuracy.py).
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,29 @@ def attack(
     steps: int,
     seed: int,
 ) -> Tensor:
-    """Which targets a change within the ball turned away from their label.
+    """Find which predictions a change within the ball can turn away from their label.
+
+    The sum of margins of the predictions that still stand is descended, in float32. One change
+    serves all tokens of a sequence at once. So the starts differ in what they aim at. They take
+    turns between all standing predictions, those nearest to turning, and a random eighth of them.
+    Whatever seems to turn is checked to lie in the ball and is run again in float64.
 
     Args:
+        ball: which changes are allowed, and their norm.
         point: the ball's centre, float64.
-        targets: bool [batch, tokens], the tokens of logits to attack (predicted right without any change).
-        eps: increasing; what broke at one is broken at all larger ones, whose balls contain it.
+        labels: the label of every prediction.
+        targets: bool [batch, tokens], the predictions to attack. They are right without any change.
+        eps: sizes of the ball, increasing. What turned at one size counts as turned at all larger
+            ones, whose balls contain the smaller one.
+        restarts: number of starts at each eps.
+        steps: steps of each start.
+        seed: seed of the random starts.
 
-    Returns bool [eps, batch, tokens]. Descends the sum of margins of those that still stand, in float32; by
-    turns all of them, those nearest to breaking, and random eighths, because one change serves all tokens at
-    once. Whatever seems to break is run again in float64, after a check that it lies in the ball.
+    Returns:
+        Bool [eps, batch, tokens]: the targets that were turned.
+
+    Raises:
+        ConfigError: restarts or steps are below 1.
     """
     if min(restarts, steps) < 1:
         raise ConfigError("attack: restarts and steps must be at least 1.")
@@ -57,7 +74,7 @@ def _descend(
     generator: torch.Generator,
     bar: object,
 ) -> None:
-    """One start; strikes out of `standing` what it broke."""
+    """Descend from one start, and take out of `standing` the predictions that it turned."""
     change = torch.randn(point.shape, generator=generator, dtype=torch.float32).to(point.device)
     change = into_ball(ball, change, eps) if restart else change * 0.0
     eighth = torch.rand(standing.shape, generator=generator).to(point.device) < 0.125
@@ -78,13 +95,19 @@ def _descend(
 
 
 def _aim(restart: int, margins: Tensor, standing: Tensor, eighth: Tensor) -> Tensor:
-    """Weights of the margins: all alike, or those nearest to breaking, or a random eighth, by turns."""
+    """Weights of the margins in the sum that is descended.
+
+    Starts take turns between equal weights, weights on those nearest to turning, and a random
+    eighth.
+    """
     if restart % 3 == 1 and bool(standing.any()):
         nearest = margins[standing].min().clamp_min(0.1)
         return standing * torch.exp(-(margins.clamp(0.0, 50.0) / nearest))
     return (standing & eighth if restart % 3 == 2 else standing).float()
 
 
+# Take out of `standing` those predictions that seem to turn, and do turn in float64 by a change
+# within the ball.
 @torch.no_grad()
 def _strike(
     ball: Ball,
@@ -104,14 +127,22 @@ def _strike(
 
 
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Label's logit less the largest other one, [batch, tokens]; labels below 0 count as 0."""
+    """The label's logit minus the largest other logit, [batch, tokens].
+
+    Args:
+        logits: [batch, tokens, classes].
+        labels: [batch, tokens]. A label below 0 counts as 0.
+    """
     at = labels.clamp_min(0).unsqueeze(-1)
     own = logits.gather(-1, at).squeeze(-1)
     return own - logits.scatter(-1, at, float("-inf")).amax(-1)
 
 
 def into_ball(ball: Ball, change: Tensor, eps: float) -> Tensor:
-    """Each part that the ball bounds on its own, scaled down to size at most eps."""
+    """Scale down each part of a change that the ball bounds on its own, to a size of at most eps.
+
+    Such a part is a token or a whole image, and its size is in the ball's norm.
+    """
     return change * (eps / ball.size(change).clamp_min(1e-300)).clamp_max(1.0).to(change.dtype)
 
 

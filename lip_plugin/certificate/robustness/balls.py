@@ -1,7 +1,9 @@
-"""What may be changed, and by how much: balls around an input, in which radii are proven and attacks move.
+"""The balls around an input in which radii are proven and in which attacks move.
 
-`TokenBall`: every token of what enters the first block by RMS norm at most eps, all at once. `PixelBall`: the
-image by 2-norm at most eps over all its pixels, which may leave their range. Proofs: docs/maths.md, section 11.
+`TokenBall` lets every token of what enters the first block change by an RMS norm of at most eps,
+all tokens at once. `PixelBall` lets an image change by a 2-norm of at most eps over all its pixels,
+and the image may leave the range of pixels. Both classes have the same methods. Proofs are in
+docs/maths.md, section 11.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ from lip_plugin.certificate.robustness.movement import Local, Matrix, Movement, 
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.norms import rms_norm
 
-# 1 + 1e-12: a few roundings of float64 in a size
-_UP = 1 + 1e-12
+_UP = 1 + 1e-12  # covers a few float64 roundings in a size
 
 
 class TokenBall:
@@ -31,7 +32,7 @@ class TokenBall:
         self.graph = graph
 
     def point(self, inputs: Tensor) -> Tensor:
-        """The centre: what a change is added to, float64."""
+        """The centre in float64, to which a change is added."""
         return self.graph.embed(inputs, torch.float64).detach()
 
     def enter(self, point: Tensor) -> Tensor:
@@ -39,7 +40,14 @@ class TokenBall:
         return point
 
     def movement(self, point: Tensor, x: Tensor, eps: Tensor, local: Local) -> Movement:
-        """How far the tokens of x = enter(point) can move, for each eps [eps]."""
+        """How far the tokens can move, for each size of the ball, in 2-norms.
+
+        Args:
+            point: the centre.
+            x: enter(point), [batch, tokens, d].
+            eps: sizes of the ball [eps], in its norm.
+            local: shared norms of matrices.
+        """
         size = eps.to(x.device)[:, None, None] * x.shape[-1] ** 0.5 * _UP
         return Movement.ball(size.expand(-1, *x.shape[:2]))
 
@@ -48,16 +56,22 @@ class TokenBall:
         return eps
 
     def dual(self, gradient: Tensor) -> Tensor:
-        """Largest inner product of a gradient at the point with a change of size 1, [batch]."""
+        """Largest inner product of a gradient with a change of size 1, [batch].
+
+        The gradient is taken with respect to the point.
+        """
         return torch.linalg.vector_norm(gradient, dim=-1).sum(-1) * gradient.shape[-1] ** 0.5
 
     def size(self, change: Tensor) -> Tensor:
-        """The norm that eps bounds, of each part that it bounds on its own; shaped to divide the change."""
+        """The size of a change in the ball's norm, for each part that eps bounds on its own.
+
+        Its shape is such that the change can be divided by it.
+        """
         return rms_norm(change).unsqueeze(-1)
 
 
 class PixelBall:
-    """Changes of an image [batch, channels, height, width] of 2-norm at most eps."""
+    """Changes of an image [batch, channels, height, width], of 2-norm at most eps."""
 
     name = "pixel_l2"
 
@@ -79,7 +93,11 @@ class PixelBall:
         return self.graph.embed(point, point.dtype)
 
     def movement(self, point: Tensor, x: Tensor, eps: Tensor, local: Local) -> Movement:
-        """Each patch through the matrix; the first row stays; all patches together move by eps in 2-norm."""
+        """How far the tokens can move, for each eps, in 2-norms.
+
+        Each patch moves through the matrix of the patch convolution. The first row does not move.
+        All patches together move by at most eps in 2-norm.
+        """
         size = (eps.to(x.device)[:, None, None] * _UP).expand(-1, *x.shape[:2]).clone()
         size[..., 0] = 0.0
         matrix = Matrix(self.patches.weight().detach().double())
@@ -101,7 +119,15 @@ Ball = TokenBall | PixelBall
 
 
 def ball_of(graph: Graph, norm: str) -> Ball:
-    """The ball of a name: "token" or "pixel_l2". Raises ConfigError for another, or one that does not fit."""
+    """The ball of a given name.
+
+    Args:
+        graph: the model's graph.
+        norm: "token" or "pixel_l2".
+
+    Raises:
+        ConfigError: the name is another one, or the ball does not fit the model.
+    """
     kinds: dict[str, type[TokenBall] | type[PixelBall]] = {
         b.name: b for b in (TokenBall, PixelBall)
     }

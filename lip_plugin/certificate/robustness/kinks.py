@@ -1,14 +1,22 @@
-"""What a kink leaves out of the linearization, seen from one gradient: which entries can cross, and at what cost.
+"""What the kinks of relu and abs take from one margin, beyond the linearization at a centre.
 
-relu and abs are convex and linear but for a change of slope at 0: an entry z_i lies above its linearization by at most
-factor (abs(d_i) - abs(z_i)), and only beyond its kink. Above, so entries that a margin grows with can only help it,
-and the others (g_i < 0) lower it. The movement d of all entries of a token has 2-norm at most S, and each entry
-its own bound s_i: an entry is driven across its kink only at the cost of d_i^2 >= z_i^2 of S^2. So what a margin with
-gradient g can lose is far below norm2(g) times the largest remainder. For every lambda > 0 it is at most
+relu and abs are linear but for a change of slope at 0, their kink. They are convex, so an entry
+lies above its linearization, and it does so only beyond its kink. With z_i the entry at the centre,
+d_i its movement and `factor` the change of slope, it lies above by at most factor
+(abs(d_i) - abs(z_i)).
 
-    lambda S^2 + sum over g_i < 0 of max over 0 <= d <= s_i of (factor abs(g_i) (d - abs(z_i))_+ - lambda d^2),
+Let g be the gradient of a margin with respect to the outputs. Where g_i >= 0, an entry that lies
+above can only help the margin. So only entries with g_i < 0 lower it. Their movements are bounded
+twice. All entries of a token together move by at most S in 2-norm, and entry i moves by at most
+s_i. Driving entry i across its kink therefore costs at least z_i^2 of the budget S^2. This makes
+the loss far smaller than norm2(g) times the largest remainder. By the Lagrangian of the budget the
+loss is, for every lambda > 0, at most
 
-the Lagrangian of the budget; each maximum is 0 or at d = min(s_i, factor abs(g_i) / (2 lambda)). docs/maths.md, section 11.
+    lambda S^2 + sum over g_i < 0 of
+        max over 0 <= d <= s_i of (factor abs(g_i) (d - abs(z_i))_+ - lambda d^2)
+
+where (x)_+ is max(x, 0). Each inner maximum is 0, or it is attained at d = min(s_i, factor
+abs(g_i) / (2 lambda)). Proofs are in docs/maths.md, section 11.
 """
 
 from __future__ import annotations
@@ -18,10 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# lambda in units of norm2(factor g) / S. Without kinks to cross 1/2 would be the best; the more there is to cross, the
-# smaller. Any value is proven, so a grid loses only tightness.
+# The values of lambda that are tried, in units of norm2(factor g) / S. If all z_i were 0, then 1/2
+# would be the best. The farther the kinks are away, the smaller the best lambda is. Every lambda
+# gives a true bound, so a coarse grid loses only tightness.
 _PRICES = (0.012, 0.025, 0.05, 0.09, 0.15, 0.25, 0.4)
-# float32 sums of a few thousand terms, and what cancels in them: 6 units of c_i d_i each, norm2(d) <= S / (2 price)
+# What float32 may have cost in `price`. `_UP` covers sums of a few thousand terms. `_CANCELLED`
+# covers what cancels inside a term: 6 units of c_i d_i each, where norm2(d) <= S / (2 price).
 _UP, _CANCELLED = 1 + 1e-4, 3e-5
 
 
@@ -30,10 +40,11 @@ class Kinks:
     """The entries of one activation's input, and how far they can move.
 
     Attributes:
-        away: abs(z) [batch, tokens, n].
-        sizes, norms: entry i moves at most sum_k sizes_k[eps, batch, tokens] norms_k[i].
-        total: 2-norm of a token's movement over all entries, [eps, batch, tokens].
-        factor: change of slope.
+        away: abs(z) at the centre, [batch, tokens, n].
+        sizes, norms: entry i moves by at most the sum over k of
+            sizes_k[eps, batch, tokens] * norms_k[i].
+        total: bound on the 2-norm of a token's movement over all entries, [eps, batch, tokens].
+        factor: change of slope at the kink.
     """
 
     away: Tensor
@@ -43,14 +54,19 @@ class Kinks:
     factor: float
 
     def joined(self, others: list[Kinks]) -> Kinks:
-        """The same entries for the eps of all of them, one after the other."""
+        """The same entries for the eps values of all given objects, one after the other."""
         every = [self, *others]
         sizes = tuple(torch.cat(of) for of in zip(*(k.sizes for k in every), strict=True))
         return Kinks(self.away, sizes, self.norms, torch.cat([k.total for k in every]), self.factor)
 
     def price(self, gradient: Tensor) -> Tensor:
-        """Bound on what a margin with this gradient loses by what is left out, [eps, batch, tokens]."""
-        seen = gradient.abs().amax((0, 2)) > 0  # later tokens have no gradient
+        """Bound on what a margin loses by the kinks, [eps, batch, tokens].
+
+        Args:
+            gradient: of the margin with respect to the activation's outputs, [batch, tokens, n].
+        """
+        # Tokens behind the one that predicts have no gradient, so they are left out.
+        seen = gradient.abs().amax((0, 2)) > 0
         last = int(seen.nonzero().amax()) + 1 if bool(seen.any()) else 0
         c = (-gradient[:, :last]).clamp_min(0.0).mul(self.factor * (1 + 1e-6)).float()
         away = (self.away[:, :last] * (1 - 1e-6)).float()

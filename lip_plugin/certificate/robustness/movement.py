@@ -1,9 +1,13 @@
-"""How far a token can have moved: a sum of linear images of balls, one size per token.
+"""How far each token can have moved, as a sum of linear images of balls.
 
-The movement of token t is sum over k of A_k e_k, with norm2(e_k) <= size_k[t]. The A_k are matrices of the model
-(the identity for the embeddings, an output map for each branch), so a linear map that follows is bounded by the
-norms of products W A_k, not by products of norms. Sizes are float64 [eps, batch, tokens], 2-norms; scalars are
-kept in the sizes, and the matrices' norms are proven (docs/maths.md, section 11) and computed once.
+A change of the input moves the hidden state of token t. Here that movement is the sum over k of
+A_k e_k, where norm2(e_k) is at most size_k[t]. Each A_k is a matrix of the model: the identity for
+the embeddings, and an output map for each branch. When a linear map W follows, the movement is
+bounded by norms of the products W A_k. These are smaller than products of norms.
+
+Sizes are 2-norms, float64 [eps, batch, tokens], with one entry for each size eps of the ball.
+Scalar factors are kept in the sizes. The norms of the products are proven (docs/maths.md, section
+11), and each is computed once.
 """
 
 from __future__ import annotations
@@ -18,33 +22,46 @@ from lip_plugin.certificate.robustness.kinks import Kinks
 from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.linalg.spectrum import gamma
 
-_UP = 1 + 1e-12  # more than sums of a few thousand float64 squares can be off
-Key = tuple[
-    int, ...
-]  # ids of the nodes whose weights are in a product; names of fused maps may repeat
+_UP = 1 + 1e-12  # a sum of a few thousand float64 squares is off by less than this
+# The ids of the nodes whose weights are in a product. Names would not do, because fused maps may
+# share one.
+Key = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A product of weights [d_out, d_in] (None: the identity), and norm_F of what computing it cost."""
+    """A product of weights.
+
+    Attributes:
+        value: the product as computed, [d_out, d_in]. None stands for the identity.
+        error: bound on the Frobenius norm of what computing it cost.
+    """
 
     value: Tensor | None = None
     error: float = 0.0
 
     def times(self, w: Tensor) -> Matrix:
-        """w @ self; |fl(W A) - W A| <= gamma_n |W| |A| entrywise, and A was off by `error`."""
+        """The product w @ self.
+
+        Entrywise abs(fl(W A) - W A) <= gamma_n abs(W) abs(A), and A itself was off by `error`.
+        """
         if self.value is None:
             return Matrix(w)
         w_f, a_f = float(w.norm()), float(self.value.norm())
-        # 1.01: the two Frobenius norms are themselves rounded
+        # The factor 1.01 covers the rounding of the two Frobenius norms.
         return Matrix(w @ self.value, 1.01 * (gamma(w.shape[1]) * w_f * a_f + w_f * self.error))
 
 
 @dataclass(frozen=True)
 class Term:
-    """A_k, keyed by the nodes whose weights are in it, and the sizes of e_k.
+    """One term A_k e_k of a movement.
 
-    `given` [eps, batch] bounds the 2-norm of e_k over all tokens together, where more is known than the sizes say.
+    Attributes:
+        key: the nodes whose weights are in A_k. Two terms with the same key have the same matrix.
+        matrix: A_k.
+        size: bound on the 2-norm of e_k at each token, [eps, batch, tokens].
+        given: bound on the 2-norm of e_k over all tokens together, [eps, batch]. It is given where
+            more is known than the sizes say.
     """
 
     key: Key
@@ -61,9 +78,15 @@ class Term:
 
 @dataclass
 class Local:
-    """What a local walk shares: norms of products, computed once; whether products are formed at all.
+    """What the nodes of one local walk share.
 
-    `remainders`: set to a list to collect what the linearization at the centre leaves out (see `Remainder`).
+    It also keeps products of matrices and their norms, so that each is computed once.
+
+    Attributes:
+        products: whether the terms of a sum are kept apart, so that products of matrices are
+            formed. Otherwise each residual sum is collapsed into one ball, which is looser.
+        remainders: a list in which each node records what its linearization at the centre leaves
+            out (see `Remainder`). None records nothing.
     """
 
     products: bool = True
@@ -72,13 +95,13 @@ class Local:
     _matrices: dict[Key, Matrix] = field(default_factory=dict)
 
     def times(self, key: Key, w: Tensor, term: Term) -> Matrix:
-        """The product w A of a term's matrix, remembered under `key`."""
+        """The product w A of a term's matrix A, remembered under `key`."""
         if key not in self._matrices:
             self._matrices[key] = term.matrix.times(w)
         return self._matrices[key]
 
     def sigma(self, key: Key, matrix: Matrix, blocks: int = 1) -> Tensor:
-        """Proven sigma_max of each of `blocks` equal row blocks, float64 [blocks]."""
+        """Proven bound on sigma_max of each of `blocks` equal blocks of rows, float64 [blocks]."""
         if matrix.value is None:
             return torch.ones((), dtype=torch.float64)
         if ("sigma", blocks, key) not in self._norms:
@@ -87,11 +110,11 @@ class Local:
         return self._norms["sigma", blocks, key]
 
     def row(self, key: Key, matrix: Matrix) -> Tensor:
-        """Largest 2-norm of a row, from above."""
+        """Bound on the largest 2-norm of a row."""
         return self.rows(key, matrix).amax()
 
     def rows(self, key: Key, matrix: Matrix) -> Tensor:
-        """2-norm of each row, from above."""
+        """Bound on the 2-norm of each row."""
         if matrix.value is None:
             return torch.ones(1, dtype=torch.float64)
         if ("rows", 1, key) not in self._norms:
@@ -102,39 +125,55 @@ class Local:
 
 @dataclass(frozen=True)
 class Remainder:
-    """What a node's linearization at the centre leaves out of its output y [batch, tokens, d].
+    """What a node's linearization at the centre leaves out of its output.
 
-    y' - y = J (x' - x) + rho with norm2(rho) <= `two` and norm1(rho) <= `one`, both float64
-    [eps, batch, tokens, heads], for each of the `heads` equal parts of the last dimension.
+    The output moves by y' - y = J (x' - x) + rho, with J the Jacobian at the centre. The last
+    dimension of y is cut into `heads` equal parts, and rho is bounded in each of them.
+
+    Attributes:
+        y: the output at the centre, [batch, tokens, d].
+        two: bound on norm2(rho), float64 [eps, batch, tokens, heads].
+        one: bound on norm1(rho), of the same shape.
+        sums: bounds on the sums of `two` and of `one` over tokens, each [eps, batch]. None if none
+            are known beyond adding up.
+        kinks: for a function that is linear but for kinks, its entries and how far they can move.
     """
 
     y: Tensor
     two: Tensor
     one: Tensor
-    sums: tuple[Tensor, Tensor] | None = (
-        None  # bounds on the sums of `two` and of `one` over tokens, [eps, batch]
-    )
-    kinks: Kinks | None = None  # where f is linear but for them
+    sums: tuple[Tensor, Tensor] | None = None
+    kinks: Kinks | None = None
 
     def norms(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """(2-norms, largest entries) of a gradient with respect to y, [batch, tokens, heads]."""
+        """2-norms and largest absolute entries of a gradient with respect to y.
+
+        Returns:
+            Both as [batch, tokens, heads].
+        """
         parts = gradient.unflatten(-1, (self.two.shape[-1], -1))
         return torch.linalg.vector_norm(parts, dim=-1), parts.abs().amax(-1)
 
 
 @dataclass(frozen=True)
 class Movement:
-    """The movement of every token as a sum of terms; see the module's first lines."""
+    """The movement of every token, as a sum of terms (see the top of this file)."""
 
     terms: tuple[Term, ...]
 
     @staticmethod
     def ball(size: Tensor, joint: Tensor | None = None) -> Movement:
-        """Any movement of 2-norm at most size [eps, batch, tokens], and at most joint over all tokens together."""
+        """Any movement of 2-norm at most `size` at each token, [eps, batch, tokens].
+
+        `joint` [eps, batch] bounds its 2-norm over all tokens together, if more is known of that.
+        """
         return Movement((Term((), Matrix(), size, joint),))
 
     def scaled(self, factor: float) -> Movement:
-        """Of factor * x; balls are symmetric, so the sign does not matter."""
+        """The movement of factor * x.
+
+        Balls are symmetric, so the sign of the factor does not matter.
+        """
         return Movement(
             tuple(
                 Term(t.key, t.matrix, t.size * abs(factor), t.joint * abs(factor))
@@ -143,7 +182,7 @@ class Movement:
         )
 
     def linear(self, node: Linear, local: Local) -> Movement:
-        """Of W x + b."""
+        """The movement of W x + b."""
         w = weight(node)
         terms = []
         for t in self.terms:
@@ -152,7 +191,10 @@ class Movement:
         return Movement(tuple(terms))
 
     def plus(self, other: Movement) -> Movement:
-        """Of a sum; images under the same matrix are one ball."""
+        """The movement of a sum of two values.
+
+        Two images of balls under the same matrix become one.
+        """
         joined = {t.key: t for t in self.terms}
         for t in other.terms:
             if t.key in joined:
@@ -178,7 +220,7 @@ class Movement:
         return sum_of([t.joint * local.sigma(t.key, t.matrix) for t in self.terms])
 
     def collapsed(self, local: Local) -> Movement:
-        """One ball around all of it."""
+        """One ball around all of the movement."""
         return Movement.ball(self.total(local), self.joint(local))
 
 

@@ -1,10 +1,13 @@
-"""Local movement: how far each token's hidden state can move around a given input.
+"""Local movement: how far each token's hidden state can move around one given input.
 
-`move(node, x, movement, local)` runs a node at the centre x [batch, tokens, d] (float64) and bounds, per token,
-how far its output moves when its input moves within `movement`, in 2-norms. Unlike a node's global constant it
-sees the values at the centre: denominators of kept norms, entries that a gate multiplies with, attention weights.
-It also records, for each node that is not linear, a bound on what its linearization at the centre leaves out
-(`Remainder`). Proofs: docs/maths.md, section 11. A node without a rule raises CertificateError.
+`move(node, x, movement, local)` runs a node at the centre x [batch, tokens, d], in float64. It also
+bounds, for each token and in 2-norms, how far the node's output moves when its input moves within
+`movement`. A node's global constant cannot see the values at the centre, but a local rule can: the
+denominators of kept norms, the entries that a gate multiplies with, the weights of attention.
+
+A node that is not linear also records a bound on what its linearization at the centre leaves out
+(`Remainder` in movement.py). A node without a rule raises CertificateError. The rule of attention
+is in attention_rule.py. Proofs are in docs/maths.md, section 11.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from lip_plugin.certificate.robustness.kinks import Kinks
 from lip_plugin.certificate.robustness.movement import Local, Movement, Remainder, Term, sum_of
 from lip_plugin.errors import CertificateError
 
-# Change of slope at 0, of functions that are linear elsewhere.
+# The change of slope at 0 of functions that are linear elsewhere.
 _KINKS = {"relu": 1.0, "abs": 2.0}
-# Largest second derivatives, rounded up; tests/certificate/test_robustness_rules.py recomputes them in float64. gelu (both
-# forms) and silu at 0 (2 phi(0), sqrt(2/pi), 1/2), tanh at atanh(1/sqrt(3)) (4 / (3 sqrt(3))).
+# The largest absolute second derivatives, rounded up. Those of both forms of gelu and of silu are
+# at 0: 2 phi(0), sqrt(2/pi) and 1/2. That of tanh is 4 / (3 sqrt(3)), at atanh(1/sqrt(3)).
+# tests/certificate/test_robustness_rules.py recomputes them in float64.
 CURVATURE_UPPER = {
     "relu": math.inf,
     "abs": math.inf,
@@ -55,7 +59,7 @@ def _missing(node: Any) -> CertificateError:
     )
 
 
-# move(node, x, movement, local) -> (output at the centre, its movement)
+# move(node, x, movement, local) returns the output at the centre and its movement.
 move = Analysis("local movement", _missing)
 
 
@@ -140,7 +144,8 @@ def activation_movement(
         else:
             two, one = _curved(node, x, size, entry)
         if node.kind not in _KINKS and node.cap is None:
-            # sum over tokens of size_t^2 and of entry_t size_t, by Cauchy-Schwarz
+            # These bound the sums over tokens of entry_t size_t and of size_t^2, the first by
+            # Cauchy-Schwarz.
             half = 0.5 * CURVATURE_UPPER[node.kind] * to_float(node.factor)
             joint = movement.joint(local)
             widest = sum_of([t.joint * local.row(t.key, t.matrix) for t in movement.terms])
@@ -150,9 +155,17 @@ def activation_movement(
 
 
 def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-    """(2-norm, 1-norm) of f(z + dz) - f(z) - f'(z) dz, for norm2(dz) <= size, entries at most `entry`."""
+    """What a curved activation leaves out of its linearization.
+
+    For norm2(dz) <= size and entries of dz at most `entry`, it bounds f(z + dz) - f(z) - f'(z) dz.
+
+    Returns:
+        A bound on its 2-norm, and one on its 1-norm.
+    """
     slope, factor = to_float(node.slope()), to_float(node.factor)
-    if node.kind in _KINKS:  # in a gate: every entry may move as far as the largest does
+    if node.kind in _KINKS:
+        # This case is for a relu or abs in a gate, or one with a cap. Every entry may move as far
+        # as the largest does.
         beyond = (entry.unsqueeze(-1) - z.detach().abs()).clamp_min(0.0) * (
             _KINKS[node.kind] * factor
         )
@@ -167,10 +180,11 @@ def _curved(node: Activation, z: Tensor, size: Tensor, entry: Tensor) -> tuple[T
 def _kinked(
     node: Activation, z: Tensor, movement: Movement, local: Local
 ) -> tuple[Tensor, Tensor, Kinks]:
-    """The same where f is linear but for a kink at 0: only entries that can cross it count.
+    """What relu or abs leaves out of its linearization, as 2-norm, 1-norm and `Kinks`.
 
-    Behind it they are off by the change of slope times the way beyond, where an entry moves as far as its own row
-    lets it. One eps after the other: hidden widths make the entries many.
+    Only entries that can cross the kink at 0 count. Such an entry is off by the change of slope
+    times the way beyond the kink, where it moves at most as far as its own row allows. The sizes
+    eps are treated one after the other, because wide hidden layers have many entries.
     """
     factor, z = _KINKS[node.kind] * to_float(node.factor), z.detach().abs()
     two, one = [], []
@@ -188,7 +202,13 @@ def _kinked(
 
 
 def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-    """(2-norm, 1-norm) of what c tanh(z / c) leaves out of its linearization: its second derivative is tanh's over c."""
+    """What a cap c tanh(z / c) leaves out of its linearization.
+
+    Its second derivative is that of tanh, divided by c.
+
+    Returns:
+        A bound on its 2-norm, and one on its 1-norm.
+    """
     half = 0.0 if cap is None else 0.5 * CURVATURE_UPPER["tanh"] / cap
     return half * entry * size, half * size.square()
 
@@ -204,7 +224,8 @@ def gate_movement(
     size_g, size_u = moving_g.total(local), moving_u.total(local)
     entry_g, entry_u = moving_g.entry(local), moving_u.entry(local)
     largest_u, largest_f = u.detach().abs().amax(-1), f.detach().abs().amax(-1)
-    # f(g')u' - f(g)u = (f(g') - f(g)) u + f(g) (u' - u) + (f(g') - f(g)) (u' - u)
+    # f(g')u' - f(g)u = (f(g') - f(g)) u + f(g) (u' - u) + (f(g') - f(g)) (u' - u),
+    # and `both` bounds the last term, which is of second order.
     both = slope * torch.minimum(entry_g * size_u, size_g * entry_u)
     size = slope * size_g * largest_u + largest_f * size_u + both
     if local.remainders is not None:
@@ -227,21 +248,30 @@ def norm_movement(
 
 
 def norm_rule(node: Norm, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """(movement, remainder) in 2-norm of a norm at x [..., d], for a movement `size` [eps, ...].
+    """Movement and remainder of a norm at the input x, in 2-norm.
 
-    On the segment to x' the root s = sqrt(m + eps) of the mean square m is within size / sqrt(d) of what it is at x;
-    the first derivative is at most 1 / max(s, floor). Above the floor the second is at most (2 / sqrt(3)) / (sqrt(d) s^2),
-    below it the map is affine. Where the segment may meet the kink at the floor, the remainder is at most movement and
-    derivative together.
+    Let s = sqrt(m + eps), with m the mean square of x in R^d (for a LayerNorm, of x minus its
+    mean). On the segment from x to x', the root of m is within size / sqrt(d) of what it is at x,
+    which bounds s from both sides. The first derivative is at most 1 / max(s, floor). Where s is
+    above the floor, the second derivative is at most (2 / sqrt(3)) / (sqrt(d) s^2). Where s is
+    below it, the map is affine. If the segment may meet the kink at the floor, the remainder is at
+    most the movement and the derivative's part together.
+
+    Args:
+        node: the norm.
+        x: the input at the centre, [..., d].
+        size: bound on the 2-norm of the input's movement, [eps, ...].
+
+    Returns:
+        Bounds on the 2-norm of the output's movement, and on that of its remainder, both
+        [eps, ...].
     """
     width = math.sqrt(x.shape[-1])
     x = x.detach()
     centered = x - x.mean(-1, keepdim=True) if node.center else x
     rms = torch.linalg.vector_norm(centered, dim=-1) / width
-    down, up_ = (
-        1 - 1e-12,
-        1 + 1e-12,
-    )  # what rounding of the root mean square may have added or taken
+    # These factors cover the rounding of the root mean square.
+    down, up_ = 1 - 1e-12, 1 + 1e-12
     here = (rms.square() + node.eps).sqrt().clamp_min(node.floor) * down
     low = ((rms * down - size / width).clamp_min(0.0).square() + node.eps).sqrt() * down
     high = ((rms * up_ + size / width).square() + node.eps).sqrt() * up_
@@ -262,7 +292,15 @@ def record(
     sums: tuple[Tensor, Tensor] | None = None,
     kinks: Kinks | None = None,
 ) -> None:
-    """Remember a remainder; sizes without a head axis get one."""
+    """Remember the remainder of one node in `local`.
+
+    Args:
+        local: where it is remembered.
+        y: the node's output at the centre.
+        two, one: bounds on its 2-norm and 1-norm. Without an axis of heads they get one.
+        sums: bounds on their sums over tokens, where known.
+        kinks: the kinks of the node's function, if it is linear but for them.
+    """
     assert local.remainders is not None
     if two.dim() == 3:
         two, one = two.unsqueeze(-1), one.unsqueeze(-1)
