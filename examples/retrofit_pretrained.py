@@ -105,7 +105,6 @@ def main() -> None:
     )
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--order", default="together", choices=["last", "first", "together"])
     parser.add_argument(
         "--quantile", type=float, default=0.05, help="of what norms divide by: the floors"
     )
@@ -132,7 +131,7 @@ def main() -> None:
         twin = copy.deepcopy(model)
         retrofit(twin, config)
         marks[name] = loss_of(twin, data, out)
-    schedule = RetrofitSchedule(order=options.order, every=1 if options.smoke else 10)
+    schedule = RetrofitSchedule(every=1 if options.smoke else 10)
     config = LipschitzConfig(norms="calibrated", w_max=options.w_max, norm_floors=floors)
     trainer = trainer_of(
         model, data, out, options.steps, 1e-3, [LipschitzCallback(config, schedule=schedule)]

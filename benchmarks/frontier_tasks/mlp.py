@@ -21,7 +21,6 @@ from lip_plugin import LipschitzConfig
 from lip_plugin.certificate.certify import bound_of
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph
-from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.entry import Entry
 from lip_plugin.certificate.graph.nodes import Activation, Linear
 from lip_plugin.certificate.robustness.attack import attack
@@ -97,9 +96,8 @@ def graph_of(model: Images) -> Graph:
         nodes.append(Activation("act", model.act, "relu"))
     family = Family(architecture, matches=lambda m: m is model)
     found = Parts(architecture, layers=(), knobs=(), n_heads=1, n_kv_heads=1)
-    return Graph(
-        model, family, found, Entry({}), Chain("model", nodes[:-1])
-    )  # no tables, no patches
+    # No tables and no patches enter, no blocks follow, and the last activation is none.
+    return Graph(model, model, family, found, Entry({}), blocks=(), readout=tuple(nodes[:-1]))
 
 
 class InputBall:

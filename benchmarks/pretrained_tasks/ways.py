@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ WAYS = (
     "kept tight",
 )
 NAIVE = ("dropped", "constant")
+
+
+class OneByOne(RetrofitSchedule):
+    """One slot's floor after another's: what was tried before all floors rose together."""
+
+    backwards = False  # from the last slot to the first
+
+    def floors_at(self, end: Mapping[str, float], progress: float) -> dict[str, float]:
+        begin, over = self.norms
+        u = min(1.0, max(0.0, (progress - begin) / (over - begin))) if over > begin else 1.0
+        turn = list(end)[::-1] if self.backwards else list(end)
+        parts = {slot: min(1.0, max(0.0, u * len(turn) - i)) for i, slot in enumerate(turn)}
+        return {slot: parts[slot] * floor for slot, floor in end.items()}
 
 
 class Affine(torch.nn.Module):
@@ -97,8 +111,10 @@ def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> Retro
         gone = way not in ("floored", "tightened")
         floors = calibrate(model, batches, quantile=1.0 if gone else args.quantile)
         rise = (0.0, 0.5) if gone and way != "gone" else (0.0, 0.0)
-        order = way if way in ("last", "first") else "together"
-        schedule = RetrofitSchedule(norms=rise, order=order, caps=caps, every=args.every)
+        kind = {"last": OneByOne, "first": OneByOne}.get(way, RetrofitSchedule)
+        schedule = kind(norms=rise, caps=caps, every=args.every)
+        if isinstance(schedule, OneByOne):
+            object.__setattr__(schedule, "backwards", way == "last")
         schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_floors=floors, **tight))
         return schedule
     return None

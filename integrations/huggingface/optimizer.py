@@ -29,7 +29,7 @@ def register_optimizer() -> None:
         raise TrainerError(
             "This transformers version keeps its optimizers elsewhere. Pass "
             "optimizer_cls_and_kwargs=(MuonFactory, {'lr': 0.05}) to Trainer, with MuonFactory "
-            "from lip_plugin.integrations.huggingface.trainer."
+            "from lip_plugin.integrations.huggingface.optimizer."
         )
     handlers[OPTIM_NAME] = _muon_of
 

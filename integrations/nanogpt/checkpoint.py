@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lip_plugin.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lip_plugin.integrations.nanogpt.checkout import CHECKPOINT, SETTINGS, _inside
+from lip_plugin.integrations.nanogpt.checkout import CHECKPOINT, SETTINGS, inside
 from lip_plugin.integrations.nanogpt.patch import Options, _retrofit
 
 
@@ -41,7 +41,7 @@ def load_nanogpt(path: str | Path, directory: str | Path) -> nn.Module:
             f"{folder} has no model.py: --nanogpt-dir takes the folder of a nanoGPT checkout."
         )
     stored, options = _read(path), _settings(path.with_name(SETTINGS))
-    with _inside(folder, ["model.py"]):
+    with inside(folder, ["model.py"]):
         module = importlib.import_module("model")
     if not hasattr(module, "GPT") or not hasattr(module, "GPTConfig"):
         raise UnsupportedModelError(

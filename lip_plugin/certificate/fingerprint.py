@@ -17,7 +17,7 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,10 +28,6 @@ from lip_plugin.model.layers import RowParameter, constrained_modules
 from lip_plugin.model.normalization import Floored
 from lip_plugin.model.saved_names import recorded
 from lip_plugin.surgery.state import find_retrofit
-
-if TYPE_CHECKING:
-    pass
-
 
 # Fields of a model's config that do not change the function that is certified. That function goes
 # from ids to logits, in eval mode and in real arithmetic. vocab_size is left out as well, because

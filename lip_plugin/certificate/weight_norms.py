@@ -132,13 +132,13 @@ def matrix_norms(
         total = norm2(whole.values()) if whole else sigma[name, "all"]["all"][0]
         # No row is longer than sigma_max. For most maps that is enough.
         row = total
+        matrix = weight.detach().t() if is_transposed(module) else weight.detach()
         if role in ("gate", "up", "head"):
-            matrix = weight.detach().t() if is_transposed(module) else weight.detach()
             row = min(total, mul(up(float(row_rms_max_upper(matrix))), root(up(matrix.shape[1]))))
         # The difference of rows i and j is W^T (e_i - e_j), and norm2(e_i - e_j) is sqrt(2).
         apart = mul(root(up(2)), total)
         if role == "head" and pairs:
-            apart = min(apart, up(row_distance_max_upper(weight.detach())))
+            apart = min(apart, up(row_distance_max_upper(matrix)))
         norms[name] = LinearNorms(total, row, whole, heads_of, apart)
     return norms
 

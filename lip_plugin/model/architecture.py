@@ -264,7 +264,7 @@ def _known() -> str:
 
 
 _DESCRIBE = (
-    "describe it as in lip_plugin/integrations/hf_families.py and call "
+    "describe it as in lip_plugin/integrations/huggingface/families.py and call "
     "lip_plugin.model.architecture.register_family"
 )
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from lip_plugin.distributed.owners import local, on_owners, replicas_of
 from lip_plugin.errors import ConfigError
@@ -26,16 +24,16 @@ from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from lip_plugin.model.batches import Batch, batches, cost_of, gathered_lerp
 from lip_plugin.model.layout import Layout, clamp_rows_
+from lip_plugin.optim.adamw import step_adamw_
 from lip_plugin.optim.enforce import attach_projection, keep_within_caps_, normalize_above_
 from lip_plugin.optim.groups import KINDS, param_groups, refuse_other_groups
 from lip_plugin.optim.guard import Guard
 from lip_plugin.optim.intact import Held
 from lip_plugin.optim.lora import KIND as FACTORS
 from lip_plugin.optim.lora import step_factors_
+from lip_plugin.optim.precision import PRECISIONS, update_precision
 from lip_plugin.surgery.state import constraints_of
 
-# The keys are what param_groups hold, because those are saved in state_dicts.
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How far above 1 rounding may leave sigma_max of a block that was orthogonalized in bf16, as
 # tests/linalg/test_polar.py finds.
 _ORTHOGONAL_SLACK = 2e-3
@@ -44,7 +42,6 @@ _ORTHOGONAL_SLACK = 2e-3
 _MEASURE_EVERY = 100
 # Keys of a group that belong to the present model, and are not loaded from a saved state.
 _OWN = ("layouts", "pairs", "kind", "method", "param_names")
-_BF16_FROM = 256  # width of a block from which bf16 saves time on a CPU (measured)
 
 
 class LipschitzMuon(torch.optim.Optimizer):
@@ -114,10 +111,9 @@ class LipschitzMuon(torch.optim.Optimizer):
             raise ConfigError(
                 "LipschitzMuon: momentum must lie in [0, 1) and weight_decay must not be negative."
             )
-        if precision is not None and precision not in _PRECISIONS:
+        if precision is not None and precision not in PRECISIONS:
             raise ConfigError(
-                f"LipschitzMuon(precision={precision!r}): choose None or one of "
-                f"{list(_PRECISIONS)}."
+                f"LipschitzMuon(precision={precision!r}): choose None or one of {list(PRECISIONS)}."
             )
         # Lists and the like get a message about groups below.
         if not isinstance(params, (list, tuple, dict, Iterator)):
@@ -302,7 +298,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         step = orthogonalize(
             update,
             steps=group["steps"],
-            dtype=_precision(group["precision"], update),
+            dtype=update_precision(group["precision"], update),
             # On a CPU this check costs nothing, and it comes before any change.
             check_finite=update.device.type == "cpu",
         )
@@ -369,48 +365,8 @@ class LipschitzMuon(torch.optim.Optimizer):
         step_factors_(
             group,
             {id(p): u for p, u in zip(moved, updates, strict=True)},
-            lambda update: _precision(group["precision"], update),
+            lambda update: update_precision(group["precision"], update),
         )
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        for p in params:
-            if "exp_avg" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        states = [self.state[p] for p in params]
-        adamw(
-            [local(p) for p in params],
-            [local(p.grad) for p in params],
-            [local(s["exp_avg"]) for s in states],
-            [local(s["exp_avg_sq"]) for s in states],
-            [],
-            [s["step"] for s in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"] * group["lr_ratio"],
-            weight_decay=group["adamw_weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-
-@lru_cache(maxsize=1)
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 products (AVX-512 BF16, AMX) or torch emulates them."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _precision(chosen: str | None, update: Tensor) -> torch.dtype | None:
-    """The dtype to orthogonalize `update` in; None leaves it to `orthogonalize`."""
-    if chosen is not None:
-        return _PRECISIONS[chosen]
-    wide = max(update.shape[-2:]) >= _BF16_FROM and update.dtype == torch.float32
-    return (
-        torch.bfloat16 if wide and update.device.type == "cpu" and _cpu_multiplies_bf16() else None
-    )
+        step_adamw_(group, self.state)

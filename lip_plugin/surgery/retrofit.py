@@ -28,6 +28,7 @@ from lip_plugin.model.normalization import floor_
 from lip_plugin.model.parts import Parts, parts
 from lip_plugin.surgery.caps import caps_by_name
 from lip_plugin.surgery.checks import check_model, norms_are_gone, refuse_shards
+from lip_plugin.surgery.depth import warn_if_faint
 from lip_plugin.surgery.orthogonal_init import init_orthogonal_
 from lip_plugin.surgery.plan import Plan, RetrofitReport
 from lip_plugin.surgery.presets import chosen_config
@@ -96,6 +97,8 @@ def retrofit(
     set_state(model, RetrofitState(config, family.architecture))
     family.on_retrofit(model, config)
     logger.info("retrofit of %s: %d changes", type(model).__name__, len(report))
+    if config.recipe and not _loading:
+        warn_if_faint(names, config)
     return report
 
 

@@ -40,7 +40,6 @@ from lip_plugin.surgery.state import find_retrofit, require_retrofit
 from lip_plugin.training.calibration import own_caps, with_floors
 from lip_plugin.training.limits import set_caps_, set_norm_floors_
 
-ORDERS = ("last", "first", "together")
 _KEY = "lip_schedule"
 
 
@@ -62,24 +61,18 @@ class RetrofitSchedule:
     Args:
         norms: (begin, end) of the rise of the floors, from 0 (the library's norm) to the config's
             norm_floors.
-        order: `"together"` raises all floors at once. `"last"` raises one slot's floor after
-            another's from the last slot to the first, `"first"` from the first to the last. All
-            three measured alike (docs/pretrained.md).
         caps: (begin, end) of the tightening of the caps. They go geometrically from the norms of
             the pretrained weights to the config's w_max and overrides. A layer whose own norm is
             below its target has the target as its cap from the start.
         every: steps between two changes. Each change measures the norms of all blocks whose cap
             fell. A change of floors also makes torch.compile compile again when floors leave 0, and
-            when they first move after that. That is twice in all, or twice for each slot in the
-            other orders. Beyond torch._dynamo.config.recompile_limit (8) torch runs uncompiled, and
-            warns.
+            when they first move after that. That is twice in all.
 
     Raises:
-        ConfigError: shares are out of order or outside [0, 1], or the order is unknown.
+        ConfigError: shares are out of order or outside [0, 1].
     """
 
     norms: tuple[float, float] = (0.0, 0.5)
-    order: str = "together"
     caps: tuple[float, float] = (0.0, 0.8)
     every: int = 10
 
@@ -91,11 +84,6 @@ class RetrofitSchedule:
                     f"RetrofitSchedule({name}=({begin}, {end})): 0 <= begin <= end <= 1, please."
                 )
             object.__setattr__(self, name, (float(begin), float(end)))
-        if self.order not in ORDERS:
-            raise ConfigError(
-                f"RetrofitSchedule(order={self.order!r}): choose one of "
-                f"{', '.join(map(repr, ORDERS))}."
-            )
         if self.every < 1:
             raise ConfigError(f"RetrofitSchedule(every={self.every}): at least 1 step.")
 
@@ -107,12 +95,7 @@ class RetrofitSchedule:
             progress: the share of the training that is done.
         """
         u = _part(self.norms, progress)
-        slots = list(end)
-        turn = slots[::-1] if self.order == "last" else slots
-        parts = {slot: min(1.0, max(0.0, u * len(slots) - i)) for i, slot in enumerate(turn)}
-        if self.order == "together":
-            parts = dict.fromkeys(slots, u)
-        rising = {slot: parts[slot] * floor for slot, floor in end.items()}
+        rising = {slot: u * floor for slot, floor in end.items()}
         return {slot: floor if floor >= FLOOR_MIN else 0.0 for slot, floor in rising.items()}
 
     def caps_at(

@@ -9,7 +9,7 @@ from torch import nn
 from lip_plugin import LipschitzMuon
 from lip_plugin.linalg.norms import rms_to_rms_exact
 from lip_plugin.model.layout import Layout, Segment, one_block
-from lip_plugin.optim import muon
+from lip_plugin.optim import muon, precision
 
 SHAPES = {"wide": (390, 600), "tall": (300, 130), "square": (140, 140), "heads": (3 * 64, 256)}
 
@@ -86,14 +86,14 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch):
         ({}, None),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
-        muon._cpu_multiplies_bf16.cache_clear()
-        assert muon._precision(None, wide) == expected
-        assert muon._precision(None, narrow) is None  # orthogonalize's own choice: float32
-        assert muon._precision(None, wide.double()) is None
-        assert muon._precision("float32", wide) == torch.float32
-        assert muon._precision("bfloat16", narrow) == torch.bfloat16
+        precision.cpu_multiplies_bf16.cache_clear()
+        assert precision.update_precision(None, wide) == expected
+        assert precision.update_precision(None, narrow) is None  # orthogonalize's own choice: float32
+        assert precision.update_precision(None, wide.double()) is None
+        assert precision.update_precision("float32", wide) == torch.float32
+        assert precision.update_precision("bfloat16", narrow) == torch.bfloat16
     monkeypatch.undo()
-    muon._cpu_multiplies_bf16.cache_clear()
+    precision.cpu_multiplies_bf16.cache_clear()
 
 
 def test_weights_of_two_layouts_in_memory_are_stepped_alike():

@@ -39,21 +39,13 @@ def batches() -> list[torch.Tensor]:
     return [torch.arange(48).reshape(4, 12) % 67]
 
 
-def test_floors_rise_one_after_another_and_all_are_up_at_the_end() -> None:
-    schedule, end = (
-        RetrofitSchedule(norms=(0.2, 0.6), order="last"),
-        {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0},
-    )
+def test_floors_rise_together_and_all_are_up_at_the_end() -> None:
+    schedule, end = RetrofitSchedule(norms=(0.2, 0.6)), {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
     for progress in (0.0, 0.2):
         assert schedule.floors_at(end, progress) == dict.fromkeys(end, 0.0)
-    assert schedule.floors_at(end, 0.25) == pytest.approx({"a": 0, "b": 0, "c": 0, "d": 2})
-    assert schedule.floors_at(end, 0.4) == pytest.approx({"a": 0, "b": 0, "c": 3, "d": 4})
     for progress in (0.6, 0.9, 1.0):
         assert schedule.floors_at(end, progress) == end
-    first = RetrofitSchedule(norms=(0.2, 0.6), order="first").floors_at(end, 0.4)
-    assert first == pytest.approx({"a": 1, "b": 2, "c": 0, "d": 0})
-    together = RetrofitSchedule(norms=(0.2, 0.6), order="together").floors_at(end, 0.3)
-    assert together == pytest.approx({k: v / 4 for k, v in end.items()})
+    assert schedule.floors_at(end, 0.3) == pytest.approx({k: v / 4 for k, v in end.items()})
     steps = [sum(schedule.floors_at(end, i / 100).values()) for i in range(101)]
     assert steps == sorted(steps)
 
@@ -238,7 +230,7 @@ def test_what_would_do_nothing_or_harm_is_refused(tmp_path: Path) -> None:
 def test_a_compiled_model_follows_the_floors() -> None:
     """torch compiles anew when floors leave 0, and takes every number above."""
     model, ids, compiles = lively("gpt2"), inputs_for("gpt2"), []
-    schedule = RetrofitSchedule(norms=(0.0, 1.0), order="together", caps=(1.0, 1.0))
+    schedule = RetrofitSchedule(norms=(0.0, 1.0), caps=(1.0, 1.0))
     schedule.begin_(model, TARGET, batches())
 
     def backend(graph: Any, inputs: Any) -> Any:
