@@ -5,7 +5,8 @@
 
 GPT-2 small is certified in memory, and growing models are streamed from files. Streamed models
 have the architecture of GPT-2, retrofitted, and random bfloat16 weights. These are written layer by
-layer to sharded safetensors in a temporary folder (2.8 GB for the largest), which is deleted afterwards.
+layer to sharded safetensors in a temporary folder (2.8 GB for the largest), which is deleted
+afterwards.
 
 Each case runs in a process of its own. Its peak memory is VmHWM (Linux; ru_maxrss elsewhere), the
 largest resident size, which counts pages of the mapped weight files too. "before" is the resident
@@ -88,7 +89,7 @@ def write_model(folder: Path, layers: int, width: int, heads: int, vocabulary: i
 
 
 def measured(call: Any) -> dict[str, Any]:
-    """Wall and processor seconds of a call, memory before and at its peak, and the bound that it gave."""
+    """Wall and processor seconds of a call, memory before and at its peak, and the bound."""
     before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     certificate = call()
     peak = memory("VmHWM")
@@ -231,9 +232,9 @@ def main() -> None:
     svd = results["svdvals"] = run_case(["svdvals", threads, *plain, str(args.svd_layers)])
     print(
         f"float64 svdvals of all weights of {first} as stored {svd['stored_cpu_s']:.1f} s, of the "
-        f"blocks that are bounded, tall, {svd['svdvals_cpu_s']:.1f} s (extrapolated); proven "
-        f"bounds {svd['bounds_cpu_s']:.1f} s: {svd['stored_ratio']:.1f} and {svd['ratio']:.1f} times "
-        f"faster, at most {svd['excess']:.1e} too high"
+        f"blocks that are bounded, tall, {svd['svdvals_cpu_s']:.1f} s (extrapolated); "
+        f"proven bounds {svd['bounds_cpu_s']:.1f} s: {svd['stored_ratio']:.1f} and "
+        f"{svd['ratio']:.1f} times faster, at most {svd['excess']:.1e} too high"
     )
     memory_row = results["memory"]
     print(

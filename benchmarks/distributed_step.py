@@ -6,10 +6,10 @@
     python benchmarks/distributed_step.py --smoke
 
 Three optimizers take turns on one model, with forward pass, backward pass and step: AdamW, AdamW
-with attach_projection, and LipschitzMuon; under DDP also LipschitzMuon without sharing the work out.
-Ratios are of medians to the step of AdamW. Bytes are counted for each process where lip_plugin calls
-torch.distributed: what leaves the process. The least possible is that an update comes to the owner
-of its matrix and that the weight goes back. With --worker the first process prints.
+with attach_projection, and LipschitzMuon; under DDP also LipschitzMuon without sharing the work
+out. Ratios are of medians to the step of AdamW. Bytes are counted for each process where lip_plugin
+calls torch.distributed: what leaves the process. The least possible is that an update comes to the
+owner of its matrix and that the weight goes back. With --worker the first process prints.
 """
 
 from __future__ import annotations

@@ -1,22 +1,18 @@
-"""Where a certificate is loose: proven over attained, node by node, on a trained model.
+"""Where is a certificate loose? Proven over attained, node by node, on a trained model.
 
-    python benchmarks/looseness.py --model runs/char_lm/model   # a folder that save_pretrained wrote
+    python benchmarks/looseness.py --model runs/char_lm/model   # a folder of save_pretrained
     python benchmarks/looseness.py                              # a small model, trained on the spot
     python benchmarks/looseness.py --smoke
 
-Every node (each sub-block, and inside it attention, matrices and activations) is attacked alone, on the
-ball that the certificate has for it: slopes and sizes are attained by an input that exists, but that the
-network before it may never produce. So a ratio near 1 says that the node's rule is tight on its ball; the
-last line, the whole model, also holds what composition loses.
+Every node (each sub-block, and inside it attention, matrices and activations) is attacked alone, on
+the ball that the certificate has for it. Slopes and sizes are attained by an input that exists, but
+the network before the node may never produce it. So a ratio near 1 says that the node's rule is
+tight on its ball. The last line, the whole model, also holds what composition loses.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -24,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Table, add_values, finish, headline, machine, parser
 from tqdm import tqdm
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
@@ -69,7 +66,7 @@ def train(steps: int) -> Any:
 
 
 def entries(graph: Graph) -> Iterator[tuple[str, Any, Decimal, int, Any]]:
-    """(label, node, radius in, width in, bound) of every node on the ball that the certificate has there."""
+    """(label, node, radius in, width in, bound) of every node on the certificate's ball there."""
     norms = weight_norms(graph)
     radius, width = up(to_float(radius_of(graph, "weights"))), d_in_of(graph.body)
     for node in graph.body.nodes:
@@ -85,6 +82,7 @@ def entries(graph: Graph) -> Iterator[tuple[str, Any, Decimal, int, Any]]:
 
 
 def width_out(node: Any, width: int) -> int:
+    """How wide what leaves a node is."""
     with torch.no_grad():
         x = torch.zeros(1, 1, width, dtype=torch.float64, device=device_of(node))
         return int(node.run(x).shape[-1])
@@ -101,6 +99,7 @@ def ratio(proven: float, attained: float) -> float:
 
 
 def measure(model: Any, restarts: int, steps: int) -> list[dict[str, Any]]:
+    """Attack every node, and then the whole model; a row each."""
     graph, rows = build(model), []
     for label, node, radius, width, bound in tqdm(list(entries(graph)), desc="nodes"):
         found = falsify_node(node, to_float(radius), width, (17, 1), restarts=restarts, steps=steps)
@@ -130,6 +129,7 @@ def by_rules(model: Any) -> dict[str, float]:
 
 
 def row(name: str, radius: float, proven: float, attained: float) -> dict[str, Any]:
+    """One row of the results."""
     values = {
         "constant_proven": proven,
         "constant_attained": attained,
@@ -139,30 +139,28 @@ def row(name: str, radius: float, proven: float, attained: float) -> dict[str, A
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """The table of all rows; the whole model has no radius behind it."""
     titles = ("radius in", "proven", "attained", "ratio", "radius out", "attained", "ratio")
     keys = ("radius_in", "constant_proven", "constant_attained", "ratio")
     keys += ("radius_proven", "radius_attained", "radius_ratio")
     width = max(len(r["name"]) for r in rows)
-    print(f"{'node':<{width}}" + "".join(f"{t:>11}" for t in titles))
+    table = Table(("node", f"<{width}"), *((title, "9.4g") for title in titles))
     for r in rows:
-        print(
-            f"{r['name']:<{width}}"
-            + "".join(f"{r[k]:>11.4g}" if k in r else f"{'':>11}" for k in keys)
-        )
+        table.row(r["name"], *(r.get(key) for key in keys))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
+    made = parser(__doc__)
+    made.add_argument(
         "--model", help="a folder written by save_pretrained; default: trained on the spot"
     )
-    parser.add_argument("--restarts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", help="write the JSON line to this file as well")
-    options = parser.parse_args()
+    made.add_argument("--out", help="write the JSON line to this file as well")
+    add_values(made, ("restarts", 8, "starts of the attack"), ("steps", 60, "steps of each start"))
+    options = made.parse_args()
     if options.smoke:
         options.restarts, options.steps = 1, 4
+    where = machine()
+    headline("proven over attained, node by node", where)
     began = time.perf_counter()
     model = load(options.model) if options.model else train(20 if options.smoke else 300)
     rows = measure(model, options.restarts, options.steps)
@@ -170,24 +168,18 @@ def main() -> None:
     rules = by_rules(model)
     for name, value in rules.items():
         print(f"{name:<26} bound {10**value:>10.5g}")
-    line = json.dumps(
-        {
-            "benchmark": "looseness",
-            "model": Path(options.model).name if options.model else "trained on the spot",
-            "rows": rows,
-            "log10_by_rules": rules,
-            "restarts": options.restarts,
-            "steps": options.steps,
-            "seconds": time.perf_counter() - began,
-            "device": platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
+    line = finish(
+        "looseness",
+        where,
+        model=Path(options.model).name if options.model else "trained on the spot",
+        rows=rows,
+        log10_by_rules=rules,
+        restarts=options.restarts,
+        steps=options.steps,
+        seconds=time.perf_counter() - began,
     )
     if options.out:
         Path(options.out).write_text(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Task mlp: an MLP on images, under caps or not, as a graph that the certificate's own rules bound.
 
-Images are flattened, pixels in [-1, 1]; scikit-learn's digits (8 x 8, offline), or any image data set of the hub.
-Bounds are between RMS norms of the input and of the logits; eps is the 2-norm of an image's change.
+Images are flattened and have pixels in [-1, 1]. They are scikit-learn's digits (8 x 8, offline), or
+any image data set of the hub. Bounds are from the RMS norm of the input to the RMS norm of the
+logits. eps is the 2-norm of an image's change.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ _NOTHING = {"module": "", "act": "", "down": ""}
 
 
 class Images(nn.Module):
-    """x [batch, widths[0]] -> logits [batch, widths[-1]]: linear maps without biases, ReLU between them."""
+    """Linear maps without biases and ReLU between them.
+
+    Maps x [batch, widths[0]] to logits [batch, widths[-1]].
+    """
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -58,9 +62,11 @@ class Images(nn.Module):
 
 
 def constrain(model: Images, config: LipschitzConfig, *, capped: bool = True) -> None:
-    """What `retrofit` does for the families it knows: caps, the orthogonal start, and the mark of a retrofit.
+    """Do what `retrofit` does for known families: caps, orthogonal start, mark of a retrofit.
 
-    capped=False keeps the same start and drops the caps: a baseline that every optimizer here accepts.
+    Args:
+        capped: False keeps the same start and drops the caps, which makes a baseline that every
+            optimizer here accepts.
     """
 
     def give(on: bool) -> None:
@@ -101,7 +107,10 @@ def graph_of(model: Images) -> Graph:
 
 
 class InputBall:
-    """Changes of the flattened image [batch, 1, d] of 2-norm at most eps; what certificate/balls.py has for ViT."""
+    """Changes of the flattened image [batch, 1, d] of 2-norm at most eps.
+
+    certificate/robustness/balls.py has the same for ViT.
+    """
 
     name = "pixel_l2"
 
@@ -129,7 +138,7 @@ class InputBall:
 
 @dataclass(frozen=True)
 class Split:
-    """Images [n, d] and labels: to train on, to choose a learning rate by, and held out for the results."""
+    """Images [n, d] and labels: to train on, to choose a learning rate by, and for the results."""
 
     train: tuple[Tensor, Tensor]
     choose: tuple[Tensor, Tensor]
@@ -142,7 +151,10 @@ def data(options: Any, seed: int) -> Split:
 
 @cache
 def _data(dataset: str | None, seed: int, images: int) -> Split:
-    """Three fifths, one fifth and one fifth of the digits, cut by the seed; of a hub's data its test split is held out."""
+    """Three fifths, one fifth and one fifth of the digits, cut by the seed.
+
+    Of a data set of the hub, the results are on its test split.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     if dataset is None:
         from sklearn.datasets import load_digits

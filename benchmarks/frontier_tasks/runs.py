@@ -1,6 +1,7 @@
 """The runs of the frontier as a plain table, and the optimizers that they name.
 
-A run is data: add one by adding a Run to `mlp_runs` or `char_runs`. Names are keys of the results file.
+A run is data. To add one, add a Run to `mlp_runs` or `char_runs`. Its name is its key in the
+results file.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from lip_plugin.model.position import OffsetBias
 from lip_plugin.optim.groups import POSITION_RATE
 
 CAPS = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
-# The learning rates that are tried: LipschitzMuon's in RMS->RMS norm per step, torch.optim.Muon's in spectral norm.
+# The learning rates that are tried. LipschitzMuon's are in RMS->RMS norm per step, those of
+# torch.optim.Muon in spectral norm.
 RATES = {
     "lipschitz_muon": (0.02, 0.06, 0.2),
     "muon": (0.02, 0.06, 0.2),
     "adamw": (1e-3, 4e-3, 1.6e-2),
 }
-# What a budget is, task by task. `quick` of char is 0.41 M characters, in bf16 autocast (scored and proven in float32):
-# two minutes a run, for maps of many. `small` of char is 3.07 M characters. `full` of char has the batch and the model of
-# arXiv 2507.13338's released Shakespeare sweeps (batch 64, length 256); 2000 steps are 32.8 M characters.
+# What a budget is, task by task. For char, `quick` is 0.41 M characters in bf16 autocast (scored
+# and proven in float32) and takes two minutes a run, for maps of many. `small` is 3.07 M
+# characters. `full` has the batch and the model of the Shakespeare sweeps that arXiv 2507.13338
+# released (batch 64, length 256); its 2000 steps are 32.8 M characters.
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {
         "smoke": {
@@ -116,7 +119,8 @@ class Run:
         steps: optimizer steps; None takes the budget's.
         temperature: logits are divided by it in the training loss, and nowhere else.
         options: more arguments of the optimizer.
-        loss: of task char: `margin`, taken from the right logit before the temperature divides, and `label_smoothing`.
+        loss: for task char: `label_smoothing`, and `margin`, which is taken from the right logit
+            before the temperature divides.
     """
 
     name: str
@@ -142,7 +146,11 @@ class Run:
 
 
 def mlp_runs() -> list[Run]:
-    """Baselines, every method with every optimizer at every cap, and one method at another temperature."""
+    """The runs of task mlp.
+
+    They are baselines, every method with every optimizer at every cap, and one method at another
+    temperature.
+    """
     runs = [Run(f"unconstrained/{o}", None, o, RATES[o]) for o in RATES]
     for method in METHOD_NAMES:
         for optimizer, rates in RATES.items():
@@ -158,13 +166,18 @@ def mlp_runs() -> list[Run]:
 
 
 _OFFSET_RATE = POSITION_RATE * 0.1
-# AdamW's step is a number for each entry: 4e-3, which an MLP likes, is a step of norm 1 for a 256-wide matrix, and with
-# soft_cap or spectral_normalize it then learns nothing (docs/LOG.md, 2026-11-25).
+# AdamW's step is a number for each entry. A rate of 4e-3, which an MLP likes, is a step of norm 1
+# for a matrix of width 256. With soft_cap or spectral_normalize the matrix then learns nothing
+# (docs/LOG.md, 2026-11-25).
 _CHAR_RATES = {"lipschitz_muon": (0.1,), "muon": (0.06,), "adamw": (5e-4, 2e-3)}
 
 
 def char_runs() -> list[Run]:
-    """Baselines with norms and biases; the paper's recipe, and position alone, by method, optimizer and cap."""
+    """The runs of task char.
+
+    They are baselines with norms and biases, and by method, optimizer and cap the paper's recipe
+    and attention by position alone.
+    """
     runs = [
         Run("unconstrained/adamw", None, "adamw", (1e-3, 4e-3)),
         Run("unconstrained/muon", None, "muon", (0.02, 0.06)),
@@ -185,12 +198,15 @@ POSITION: dict[str, Any] = {
     "residual": [0.75, 0.9],
     "activation": "abs",
     "biases": "drop",
-    "logit_scale": 1.0,  # the training temperature does it, so that bounds are at the network's own scale
+    "logit_scale": 1.0,  # the training temperature does it: bounds are at the network's own scale
 }
 
 
 def position_runs() -> list[Run]:
-    """Attention by position alone, absolute values: by training temperature, then one choice undone at a time."""
+    """Attention by position alone, absolute values as activation.
+
+    There is one run for each training temperature, then one for each choice that is undone.
+    """
     options = {"embedding_lr": 0.05}
 
     def run(
@@ -220,7 +236,7 @@ def position_runs() -> list[Run]:
 
 
 def position_map() -> list[Run]:
-    """Attention by position alone at temperature 0.1: every method with every optimizer at two caps."""
+    """Attention by position alone at temperature 0.1, by method, optimizer and two caps."""
     runs = []
     for method in METHOD_NAMES:
         for optimizer, rates in _CHAR_RATES.items():
@@ -256,9 +272,8 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
     """Each projects what it has moved."""
     options = dict(run.options)
     if run.optimizer == "lipschitz_muon":
-        return [
-            LipschitzMuon(model, lr=lr, **options)
-        ]  # projects by itself, and knows the rate of position tables
+        # It projects by itself, and knows the rate of position tables.
+        return [LipschitzMuon(model, lr=lr, **options)]
     offsets = [
         m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad
     ]

@@ -103,10 +103,12 @@ LLAMA = Architecture(
         act="act_fn",
     ),
 )
-MISTRAL = replace(LLAMA, name="mistral")
-QWEN2 = replace(LLAMA, name="qwen2")
+MISTRAL = replace(LLAMA, name="mistral", attention=replace(LLAMA.attention, window="config"))
+QWEN2 = replace(LLAMA, name="qwen2", attention=replace(LLAMA.attention, window="module"))
 QWEN3 = replace(
-    LLAMA, name="qwen3", attention=replace(LLAMA.attention, q_norm="q_norm", k_norm="k_norm")
+    LLAMA,
+    name="qwen3",
+    attention=replace(LLAMA.attention, q_norm="q_norm", k_norm="k_norm", window="module"),
 )
 GRANITE = replace(
     LLAMA,
@@ -118,7 +120,13 @@ GRANITE = replace(
 PHI3 = replace(
     LLAMA,
     name="phi3",
-    attention=Attention(module="self_attn", norm="input_layernorm", qkv="qkv_proj", out="o_proj"),
+    attention=Attention(
+        module="self_attn",
+        norm="input_layernorm",
+        qkv="qkv_proj",
+        out="o_proj",
+        window="config",
+    ),
     mlp=Mlp(
         module="mlp",
         norm="post_attention_layernorm",
@@ -134,7 +142,10 @@ GEMMA2 = replace(
     embedding_scale=("model.embed_tokens.embed_scale", "model.embed_tokens.scalar_embed_scale"),
     softcap="final_logit_softcapping",
     attention=replace(
-        LLAMA.attention, branch_norm="post_attention_layernorm", softcap="attn_logit_softcapping"
+        LLAMA.attention,
+        window="module",
+        branch_norm="post_attention_layernorm",
+        softcap="attn_logit_softcapping",
     ),
     mlp=replace(
         LLAMA.mlp, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"
@@ -341,6 +352,18 @@ def _is_pretrained(model: nn.Module) -> bool:
     return bool(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", ""))
 
 
+def _depends_on(model: nn.Module) -> tuple[Any, ...]:
+    """The attention and the mask that transformers looks up by the config's name, at each call."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = model.config
+    name = getattr(config, "_attn_implementation", None)
+    tables = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    found = (dict(table.items()).get(name) for table in tables)
+    return tuple(function for function in found if function is not None)
+
+
 def _on_retrofit(model: nn.Module, config: Any) -> None:
     from lip_plugin.integrations.huggingface.saving import mark_
 
@@ -356,6 +379,7 @@ for _row in _ROWS:
             is_pretrained=_is_pretrained,
             logits=_one_by_one if _last else model_logits,
             on_retrofit=_on_retrofit,
+            depends_on=_depends_on,
             model_type=_row.model_type,
             cls=_row.cls,
             variant=_row.variant,

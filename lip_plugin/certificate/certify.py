@@ -19,8 +19,11 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.comparison.compare import check_graph
-from lip_plugin.certificate.fingerprint import capped_weights, fingerprint, settings_of
-from lip_plugin.certificate.function_facts import function_of
+from lip_plugin.certificate.fingerprint import (
+    capped_weights,
+    fingerprint,
+    settings_with_function,
+)
 from lip_plugin.certificate.graph.attention import Attention, attentions
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph, build
@@ -145,7 +148,7 @@ def bound_of(
         attention_logit=to_float(logit),
         assumptions=_assumptions(graph, source),
         model=f"{type(graph.root).__name__} ({graph.family.architecture.name})",
-        settings={**settings_of(graph.root), "function": function_of(graph)},
+        settings=settings_with_function(graph),
     )
 
 

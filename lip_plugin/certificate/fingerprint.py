@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lip_plugin.certificate.function_facts import buffers_of, function_of
+from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.batches import refuse_sharded
@@ -111,7 +113,19 @@ def _digest(name: str, tensor: Tensor) -> str:
 
 def stored_tensors(root: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by its name. A shared one is there under each name."""
-    return {k: v for k, v in root.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    found: dict[str, Tensor] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        kept = [
+            (n, b)
+            for n, b in module._buffers.items()
+            if n not in module._non_persistent_buffers_set
+        ]
+        for leaf, tensor in (*module._parameters.items(), *kept):
+            if tensor is not None:
+                found[f"{name}.{leaf}" if name else leaf] = tensor
+    # A library may store more (the states of quantized weights). What a hook takes out stays in.
+    stored = root.state_dict(keep_vars=True)
+    return {**{k: v for k, v in stored.items() if isinstance(v, Tensor)}, **found}
 
 
 def fingerprint(root: nn.Module, source: str = "weights") -> str:
@@ -172,6 +186,12 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
     return json.loads(text, parse_constant=str)
 
 
+def settings_with_function(graph: Graph) -> dict[str, Any]:
+    """What a certificate records of a model besides its weights: settings, function, buffers."""
+    function, buffers = function_of(graph), buffers_of(graph.root)
+    return {**settings_of(graph.root), "function": function, "buffers": buffers}
+
+
 def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """One line for every setting of a certificate (`stated`) that is another in a model (`found`).
 
@@ -181,6 +201,7 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     """
     now, before = {"floors": {}, **found}, {"floors": {}, **stated}
     functions = [side.pop("function", None) for side in (now, before)]
+    buffers = [side.pop("buffers", None) or {} for side in (now, before)]
     retrofitted, was = now.pop("lipschitz", None), before.pop("lipschitz", None)
     pairs = [(key, now.get(key), value) for key, value in sorted(before.items())]
     if retrofitted is not None and was is not None:
@@ -195,4 +216,7 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     if functions[0] is not None and functions[1] is not None:
         places = sorted({*functions[0], *functions[1]})
         pairs += [(place, functions[0].get(place), functions[1].get(place)) for place in places]
+    # A model that is streamed has no values in these, so only what both have is compared.
+    shared = sorted(buffers[0].keys() & buffers[1].keys())
+    pairs += [(f"buffer {name}", buffers[0][name], buffers[1][name]) for name in shared]
     return [f"{key} is {a!r} and was {b!r}" for key, a, b in pairs if a != b]

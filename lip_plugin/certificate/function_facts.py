@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lip_plugin.certificate.graph.attention import Attention, HeadRows
@@ -82,3 +83,23 @@ def _text(node: Any) -> str:
         if rotary is not None:
             parts.append(f"rotary=(layer_type={rotary.layer_type!r} scale={rotary.scale!r})")
     return " ".join(parts)
+
+
+def buffers_of(root: nn.Module) -> dict[str, str]:
+    """What a model's buffers hold that no file stores (frequencies, positions), by name.
+
+    Two numbers to four digits stand for the values, so that another machine, whose last digits are
+    others, writes the same. Buffers without values (on the meta device) are left out.
+    """
+    found = {}
+    for name, module in root.named_modules():
+        for leaf in sorted(module._non_persistent_buffers_set):
+            value = module._buffers.get(leaf)
+            if value is None or value.is_meta or not value.numel():
+                continue
+            flat = value.detach().double().flatten()
+            weights = torch.linspace(1.0, 2.0, len(flat), dtype=flat.dtype, device=flat.device)
+            numbers = (float(flat @ weights), float(flat.abs().sum()))
+            key = f"{name}.{leaf}" if name else leaf
+            found[key] = " ".join(f"{number:.3e}" for number in numbers)
+    return found

@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.comparison.compare import check_graph
-from lip_plugin.certificate.fingerprint import differences, fingerprint, settings_of
-from lip_plugin.certificate.function_facts import function_of
+from lip_plugin.certificate.fingerprint import (
+    differences,
+    fingerprint,
+    settings_with_function,
+)
 from lip_plugin.certificate.graph.attention import smallest_entropy_lower
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.graph.decimals import div, mul, root, to_float, up
@@ -59,7 +62,7 @@ def check_belongs(certificate: Certificate, model: nn.Module) -> None:
     """
     with torch.no_grad():
         graph = build(model)
-        check_settings(certificate, {**settings_of(graph.root), "function": function_of(graph)})
+        check_settings(certificate, settings_with_function(graph))
         check_fingerprint(certificate, fingerprint(graph.root, certificate.source))
         check_graph(graph)
         if certificate.source == "caps":

@@ -61,6 +61,9 @@ class Attention(Branch):
         layer_type: The attribute that the rotation is asked with, where the layers of one model
             rotate differently. None otherwise.
         causal: Whether a token sees only those before it.
+
+    `window` says where the forward reads how many tokens back a query sees: `"module"` or
+    `"config"`, each by the attribute `sliding_window`. None says that it sees all of them.
     """
 
     out: str
@@ -74,6 +77,7 @@ class Attention(Branch):
     k_norm: str | None = None
     softcap: str | None = None
     layer_type: str | None = None
+    window: str | None = None
     causal: bool = True
 
 
@@ -197,6 +201,8 @@ class Family:
         model_type: The `model_type` of its Hugging Face config, or "" for other libraries.
         cls: The name of the model's class, for error messages. "" takes the name of the family.
         variant: What its config has to say besides, as plain text for error messages, or "".
+        depends_on: functions of the library that the model's forward looks up when it runs (which
+            attention it calls, say), so that another one there is another structure.
     """
 
     architecture: Architecture
@@ -204,6 +210,7 @@ class Family:
     is_pretrained: Callable[[nn.Module], bool] = field(default=lambda model: False)
     logits: Callable[[nn.Module, Tensor], Tensor] = field(default=model_logits)
     on_retrofit: Callable[[nn.Module, Any], None] = field(default=lambda model, config: None)
+    depends_on: Callable[[nn.Module], tuple[Any, ...]] = field(default=lambda model: ())
     model_type: str = ""
     cls: str = ""
     variant: str = ""

@@ -12,12 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.face import require_module
 from lip_plugin.model.architecture import has_family
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# The methods that a call of a wrapper goes through.
+_METHODS = (
+    "__call__",
+    "_call_impl",
+    "forward",
+    "_pre_forward",
+    "_post_forward",
+    "_run_ddp_forward",
+)
 
 
 @dataclass(frozen=True)
@@ -153,12 +163,23 @@ def _refuse(model: nn.Module, module: nn.Module, marked: Callable[[nn.Module], b
 
 
 def _refuse_additions(module: nn.Module, wrapper: Wrapper) -> None:
-    """Raise for a wrapper with a hook or a forward that somebody added.
+    """Raise for a wrapper that is not as its library built it.
 
-    It is not run, so no comparison would see what was added.
+    It is not run, so nobody would see what was added: hooks, patched methods of the object or of
+    its class, hooks on all modules at once.
     """
-    hooks = any(getattr(module, name) for name in _HOOKS)
-    if hooks or not wrapper.own_forward(module):
+    cls = type(module)
+    own = {key for key, value in vars(module).items() if callable(value) and hasattr(cls, key)}
+    patched = own - {"forward"} or not wrapper.own_forward(module)
+    written = {
+        getattr(getattr(cls, name), "__globals__", {}).get("__name__")
+        for name in _METHODS
+        if hasattr(cls, name)
+    }
+    library = cls.__module__.partition(".")[0]
+    foreign = any(str(name).partition(".")[0] != library for name in written)
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    if any(getattr(module, name) for name in _HOOKS) or patched or foreign or everywhere:
         raise UnsupportedModelError(
             f"The {wrapper.name} around the model carries a hook or a patched forward, which no "
             "comparison sees because its forward is not run here. Take it off, or pass the module "

@@ -192,12 +192,17 @@ def step_projection_(
     root, config = constraints_of(model)
     replicas = process_group if process_group is not None else replicas_of(model)
     method = method or config.method
-    found = [(n, m) for n, m in constrained_modules(root) if frozen or m.weight.requires_grad]
+    # torch steps what has a gradient, also if it was frozen since
+    found = [
+        (n, m)
+        for n, m in constrained_modules(root)
+        if frozen or m.weight.requires_grad or m.weight.grad is not None
+    ]
     found = [(n, m) for n, m in found if only is None or id(m.weight) in only]
     # Adapters are projected last. What they refuse is refused here, before the weights change.
     for wrapper in layer_wrappers() if found else ():
         wrapper.check(root)
-    check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas)
+    check_finite([(f"{n}.weight", m.weight) for n, m in found], replicas, moved=not frozen)
     # With this decay, steps of size lr have the cap as their fixed point:
     # (1 - lr decay)(cap + lr) = cap.
     decay = 1.0 / (config.w_max + lr)
@@ -205,6 +210,19 @@ def step_projection_(
     project_weights_(weights, layouts, method, lr=lr, weight_decay=decay, replicas=replicas)
     for wrapper in layer_wrappers():
         wrapper.project_(root, method, lr)
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer whose step moves the weights.
+
+    accelerate's wrapper skips steps on which a gradient scaler found inf, so its inner optimizer is
+    the one. Any other object with a step of its own may move weights after the one inside it.
+    """
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    wraps = kind == "accelerate.optimizer.AcceleratedOptimizer"
+    if wraps or not hasattr(optimizer, "register_step_post_hook"):
+        return getattr(optimizer, "optimizer", optimizer)
+    return optimizer
 
 
 def attach_projection(
@@ -231,6 +249,9 @@ def attach_projection(
             projected by one of them. None takes the group of a DistributedDataParallel around the
             model. Sharded (FSDP2) weights need none.
 
+    A copy or a pickle of the optimizer has no projection, because torch copies no hooks. Attach it
+    to the copy as well.
+
     Returns:
         A handle. `handle.remove()` takes the projection off again.
 
@@ -243,7 +264,7 @@ def attach_projection(
     The check before a later step raises the last two as well.
     """
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    inner: list[Any] = [getattr(o, "optimizer", o) for o in several]
+    inner: list[Any] = [_innermost(o) for o in several]
     if isinstance(optimizer, nn.Module) or not all(
         hasattr(o, "register_step_post_hook") for o in inner
     ):

@@ -24,7 +24,9 @@ def largest_entries(tensors: list[Tensor]) -> Tensor:
     return torch.stack([torch.maximum(-low, high).float() for low, high in ends])
 
 
-def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
+def check_finite(
+    named: list[tuple[str, Tensor]], replicas: Any = None, *, moved: bool = False
+) -> None:
     """Raise NonFiniteError, on all processes, if one of the tensors holds nan or inf.
 
     If all are finite, this costs one synchronization with the device.
@@ -32,6 +34,7 @@ def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
     Args:
         named: (name, tensor) pairs; the first one that is not finite is named.
         replicas: process group whose members hold equal copies of the tensors.
+        moved: whether an optimizer has stepped them already; the message then says so.
     """
     if named:
         tensors = [t for _, t in named]
@@ -39,14 +42,17 @@ def check_finite(named: list[tuple[str, Tensor]], replicas: Any = None) -> None:
         spread = groups_of(tensors, replicas)
         largest = largest_together(largest, spread) if spread else largest
         if not bool(torch.isfinite(largest).all()):
-            refuse_non_finite_named([n for n, _ in named], [float(v) for v in largest])
+            refuse_non_finite_named([n for n, _ in named], [float(v) for v in largest], moved)
 
 
-def refuse_non_finite_named(names: list[str], largest: list[float]) -> None:
+def refuse_non_finite_named(names: list[str], largest: list[float], moved: bool = False) -> None:
     """Raise NonFiniteError for the first name whose value is nan or inf."""
     for name, value in zip(names, largest, strict=True):
         if not math.isfinite(value):
-            raise NonFiniteError(
-                f"{name} holds nan or inf. Nothing was changed by this step; lower the learning "
-                "rate."
+            what = (
+                "The optimizer's step has put it there, and nothing was projected: go back to the "
+                "last checkpoint, and lower the learning rate."
+                if moved
+                else "Nothing was changed by this step; lower the learning rate."
             )
+            raise NonFiniteError(f"{name} holds nan or inf. {what}")

@@ -20,11 +20,12 @@ _NEVER = (-1, -1)
 
 
 class Guard:
-    """Remembers weights as the last projection left them: address, version and Frobenius norm.
+    """Remembers weights as the last projection left them: address, version and two sums.
 
     A step relies on its weights being within their caps. A weight that something else has written
     to since is measured again instead. That may be a loaded checkpoint, or a user who writes
-    through `.data`; no version counter sees the latter, which is why the norm is compared too.
+    through `.data`; no version counter sees the latter, which is why two sums of the entries are
+    compared too. One does not see signs and places, and the other one does.
     """
 
     def __init__(self) -> None:
@@ -32,8 +33,8 @@ class Guard:
 
     def remember(self, weights: list[Tensor]) -> None:
         """Record that these weights are within their caps as they are now."""
-        for w, norm in zip(weights, _norms(weights), strict=True):
-            self._known[id(w)] = (_place(w), norm)
+        for w, sums in zip(weights, _sums(weights), strict=True):
+            self._known[id(w)] = (_place(w), sums)
 
     def inspect(self, groups: list[dict[str, Any]], replicas: Any = None) -> set[int]:
         """Check the gradients, and find the matrices that are not as `remember` saw them.
@@ -45,8 +46,8 @@ class Guard:
             replicas: process group whose members hold equal copies of the parameters.
 
         Returns:
-            The ids of those matrices with a gradient that something else has written to, the same
-            ones on every process.
+            The ids of those matrices that something else has written to, with a gradient or
+            without, the same ones on every process.
 
         Raises:
             NonFiniteError: a gradient on any process holds nan or inf.
@@ -65,7 +66,7 @@ class Guard:
         spread = groups_of(params, replicas)
         if not present and not spread:
             return set()
-        matrices = [i for i in present if entries[i][2] == "matrix"]
+        matrices = [i for i, (_, _, kind) in enumerate(entries) if kind == "matrix"]
         # Rows: the largest entry of each gradient, whether there is one, how far a weight moved.
         values = local(params[0]).new_zeros((3, len(params)), dtype=torch.float32)
         if present:
@@ -80,11 +81,11 @@ class Guard:
         return {id(params[i]) for i in matrices if moved[i] != 0.0}
 
     def _moved(self, weights: list[Tensor]) -> Tensor:
-        """Distance of each norm to the remembered one, plus 1 for another address or version."""
-        norms = _norms(weights)
-        never = (_NEVER, norms[0].new_full((), -1.0))
+        """Distance of the sums to the remembered ones, plus 1 for another address or version."""
+        sums = _sums(weights)
+        never = (_NEVER, sums[0].new_full((2,), -1.0))
         known = [self._known.get(id(w), never) for w in weights]
-        moved = torch.stack([(a - b).abs() for a, (_, b) in zip(norms, known, strict=True)])
+        moved = torch.stack([(a - b).abs().amax() for a, (_, b) in zip(sums, known, strict=True)])
         elsewhere = [place != _place(w) for w, (place, _) in zip(weights, known, strict=True)]
         return torch.nan_to_num(moved, nan=1.0) + moved.new_tensor(elsewhere)
 
@@ -112,11 +113,18 @@ def _place(weight: Tensor) -> tuple[int, int]:
     return part.data_ptr(), part._version
 
 
-def _norms(weights: list[Tensor]) -> list[Tensor]:
-    """Frobenius norms of the local parts, as float32.
+def _sums(weights: list[Tensor]) -> list[Tensor]:
+    """Of each local part, float32 [2]: its Frobenius norm, and the norm of its rows' weighted sums.
 
-    Norms in bf16 would often be equal for two different weights.
+    The weights of the second go from 1 to 2 along a row, so that it changes with signs and places.
+    Norms are float32 also of bf16, which would often make those of two different weights equal.
     """
-    parts = [local(w.detach()) for w in weights]
-    wide = [torch.promote_types(w.dtype, torch.float32) for w in parts]
-    return [torch.linalg.vector_norm(w, dtype=d).float() for w, d in zip(parts, wide, strict=True)]
+    found = []
+    for w in weights:
+        part = local(w.detach())
+        wide = torch.promote_types(part.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(part, dtype=wide).float()
+        rows = part.reshape(-1, part.shape[-1]) if part.numel() else part.new_zeros((1, 1))
+        ramp = torch.linspace(1.0, 2.0, rows.shape[-1], dtype=part.dtype, device=part.device)
+        found.append(torch.stack([norm, torch.linalg.vector_norm(rows @ ramp, dtype=wide).float()]))
+    return found

@@ -17,6 +17,7 @@ from lip_plugin.distributed.owners import settle_
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.model.architecture import families
 from lip_plugin.model.layers import Constrained, RowParameter, constrained_modules, table_of
+from lip_plugin.model.layout import ROW
 from lip_plugin.model.parts import parts
 from lip_plugin.surgery.state import find_retrofit
 
@@ -36,6 +37,7 @@ class Held:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         found = find_retrofit(root)
+        self._stepped: set[str] = set()  # names of the weights that the optimizer has had
         self._linears: list[str] = []
         self._tables: list[str] = []
         # Only a registered family's architecture describes the model by the names of its parts.
@@ -65,9 +67,11 @@ class Held:
         self._check_places()
         held = list(constrained_modules(self._root))
         _check_weights(held)
-        stepped = {id(p) for group in groups for p in group["params"]}
+        kinds = {id(p): group.get("kind") for group in groups for p in group["params"]}
         for name, p in self._trained(held):
-            if p.requires_grad and id(p) not in stepped:
+            if id(p) in kinds:
+                self._stepped.add(name)
+            elif p.requires_grad or name in self._stepped:
                 raise ConfigError(
                     f"{name} is trainable and not among the parameters of this {optimizer}, so it "
                     "would never train. It was made or replaced after the optimizer was built "
@@ -75,6 +79,13 @@ class Held:
                     "retrofit(model), then get_peft_model if there are adapters, then the "
                     "optimizer from model.parameters(), then attach_projection(optimizer, model), "
                     "with a list of optimizers if several share the work; or freeze it."
+                )
+        for name, module in held:
+            kind = kinds.get(id(module.weight))
+            if kind not in (None, "row" if module.layout.norm == ROW else "matrix"):
+                raise ConfigError(
+                    f"{name}'s weight has a cap, and its group is of kind {kind!r}, which keeps "
+                    f"none. Build the {optimizer} from the model, and leave `kind` as it is."
                 )
 
     def _check_places(self) -> None:

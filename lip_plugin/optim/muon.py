@@ -139,6 +139,11 @@ class LipschitzMuon(torch.optim.Optimizer):
                     f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each "
                     "of its params, as lip_plugin.optim.groups.param_groups(model, ...) makes them."
                 )
+        if model is None and any(group["kind"] == FACTORS for group in groups):  # type: ignore[index]
+            raise ConfigError(
+                "LipschitzMuon: the factors of adapters are held by a projection of the whole "
+                "model. Pass the model: LipschitzMuon(model, ...)."
+            )
         defaults = {
             "lr": lr,
             "lr_ratio": 1.0,
@@ -155,7 +160,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         self._reset()
         if held is not None:
             held.check(self.param_groups, type(self).__name__)
-        self._held = held
+        self._held, self._copied = held, False
         self.process_group = process_group
         if model is not None:
             self.process_group = process_group if process_group is not None else replicas_of(model)
@@ -169,6 +174,24 @@ class LipschitzMuon(torch.optim.Optimizer):
         # A pickle has neither. When a state is loaded, the run keeps its own.
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("_held", None)
+        self.__dict__.setdefault("_copied", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle does not know the model, and has no hook for its adapters.
+        return {**super().__getstate__(), "_copied": self._held is not None}
+
+    def watch(self, model: nn.Module) -> None:
+        """Know the model again: for a copy of an optimizer, or one that was unpickled.
+
+        Raises what building a LipschitzMuon from the model would raise.
+        """
+        require_module(model, "LipschitzMuon.watch")
+        held = Held(constraints_of(model)[0])
+        held.check(self.param_groups, type(self).__name__)
+        self._held, self._copied = held, False
+        keep_within_caps_(model, self.process_group)
+        if any(hasattr(m, "lora_A") for m in model.modules()):
+            attach_projection(self, model)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the momenta, rates and step counts of a saved state.
@@ -207,6 +230,11 @@ class LipschitzMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_rates()
+        if self._copied:
+            raise ConfigError(
+                "This LipschitzMuon is a copy, or was unpickled, and does not know its model. Call "
+                "optimizer.watch(model), or build a new one and load the state_dict."
+            )
         if self._held is not None:
             self._held.check(self.param_groups, type(self).__name__)
         self._steps_taken += 1
@@ -264,6 +292,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         layouts = [Layout.from_plain(group["layouts"][i]) for i in moved]
         measure = self._steps_taken % _MEASURE_EVERY == 0
         unknown = {i for i, w in enumerate(weights) if measure or id(w) in written}
+        self._keep_idle_(group, written)
         grads, buffers = self._momentum_(weights, group)
         if rate == 0 and not unknown:
             # The first steps of a warmup may have rate 0. Nothing moves, so nothing is projected.
@@ -290,6 +319,18 @@ class LipschitzMuon(torch.optim.Optimizer):
             extra=lambda i: torch.lerp(grads[i], buffers[i], group["momentum"]),
         )
         self._watch.remember(weights)
+
+    def _keep_idle_(self, group: dict[str, Any], written: set[int]) -> None:
+        """Bring matrices within their caps that have no gradient but were written to."""
+        idle = [
+            (p, Layout.from_plain(layout))
+            for p, layout in zip(group["params"], group["layouts"], strict=True)
+            if p.grad is None and id(p) in written
+        ]
+        if idle:
+            weights = [p for p, _ in idle]
+            normalize_above_(weights, [layout for _, layout in idle], self.process_group)
+            self._watch.remember(weights)
 
     def _step_batch(self, batch: Batch, update: Tensor, rate: float, group: dict[str, Any]) -> None:
         """Move and project blocks of one shape that were within their cap before."""
@@ -341,7 +382,10 @@ class LipschitzMuon(torch.optim.Optimizer):
         """Move each row that has a gradient by at most the rate in RMS norm; others only decay."""
         rate = group["lr"] * group["lr_ratio"]
         for p, plain in zip(group["params"], group["layouts"]):
-            if p.grad is None:
+            if p.grad is None:  # somebody else may have written to it
+                for segment, rows in Layout.from_plain(plain).views(local(p)):
+                    if segment.cap is not None:
+                        clamp_rows_(rows, segment.cap)
                 continue
             (grad,), (buffer,) = self._momentum_([p], group)
             here = local(p)  # a shard holds whole rows, so their norms can be computed here

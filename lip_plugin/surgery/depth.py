@@ -48,7 +48,7 @@ def check_depth(names: Parts, config: LipschitzConfig) -> None:
 
 
 def warn_if_faint(names: Parts, config: LipschitzConfig) -> None:
-    """Log a warning, with the numbers, if the signal of one layer is lost on the way through all."""
+    """Log a warning, with the numbers, if a layer's signal is lost on the way through all."""
     layers = len(names.layers)
     share = 2.0 ** ((layers - 1) * passed_on(names, config))
     if share < _FAINT:

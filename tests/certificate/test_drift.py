@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lip_plugin import Drift, LipschitzConfig, drift, project_, retrofit
+from lip_plugin.certificate.drift import rules as drift_rules
 from lip_plugin.certificate.drift.drift import _Pair
-from lip_plugin.certificate.drift.drift import rules as drift_rules
 from lip_plugin.errors import ConfigError, NonFiniteError, TrainerError
 from tests.support.families import FAMILIES, inputs_for, tiny
 

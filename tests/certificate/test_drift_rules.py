@@ -13,8 +13,8 @@ from torch import Tensor
 from lip_plugin import LipschitzConfig, drift, project_
 from lip_plugin.certificate.attack.ascent import grow, in_ball
 from lip_plugin.certificate.attack.starts import d_in_of
+from lip_plugin.certificate.drift import rules as drift_rules
 from lip_plugin.certificate.drift.drift import _Pair, _sides
-from lip_plugin.certificate.drift.drift import rules as drift_rules
 from lip_plugin.certificate.drift.rules import Streams, pull, step
 from lip_plugin.certificate.graph.containers import Chain, Residual
 from lip_plugin.certificate.graph.decimals import up

@@ -14,7 +14,7 @@ from lip_plugin.certificate.attack.exhaustive import affine_slope, dense_search
 from lip_plugin.certificate.attack.falsify import attained, falsify_node
 from lip_plugin.certificate.attack.starts import d_in_of, structured
 from lip_plugin.certificate.graph.build import build
-from lip_plugin.certificate.graph.containers import Chain, branches, walk
+from lip_plugin.certificate.graph.containers import Chain, walk
 from lip_plugin.certificate.graph.decimals import to_float, up
 from lip_plugin.certificate.graph.nodes import Gate, Linear
 from lip_plugin.certificate.input_radius import radius_of
@@ -278,7 +278,7 @@ def test_every_node_alone_stays_below_its_own_bound(name: str) -> None:
         : 4 if name in POST_NORM else 2
     ]:  # post-norm: with the slots behind the sums
         inner = (
-            branches(node)[-1].nodes[0].bound(radius, norms).radius if branches(node) else radius
+            node.added()[-1].nodes[0].bound(radius, norms).radius if node.added() else radius
         )
         gates = [(g, inner) for g in walk([node]) if isinstance(g, Gate)]
         for one, r in [(node, radius), *gates]:

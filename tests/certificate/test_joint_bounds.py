@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, project_, retrofit
+from lip_plugin.certificate.graph import joint_bounds as joint
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import up
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, HeadNorms, MlpResidual
 from lip_plugin.certificate.graph.nodes import Scale
-from lip_plugin.certificate.graph.nodes import joint_bounds as joint
 from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from tests.support.families import FAMILIES, tiny
 from tests.support.joint_nodes import (

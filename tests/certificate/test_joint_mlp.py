@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lip_plugin.certificate.graph import joint_bounds as joint
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.joint_bounds import MlpResidual
 from lip_plugin.certificate.graph.nodes import Activation, Scale
-from lip_plugin.certificate.graph.nodes import joint_bounds as joint
 from lip_plugin.model.activations import ACTIVATIONS, REPLACEMENTS, SLOPE_UPPER
 from tests.support.joint_nodes import (
     EXACT,

@@ -17,7 +17,7 @@ import lip_plugin.certificate.robustness.attention_rule as local_attention
 from lip_plugin import LipschitzConfig, certify, retrofit
 from lip_plugin.certificate.graph.attention import Attention
 from lip_plugin.certificate.graph.build import Graph, build
-from lip_plugin.certificate.graph.containers import Chain, branches, walk
+from lip_plugin.certificate.graph.containers import Chain, walk
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Norm, Softcap
 from lip_plugin.certificate.robustness.movement import Local, Matrix, Movement
 from lip_plugin.certificate.robustness.rules import CURVATURE_UPPER, move, norm_rule
@@ -120,7 +120,7 @@ def test_what_linearizing_leaves_out_is_within_its_bound(name: str, norms: str) 
     x = graph.embed(inputs_for(name, 2, 6), torch.float64)
     checked = 0
     for block in graph.body.nodes:
-        for branch in branches(block) or [Chain("alone", [block])]:
+        for branch in block.added() or [Chain("alone", [block])]:
             y = x
             for node in _leaves(branch):
                 for eps in (1e-3, 0.05, 2.0):

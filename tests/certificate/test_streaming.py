@@ -15,7 +15,7 @@ from lip_plugin.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
-from lip_plugin.integrations.huggingface.loading import certify_streamed, load_checkpoint
+from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from tests.support.families import CLASSIFIERS, HEADS, HF_FAMILIES, tiny
 from tests.support.oracles import randomize_
 
@@ -42,7 +42,7 @@ def saved(family, folder, norms="remove", size="50GB", **overrides):
 def test_streamed_and_in_memory_are_equal_to_the_last_digit(family, norms, tmp_path):
     """None: a plain model, tied where its family is by default. Equal means bound, radius, layers, fingerprint."""
     saved(family, tmp_path, norms, num_hidden_layers=3)
-    loaded = load_checkpoint(tmp_path)
+    loaded = load_saved_model(tmp_path)
     assert certify_streamed(tmp_path) == certify(loaded)
     if norms is not None:
         assert certify_streamed(tmp_path, "caps") == certify(loaded, "caps")
@@ -54,7 +54,7 @@ def test_sharded_and_in_bfloat16_too(family, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     certificate = certify_streamed(tmp_path / "shards")
-    assert certificate == certify(load_checkpoint(tmp_path / "shards"))
+    assert certificate == certify(load_saved_model(tmp_path / "shards"))
     assert certificate.weights != certify_streamed(tmp_path / "whole").weights
 
 
@@ -63,7 +63,7 @@ def test_every_family_streams_a_tied_model(tmp_path):
         if family in CLASSIFIERS:
             continue  # no head over the vocabulary
         saved(family, tmp_path / family, None, tie_word_embeddings=True)
-        loaded = load_checkpoint(tmp_path / family)
+        loaded = load_saved_model(tmp_path / family)
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert certify_streamed(tmp_path / family) == certify(loaded)
 

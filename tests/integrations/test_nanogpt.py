@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from lip_plugin import Certificate, LipschitzConfig, LipschitzMuon
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
-from lip_plugin.integrations.nanogpt.patch import Options
-from lip_plugin.integrations.nanogpt.run import main, patch, run
+from lip_plugin.integrations.nanogpt.patch import Options, patch
+from lip_plugin.integrations.nanogpt.run import main, run
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.surgery.state import find_retrofit
 

@@ -23,11 +23,11 @@ from lip_plugin import (
 )
 from lip_plugin.errors import ConfigError, NonFiniteError, TrainerError, UnsupportedModelError
 from lip_plugin.integrations.peft.enforce import (
-    lora_layers,
     merged_block_norms,
     merged_weight,
     project_adapters,
 )
+from lip_plugin.integrations.peft.layers import lora_layers
 from lip_plugin.model.layout import ROW, Layout, Segment
 from lip_plugin.model.scales import branch_scale
 from lip_plugin.optim.enforce import step_projection_

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lip_plugin import Certificate, LipschitzConfig, calibrate, certify, project_, retrofit
 from lip_plugin.errors import CheckpointError
-from lip_plugin.integrations.huggingface.loading import certify_streamed, load_checkpoint
+from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from lip_plugin.integrations.huggingface.metrics import write_certificate
 from lip_plugin.model.saved_names import CALIBRATED, METHOD, SCALED, plain_name, recorded
 from lip_plugin.surgery.state import find_retrofit
@@ -103,11 +103,11 @@ def test_a_folder_with_the_names_of_before_is_the_same_model_with_the_same_certi
     assert certify(old).settings == stated.settings
     beside = Certificate.from_json((tmp_path / "certificate.json").read_text())
     beside.verify(old)
-    beside.verify(load_checkpoint(tmp_path))
+    beside.verify(load_saved_model(tmp_path))
     old.save_pretrained(tmp_path / "again")  # under the names of now
     text = (tmp_path / "again" / "config.json").read_text()
     assert json.loads(text)["quantization_config"]["quant_method"] == METHOD
-    beside.verify(load_checkpoint(tmp_path / "again"))
+    beside.verify(load_saved_model(tmp_path / "again"))
 
 
 def test_settings_record_activations_as_they_did_before(tmp_path):
@@ -132,7 +132,7 @@ def test_an_edited_activation_is_noticed_under_either_name(renamed, tmp_path):
     values["activation_function"] = values["activation_function"].replace("gelu_new", "gelu")
     path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="activation_function is 'lip_plugin:gelu' and was"):
-        load_checkpoint(tmp_path)
+        load_saved_model(tmp_path)
 
 
 def test_names_are_put_in_front_once_however_often_a_model_is_retrofitted(tmp_path):

@@ -11,9 +11,9 @@ from torch import nn
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, project_, retrofit
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.errors import ConfigError, LipschitzError, NonFiniteError, NotRetrofittedError
-from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.model import adapters
+from lip_plugin.model.adapters import BlockNorms, LayerWrapper, register_layer_wrapper
 from lip_plugin.model.layers import constrained_modules
-from lip_plugin.optim.enforce import register_projector
 from lip_plugin.surgery.block_norms import block_norms
 from tests.support.families import FAMILIES, HEADS, tiny
 from tests.support.oracles import (
@@ -238,25 +238,35 @@ def test_a_model_in_a_wrapper_is_projected_all_the_same():
     assert worst_over_cap(model) <= 1.0 + CAP_TOLERANCE
 
 
-def test_a_registered_projector_is_called_by_every_projection(monkeypatch):
-    from lip_plugin.optim import enforce as projection
+class Recorder(LayerWrapper):
+    kind = "recorder"
 
-    monkeypatch.setattr(projection, "_PROJECTORS", {})
-    calls = []
+    def __init__(self):
+        self.calls, self.merged = [], BlockNorms("lm_head", 0.75, 1)
 
-    def projector(model, method, lr):
-        calls.append((method, lr))
+    def project_(self, model, method, lr):
+        self.calls.append((method, lr))
         return 0
 
-    merged = BlockNorms("lm_head", 0.75, 1)
+    def norms(self, model):
+        return [self.merged]
+
+
+def test_a_registered_wrapper_is_called_by_every_projection(monkeypatch):
+    monkeypatch.setattr(adapters, "_WRAPPERS", {})
+    recorder = Recorder()
     for _ in range(2):  # twice is once
-        register_projector(projector, lambda model: [merged])
+        register_layer_wrapper(recorder)
     model = small()
-    assert merged in project_(
-        model, lr=0.25
-    )  # its norms are reported in the place of the plain ones
+    # its norms are reported in the place of the plain ones
+    assert recorder.merged in project_(model, lr=0.25)
     optimizer = adamw(model)
     attach_projection(optimizer, model)
     steps(model, optimizer, 2)
     # by project_, when it is attached, and after each of two steps
-    assert calls == [("soft_cap", 0.25), ("soft_cap", 0.0), ("soft_cap", 0.03), ("soft_cap", 0.03)]
+    assert recorder.calls == [
+        ("soft_cap", 0.25),
+        ("soft_cap", 0.0),
+        ("soft_cap", 0.03),
+        ("soft_cap", 0.03),
+    ]

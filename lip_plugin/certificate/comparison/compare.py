@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.comparison.float64_run import (
     evaluating,
+    exact_values,
     float64_parameters,
     own_values,
     random_values,
@@ -54,20 +55,18 @@ _ROUNDING = 1e-12
 # share. Ten times the graph's own response to that is then allowed on top of the tolerance, as long
 # as both together are below 0.1.
 _NUDGE = 1e-6
-_FEW = 8  # number of tokens in the comparison on the model's own weights, if few are enough
+# Tokens of the comparison, and up to how many it goes so as to be longer than a window.
+_TOKENS, _WINDOW_UP_TO = 16, 512
 # The structures that passed the comparison on random weights, by model.
 _CHECKED: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def check_graph(graph: Graph, tokens: int = 16) -> float:
+def check_graph(graph: Graph) -> float:
     """Raise CertificateError unless what was passed to `build` computes what its graph computes.
 
     Args:
         graph: the graph of the object.
-        tokens: the number of tokens of the random inputs. The run on the object's own values takes
-            fewer, unless more than 16 are asked for. A caller that speaks of given sequences asks
-            for their length, because a window is seen only on sequences that are longer than it.
 
     Returns:
         The largest difference that was seen, relative to what the layer computes.
@@ -82,41 +81,78 @@ def check_graph(graph: Graph, tokens: int = 16) -> float:
         if structure is None or _CHECKED.get(graph.root) != structure:
             with float64_parameters(graph.subject, random_values()):
                 again = build(graph.subject)
-                worst = _compare(again, tokens)
+                worst = _compare(again)
                 for node in _nodes(again.body.nodes):
                     _check_node(node)
             if structure is not None:
                 _CHECKED[graph.root] = structure
         with float64_parameters(graph.subject, own_values):
-            own = tokens if tokens > 16 else _FEW
-            return max(worst, _compare(build(graph.subject), own))
+            return max(worst, _compare(build(graph.subject)))
 
 
-def _compare(graph: Graph, tokens: int) -> float:
+@torch.no_grad()
+def check_on_inputs(graph: Graph, inputs: Tensor) -> float:
+    """Raise CertificateError unless the object's own logits on these inputs are the graph's.
+
+    For a caller that says something about given inputs. What depends on the ids or on the length of
+    a sequence (a window, a mask, a position) is seen on the very inputs.
+
+    Args:
+        graph: the graph of the object.
+        inputs: token ids [batch, tokens], or pixels.
+
+    Returns:
+        The largest difference relative to the largest logit.
+    """
+    with evaluating(graph.subject), float64_parameters(graph.subject, exact_values):
+        return _compare_on(build(graph.subject), inputs)
+
+
+def _compare(graph: Graph) -> float:
     """Largest relative difference of any part, on the parameters as they are at this moment."""
     config: Any = graph.root.config
     limits = [graph.entry.longest, getattr(config, "block_size", None)]
-    tokens = min([tokens, *(int(v) for v in limits if v)])
+    windows = [a.window for a in walk(graph.body.nodes) if isinstance(a, Attention) and a.window]
+    windows.append(getattr(config, "sliding_window", None) or 0)
+    longest = max([w + 4 for w in windows if w <= _WINDOW_UP_TO], default=0)
+    tokens = min([max(_TOKENS, longest), *(int(v) for v in limits if v)])
     device = next(graph.root.parameters()).device
     inputs = graph.entry.sample(tokens, torch.Generator().manual_seed(0), device)
     return _run(graph, inputs).compare(graph, inputs)
 
 
+def _compare_on(graph: Graph, inputs: Tensor) -> float:
+    """Largest difference of the object's own logits on given inputs from the graph's."""
+    expected = _logits(graph, inputs)
+    got = graph.body.run(graph.embed(inputs, torch.float64))
+    nudged = _nudged(Chain("model", graph.body.nodes), graph.embed(inputs, torch.float64))
+    return _same("what it computes on these inputs", got, expected, nudged)
+
+
 def _run(graph: Graph, inputs: Tensor) -> _Record:
     """Run the object's own forward, with every layer on an input of its own, and record it."""
     record = _Record(graph)
+    with record.listening():
+        record.logits = _logits(graph, inputs)
+    return record
+
+
+def _logits(graph: Graph, inputs: Tensor) -> Tensor:
+    """The object's own logits. Raises CertificateError if it does not run."""
     try:
-        with record.listening():
-            record.logits = graph.family.logits(graph.subject, inputs).double()
+        return graph.family.logits(graph.subject, inputs).double()
     except CertificateError:
         raise
     except Exception as error:  # hooks and patches of a user may raise anything
+        cure = (
+            "Take off hooks, patches and wrappers that are not the library's own, then certify."
+            if structure_of(graph) is None
+            else f"It has to run by itself, in float64, on inputs of shape {tuple(inputs.shape)}."
+        )
         raise CertificateError(
             f"{type(graph.subject).__name__} could not be compared with its graph: it does not run "
-            f"with float64 weights ({type(error).__name__}: {error}). Take off hooks, patches and "
-            "wrappers that are not the library's own, then certify."
+            f"with float64 weights ({type(error).__name__}: {error}). {cure}"
         ) from error
-    return record
 
 
 class _Record:
@@ -141,16 +177,17 @@ class _Record:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this is open, every layer reads a random input in place of what it is handed."""
-        with ExitStack() as stack:
-            for i, module in enumerate(self._modules):
-                before, after = self._before(i), self._after(i)
-                # One hook is in front of all other hooks of the layer, and one is behind them. So
-                # what the others do counts as part of the layer.
-                first = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-                stack.callback(first.remove)
-                stack.callback(module.register_forward_hook(after).remove)
+        """While this is open, every layer reads an input of ours in place of what it is handed."""
+        ours = [(self._before(i), self._after(i)) for i in range(len(self._modules))]
+        try:
+            for module, (before, after) in zip(self._modules, ours, strict=True):
+                # In front of all other hooks, and behind them: what they do is part of the layer.
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                module.register_forward_hook(after)
             yield
+        finally:  # by what they are, so that an interrupt in between leaves none behind
+            for module, hooks in zip(self._modules, ours, strict=True):
+                _take_off(module, hooks)
 
     def _before(self, i: int) -> Callable[..., Any]:
         def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -195,6 +232,13 @@ class _Record:
         assert self.logits is not None
         where = "what comes behind the last layer"
         return max(worst, _same(where, node.run(last), self.logits, _nudged(node, last)))
+
+
+def _take_off(module: nn.Module, hooks: tuple[Any, ...]) -> None:
+    for held in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in held.items() if any(hook is h for h in hooks)]:
+            del held[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _natural(block: tuple[Node, ...]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,17 +27,44 @@ _LARGE = 16.0
 def evaluating(subject: nn.Module) -> Iterator[None]:
     """While this is open, the object is in eval mode, and nothing is compiled.
 
-    Afterwards each module's training flag is as it was.
+    Afterwards every module has its training flag, its buffers and its plain attributes back. Some
+    forwards change them (rotations that grow with the length of what they have seen).
     """
-    flags = [(module, module.training) for module in subject.modules()]
+    before = [(module, _state(module)) for module in subject.modules()]
     try:
-        for module, _ in flags:
+        for module, _ in before:
             module.training = False
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for module, training in flags:
-            module.training = training
+        _restore(before)
+
+
+_Kept = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]
+_CLONED = 1 << 16  # entries up to which a buffer is copied, in case that it is written in place
+
+
+def _state(module: nn.Module) -> _Kept:
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    buffers = dict(module._buffers)
+    copies = {k: b.clone() for k, b in buffers.items() if b is not None and b.numel() <= _CLONED}
+    return plain, buffers, copies
+
+
+def _restore(before: list[tuple[nn.Module, _Kept]]) -> None:
+    """Put everything back, also if an interrupt comes while it is being put back."""
+    try:
+        for module, (plain, buffers, copies) in before:
+            vars(module).update(plain)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for name, copy in copies.items():
+                held = buffers[name]
+                if held is not None and not held.is_meta and not torch.equal(held, copy):
+                    held.copy_(copy)
+    except BaseException:
+        _restore(before)
+        raise
 
 
 @contextmanager
@@ -55,12 +82,12 @@ def float64_parameters(subject: nn.Module, values: Callable[[Tensor], Tensor]) -
         CertificateError: a quantized layer has a patched forward.
     """
     made: dict[int, nn.Parameter] = {}
-    with ExitStack() as stack:
+    own = [(m, dict(m._parameters), dict(m._modules)) for m in subject.modules()]
+    try:
         for module in list(subject.modules()):
             for name, child in list(module._modules.items()):
                 weight = None if child is None else dequantized(child)
                 if child is not None and weight is not None:
-                    stack.callback(module._modules.__setitem__, name, child)
                     module._modules[name] = _plain(child, weight)
         for module in subject.modules():
             for name, p in module._parameters.items():
@@ -68,9 +95,21 @@ def float64_parameters(subject: nn.Module, values: Callable[[Tensor], Tensor]) -
                     continue
                 if id(p) not in made:
                     made[id(p)] = nn.Parameter(values(p), requires_grad=False)
-                stack.callback(module._parameters.__setitem__, name, p)
                 module._parameters[name] = made[id(p)]
         yield
+    finally:
+        _put_back(own)
+
+
+def _put_back(own: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> None:
+    """Every module gets its own parameters and modules back, also if an interrupt comes."""
+    try:
+        for module, parameters, modules in own:
+            module._parameters.update(parameters)
+            module._modules.update(modules)
+    except BaseException:
+        _put_back(own)
+        raise
 
 
 def _plain(layer: nn.Module, weight: Tensor) -> nn.Module:
@@ -92,13 +131,18 @@ def _plain(layer: nn.Module, weight: Tensor) -> nn.Module:
     return plain
 
 
+def exact_values(p: Tensor) -> Tensor:
+    """The parameter's own values in float64."""
+    return p.detach().to(torch.float64, copy=True)
+
+
 def own_values(p: Tensor) -> Tensor:
     """The parameter's own values in float64, scaled down if they are very large.
 
     With very large values, products would overflow and every softmax would saturate. The comparison
     is about how values are combined, so a factor on a whole parameter takes nothing from it.
     """
-    own = p.detach().double()
+    own = exact_values(p)  # a copy: nothing may be written to the user's own
     largest = _LARGE * math.sqrt(min(p.shape[-2:]) if p.dim() >= 2 else max(1, p.numel()))
     size = float(own.abs().amax()) if own.numel() else 0.0
     if size == 0 or not math.isfinite(size):

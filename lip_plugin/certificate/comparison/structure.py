@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,7 @@ from lip_plugin.model.scales import (
 )
 
 Structure = tuple[Any, ...]
+_LARGE_BUFFER = 1 << 22  # entries; a mask of 2048 x 2048 is within
 _PLAIN = (bool, int, float, str, type(None))
 _OURS = (BranchScale, InputScale, EntryCap)
 # A plain function of these libraries, if it has no closure, keeps no state of a model.
@@ -72,7 +74,10 @@ def structure_of(graph: Graph) -> Structure | None:
         if one is None:
             return None
         found.append(one)
-    return (*found, tuple(_config(graph.root)))
+    library = graph.family.depends_on(graph.root)
+    if any(not _is_plain_function(value, graph.root) for value in library):
+        return None
+    return (*found, tuple(_config(graph.root)), _Same(library))
 
 
 def _config(root: nn.Module) -> Iterator[tuple[str, str]]:
@@ -98,7 +103,10 @@ def _structure(name: str, module: nn.Module) -> Structure | None:
     # `training` is left out, because the certificate is about eval mode and the comparison is made
     # in eval mode.
     plain = tuple(sorted((k, repr(v)) for k, v in own.items() if k != "training" and _is_plain(v)))
-    tensors = tuple((k, v, v._version) for k, v in sorted(own.items()) if isinstance(v, Tensor))
+    held = [*own.items(), *module._buffers.items()]
+    tensors = tuple(
+        (k, v, *_content(v)) for k, v in sorted(held, key=lambda kv: kv[0]) if isinstance(v, Tensor)
+    )
     scales = (branch_scale(module), input_scale(module), entry_cap(module))
     return (
         name,
@@ -109,6 +117,19 @@ def _structure(name: str, module: nn.Module) -> Structure | None:
         _Same(tensors),
         scales,
         _Same(functions),
+    )
+
+
+def _content(tensor: Tensor) -> tuple[int, float]:
+    """What tells a tensor from itself after a write: its version, and a sum that no write evades.
+
+    The sum is left out for large tensors and on the meta device.
+    """
+    if tensor.is_meta or not 0 < tensor.numel() <= _LARGE_BUFFER:
+        return tensor._version, 0.0
+    flat = tensor.detach().double().flatten()
+    return tensor._version, float(
+        flat @ torch.linspace(1.0, 2.0, len(flat), dtype=flat.dtype, device=flat.device)
     )
 
 
@@ -128,7 +149,7 @@ class _Same:
 def _identical(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(_identical(x, y) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, (str, int)) and type(a) is type(b) and a == b)
+    return a is b or (isinstance(a, (str, int, float)) and type(a) is type(b) and a == b)
 
 
 # Whether a value is a number, text, bool or None, or a flat collection of these.

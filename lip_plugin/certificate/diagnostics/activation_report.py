@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.comparison.compare import check_graph, check_on_inputs
 from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.attention import Attention, smallest_entropy_lower
 from lip_plugin.certificate.graph.base import ProvenNorms, Watch, largest
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import INF, add, mul, root, to_float, up
+from lip_plugin.certificate.graph.inputs import refuse_odd_inputs
 from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import (
     Activation,
@@ -174,9 +175,9 @@ def activation_report(model: nn.Module, inputs: Tensor) -> ActivationReport:
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite_weights(graph.root)
-        tokens = 16 if graph.patches is not None else max(16, inputs.shape[-1])
-        check_graph(graph, tokens)
-        graph.entry.refuse_padding(inputs)
+        refuse_odd_inputs(graph, inputs)
+        check_graph(graph)
+        check_on_inputs(graph, inputs)
         notes = _Notes(weight_norms(graph))
         radius = up(to_float(radius_of(graph, "weights")))
         x = graph.embed(inputs, torch.float64)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.attention import Attention
 from lip_plugin.certificate.graph.base import ProvenNorms, largest
@@ -55,7 +56,7 @@ from lip_plugin.certificate.graph.nodes import (
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.distributed.gather import sharded_too
-from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.linalg.norms import sum_rms_max_upper
 
 # Error granted to a library function, in units of the roundoff. torch documents none. Its float32
@@ -122,8 +123,11 @@ def forward_rounding_upper(model: nn.Module, dtype: torch.dtype, tokens: int) ->
     Source:
         Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3.
     """
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"forward_rounding_upper(tokens={tokens!r}): a number of at least 1.")
     graph = build(model)
     refuse_non_finite_weights(graph.root)
+    check_graph(graph)
     norms, arithmetic = weight_norms(graph), Arithmetic.of(dtype, tokens)
     r = radius_of(graph, "weights")
     error = _entry(graph, r, norms, arithmetic)

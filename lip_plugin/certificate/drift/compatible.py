@@ -35,6 +35,7 @@ def refuse_unlike_settings(base: Graph, tuned: Graph) -> None:
     _same("the number of attentions", *(len(found) for found in pairs))
     for b, t in zip(*pairs, strict=True):
         _same(b.name, _attention_of(b), _attention_of(t))
+    _same_forward(base, tuned)
     if not any(b.rotary is not None for b in pairs[0]):
         return
     settings = [
@@ -52,6 +53,29 @@ def refuse_unlike_settings(base: Graph, tuned: Graph) -> None:
 
 
 # Raise ConfigError unless b equals t.
+# Settings that may differ: they are in the graph already (and compared there), or enter no forward.
+_FREE = ("lipschitz", "floors", "tie_word_embeddings", "activation", "hidden_act", "pad_token_id")
+
+
+def _same_forward(base: Graph, tuned: Graph) -> None:
+    """Raise ConfigError if a setting or a buffer differs that a forward may read and no node has.
+
+    Masks and positions are such: another window or another order of positions is another function
+    with not one weight changed.
+    """
+    b, t = (settings_of(g.root) for g in (base, tuned))
+    for key in sorted({*b, *t}):
+        if not key.startswith(_FREE) and b.get(key) != t.get(key) and key in b and key in t:
+            _same(f"the config's {key}", b[key], t[key])
+    held = [dict(g.root.named_buffers()) for g in (base, tuned)]
+    for name in sorted(held[0].keys() & held[1].keys()):
+        x, y = held[0][name], held[1][name].to(held[0][name].device)
+        if x.is_floating_point() or "position" not in name and "type" not in name:
+            continue  # frequencies are compared below, as the rotation that they make
+        if x.shape != y.shape or not torch.equal(x, y):
+            _same(f"the buffer {name}", tuple(x.shape), f"{tuple(y.shape)} of other values")
+
+
 def _same(where: str, b: Any, t: Any) -> None:
     if b != t:
         raise ConfigError(

@@ -31,7 +31,13 @@ from lip_plugin.certificate.graph.nodes import (
     Scale,
     Softcap,
 )
-from lip_plugin.certificate.graph.weights import linear_of, linears_of, maps_of, read_linear
+from lip_plugin.certificate.graph.weights import (
+    linear_of,
+    linears_of,
+    maps_of,
+    read_linear,
+    refuse_computed,
+)
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.activations import FunctionActivation, activation_kind
 from lip_plugin.model.architecture import Architecture, Family, find_family
@@ -261,7 +267,14 @@ def _known_table(root: nn.Module, name: str) -> Any:
     Raises UnsupportedModelError if an adapter or another wrapper stands in its place.
     """
     table = table_of(root, name)
-    if isinstance(table, RowParameter) or is_embedding(table):
+    if isinstance(table, RowParameter):
+        return table
+    if is_embedding(table):
+        refuse_computed(table, name)
+        if table.max_norm is not None:
+            raise UnsupportedModelError(
+                f"{name} renormalizes itself at lookup (max_norm); set max_norm=None."
+            )
         return table
     raise UnsupportedModelError(
         f"{name} is {type(table).__module__}.{type(table).__name__}: what it looks up has no "
@@ -275,6 +288,7 @@ def _slot(root: nn.Module, name: str) -> Node:
     module: Any = root.get_submodule(name)
     if isinstance(module, ConstantScale):
         return Scale(name, module.scale)
+    refuse_computed(module, name)
     facts = norm_facts(module, name)
     weight: Any = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
@@ -364,22 +378,18 @@ def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain
         whole_norms=bool(widths - {d_head}),
         softcap=None if softcap is None else float(softcap),
         causal=described.causal,
-        window=_window(root, module),
+        window=_window(root, module, described.window),
         bias=bias,
     )
     out = linear_of(root, "out", branch.linears["out"])
     return _branch(root, names, layer, branch, [AttentionOut(branch.module, [attention, out])])
 
 
-def _window(root: nn.Module, module: nn.Module) -> int | None:
-    """The sliding window of the layer, or else of the model: how many tokens a query sees.
-
-    None if there is no window.
-    """
-    config = _config(root)
-    window = getattr(
-        module if hasattr(module, "sliding_window") else config, "sliding_window", None
-    )
+def _window(root: nn.Module, module: nn.Module, where: str | None) -> int | None:
+    """How many tokens a query sees, read where the forward reads it; None for all of them."""
+    if where is None:
+        return None
+    window = getattr(module if where == "module" else _config(root), "sliding_window", None)
     return None if window is None else int(window)
 
 

@@ -35,7 +35,7 @@ def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
         UnsupportedModelError: nothing is proven about what the module computes.
     """
     module = runs_inside(module)
-    _refuse_computed(module, name)
+    refuse_computed(getattr(module, "base_layer", module), name)
     if is_linear(module):
         return module, lambda: module.weight
     if is_patches(module):
@@ -55,23 +55,24 @@ def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     )
 
 
-def _refuse_computed(module: Any, name: str) -> None:
-    """Raise UnsupportedModelError if the weight is no Parameter, but computed at every forward."""
-    base = getattr(module, "base_layer", module)
-    weight = getattr(base, "weight", None)
-    if (
-        isinstance(weight, Tensor)
-        and "weight" not in base._parameters
-        and "weight_orig" in base._parameters
-    ):
+def refuse_computed(module: Any, name: str) -> None:
+    """Raise UnsupportedModelError if a module's weight or bias is no Parameter.
+
+    It is then computed before each forward (pruning, weight_norm), or held where neither an
+    optimizer nor a fingerprint looks.
+    """
+    for leaf in ("weight", "bias"):
+        if not isinstance(getattr(module, leaf, None), Tensor) or leaf in module._parameters:
+            continue
+        if f"{leaf}_orig" in module._parameters:
+            raise UnsupportedModelError(
+                f"{name} is pruned: its {leaf} is computed from {leaf}_orig at every forward. Make "
+                f"it permanent first: torch.nn.utils.prune.remove(model.{name}, {leaf!r})."
+            )
         raise UnsupportedModelError(
-            f"{name} is pruned: its weight is computed from weight_orig at every forward. Make it "
-            f"permanent first: torch.nn.utils.prune.remove(model.{name}, 'weight')."
-        )
-    if isinstance(weight, Tensor) and "weight" not in base._parameters:
-        raise UnsupportedModelError(
-            f"{name}'s weight is no Parameter: it is computed at every forward (weight_norm, "
-            "parametrize). Remove the parametrization first."
+            f"{name}'s {leaf} is no Parameter: it is computed at every forward (weight_norm, "
+            "parametrize), or held as a buffer. Remove the parametrization, or make it an "
+            "nn.Parameter, first."
         )
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.comparison.compare import check_graph
+from lip_plugin.certificate.comparison.compare import check_graph, check_on_inputs
 from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.inputs import refuse_odd_inputs
 from lip_plugin.certificate.graph.nodes import OneToken
 from lip_plugin.certificate.robustness.attack import attack
 from lip_plugin.certificate.robustness.balls import Ball, ball_of
@@ -100,9 +101,11 @@ def certified_radius(
         CertificateError: a node has no local rule, or the graph does not reproduce the model.
         ConfigError: inputs or labels have a wrong shape, or the norm does not fit the model.
     """
-    graph = _checked(model, inputs)
+    graph = _checked(model)
     ball = ball_of(graph, norm)
-    labels = _check_batch(graph, inputs, labels)
+    refuse_odd_inputs(graph, inputs)
+    labels = _check_labels(graph, inputs, labels)
+    check_on_inputs(graph, inputs)
     with torch.no_grad():
         top = float(ball.size(ball.point(inputs)).amax())
     if not top > 0:
@@ -192,54 +195,31 @@ def attacked_accuracy(
     return _accuracies(grid, right, clean)
 
 
-# The graph of a model, compared with the model.
-def _checked(model: nn.Module, inputs: Tensor | None = None) -> Graph:
+def _checked(model: nn.Module) -> Graph:
+    """The graph of a model, compared with the model."""
     with torch.no_grad():
         graph = build(model)
         refuse_non_finite_weights(graph.root)
-        check_graph(graph, 16 if inputs is None else _length(graph, inputs))
+        check_graph(graph)
     return graph
-
-
-def _length(graph: Graph, inputs: Tensor) -> int:
-    """Tokens of a batch: the graph is compared with the model at the length it is asked about."""
-    return inputs.shape[-1] if graph.patches is None and inputs.dim() else 1
 
 
 def _compared(
     graph: Graph, batches: Iterable[Tensor | Mapping[str, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, labels) of each batch.
-
-    Before a batch that is longer than all before it, the graph is compared at its length.
-    """
-    longest = 16
+    """(inputs, labels) of each batch, on which the graph computes what the model does."""
     for batch in batches:
         inputs, labels = _labelled(graph, batch)
-        if _length(graph, inputs) > longest:
-            longest = _length(graph, inputs)
-            check_graph(graph, longest)
+        check_on_inputs(graph, inputs)
         yield inputs, labels
 
 
-def _check_batch(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Refuse shapes that do not fit the model, and return the labels.
-
-    Labels of a classifier become [batch, 1].
-    """
-    if inputs.numel() == 0:
-        raise ConfigError("an empty batch has no predictions.")
-    if graph.patches is not None:
-        if tuple(inputs.shape[1:]) != tuple(graph.entry.image):
-            wanted = ", ".join(map(str, graph.entry.image))
-            raise ConfigError(
-                f"pixels are [batch, {wanted}] for this model; got {tuple(inputs.shape)}."
-            )
-    elif inputs.dim() != 2:
-        raise ConfigError(f"token ids are [batch, tokens]; got {tuple(inputs.shape)}.")
-    graph.entry.refuse_padding(inputs)
+def _check_labels(graph: Graph, inputs: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The labels, those of a classifier as [batch, 1]. Raises ConfigError for odd ones."""
     if labels is None:
         return None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise ConfigError("labels are a tensor of integers, the classes that are right.")
     if _classifies(graph):
         if labels.numel() != len(inputs):
             raise ConfigError(
@@ -257,6 +237,8 @@ def _classifies(graph: Graph) -> bool:
 
 
 def _grid(eps: Sequence[float]) -> Tensor:
+    if isinstance(eps, (int, float, str)):
+        raise ConfigError(f"eps is a sequence of sizes, as in eps=(0.01, 0.03); got {eps!r}.")
     grid = torch.tensor(list(eps), dtype=torch.float64)
     if not len(grid) or not bool((grid > 0).all()) or not bool((grid.diff() > 0).all()):
         raise ConfigError(f"eps must be positive and increasing, got {list(eps)}.")
@@ -276,24 +258,44 @@ def _labelled(graph: Graph, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tenso
                 "this model does not predict the next token: give mappings with `labels`."
             )
         batch = {"input_ids": batch}
-    _refuse_padding(batch)
+    _refuse_more(graph, batch)
     inputs = batch["pixel_values" if graph.patches is not None else "input_ids"]
+    refuse_odd_inputs(graph, inputs)
     given = batch.get("labels", inputs if causal else None)
     if given is None:
         raise ConfigError("batches of this model need `labels`.")
-    labels = _check_batch(graph, inputs, given)
+    labels = _check_labels(graph, inputs, given)
     assert labels is not None
     if causal:
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
     return inputs, labels
 
 
-def _refuse_padding(batch: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError for padding and for token types besides 0.
+_KNOWN = ("input_ids", "pixel_values", "labels", "attention_mask", "token_type_ids")
 
-    The graph sees every token in order, and gives each one type 0.
+
+def _refuse_more(graph: Graph, batch: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError for what a model would read besides its inputs: the graph does not.
+
+    The graph sees every token in its order. It gives each one type 0 if the model has types.
     """
-    mask, types = batch.get("attention_mask"), batch.get("token_type_ids")
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"batches are tensors of token ids, or mappings; got a {type(batch).__name__}."
+        )
+    wanted = "pixel_values" if graph.patches is not None else "input_ids"
+    if wanted not in batch:
+        raise ConfigError(f"batches of this model need `{wanted}`; got {', '.join(batch)}.")
+    odd = [key for key in batch if key not in _KNOWN]
+    types = batch.get("token_type_ids")
+    if types is not None and "type" not in graph.entry.tables:
+        odd.append("token_type_ids")
+    if odd:
+        raise ConfigError(
+            f"batches hold {', '.join(odd)}, which the model would read and the proof does not "
+            "know. Leave them out if the model does not need them."
+        )
+    mask = batch.get("attention_mask")
     if (mask is not None and not bool(mask.all())) or (types is not None and bool(types.any())):
         raise ConfigError(
             "radii are proven for sequences without padding, of token type 0: "
