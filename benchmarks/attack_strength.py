@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import Table, add_values, finish, headline, machine, parser
+from common import Table, finish, headline, machine, parsed, parser
 
 from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
 from lip_plugin.certificate.attack.exhaustive import dense_search
@@ -80,11 +80,7 @@ def small(name: str) -> Any:
 
 
 def main() -> None:
-    made = parser(__doc__)
-    add_values(made, ("restarts", 8, "starts of the attack"), ("steps", 100, "steps of each start"))
-    options = made.parse_args()
-    if options.smoke:
-        options.restarts, options.steps = 1, 5
+    options = parsed(parser(__doc__, restarts=8, steps=(100, "of each start")), restarts=1, steps=5)
     where = machine()
     headline("attack strength", where)
     rows: list[dict[str, Any]] = []

@@ -32,13 +32,13 @@ from typing import Any
 import torch
 from common import (
     Table,
-    add_values,
     characters,
     finish,
     fit_warmed,
     headline,
     in_turns,
     machine,
+    parsed,
     parser,
     ratios,
     wall,
@@ -237,21 +237,17 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    made = parser(__doc__, text=True)
+    counts = {"pretrain": (900, "steps with norms"), "repair": (100, "steps after the retrofit")}
+    made = parser(__doc__, text=True, **counts)
     made.add_argument(
         "--families", nargs="*", choices=FAMILIES, default=["gpt2", "llama", "gemma3", "bert"]
     )
     made.add_argument(
         "--quantiles", nargs="*", type=float, default=[0.0, 0.05, 0.25, 0.5, 0.9, 1.0]
     )
-    add_values(
-        made, ("pretrain", 900, "steps with norms"), ("repair", 100, "steps after the retrofit")
-    )
     made.add_argument("--encoder", action="store_true", help="all-MiniLM-L6-v2; nothing is trained")
     made.add_argument("--cost", action="store_true", help="time of a training step")
-    args = made.parse_args()
-    if args.smoke:
-        args.pretrain = args.repair = 3
+    args = parsed(made, pretrain=3, repair=3)
     where = machine()
     headline("floors for calibrated norms", where)
     rows = embedder(args) if args.encoder else cost(args) if args.cost else families(args)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, Table, add_values, finish, headline, machine, output_of, parser
+from common import MIB, Table, finish, headline, machine, output_of, parser
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -189,12 +189,7 @@ def show(table: Table, name: str, row: dict[str, Any]) -> None:
 
 
 def options() -> argparse.Namespace:
-    made = parser(__doc__)
-    add_values(
-        made,
-        ("threads", 1, "of torch"),
-        ("svd-layers", 1, "layers whose singular values are timed"),
-    )
+    made = parser(__doc__, threads=1, svd_layers=(1, "layers whose singular values are timed"))
     made.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of streamed models"
     )

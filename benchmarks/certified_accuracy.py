@@ -21,13 +21,13 @@ import torch
 from common import (
     Characters,
     Table,
-    add_values,
     character_gpt2,
     characters,
     finish,
     fit,
     headline,
     machine,
+    parsed,
     parser,
     windows,
 )
@@ -49,32 +49,29 @@ EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__, text=True)
+    made = parser(
+        __doc__,
+        text=True,
+        steps=500,
+        length=64,
+        width=128,
+        layers=3,
+        preset=("robust", "of LipschitzConfig: robust, accurate or paper"),
+        logit_scale=(5.0, "of LipschitzConfig: an inverse temperature"),
+        margin=(0.0, "of MarginLoss, at the network's own scale; 0 trains without"),
+        w_max=1.0,
+        lr=0.1,
+        sequences=(16, "sequences that are certified and attacked"),
+        refine=(12, "backward passes on a token at most"),
+        restarts=4,
+        attack_steps=40,
+    )
     made.add_argument(
         "--model", help="a run folder of examples/train_char_lm.py, in place of training"
     )
     made.add_argument("--out", default="runs/certified_accuracy", help="folder of the figure")
-    add_values(
-        made,
-        ("steps", 500, "optimizer steps"),
-        ("length", 64, "characters in a sequence"),
-        ("width", 128, "of the model"),
-        ("layers", 3, "of the model"),
-        ("preset", "robust", "of LipschitzConfig: robust, accurate or paper"),
-        ("logit-scale", 5.0, "of LipschitzConfig: an inverse temperature"),
-        ("margin", 0.0, "of MarginLoss, at the network's own scale; 0 trains without"),
-        ("w-max", 1.0, "cap on every block, RMS->RMS norm"),
-        ("lr", 0.1, "RMS->RMS norm per step"),
-        ("sequences", 16, "sequences that are certified and attacked"),
-        ("refine", 12, "backward passes on a token at most"),
-        ("restarts", 4, "of the attack"),
-        ("attack-steps", 40, "of the attack"),
-    )
-    options = made.parse_args()
-    if options.smoke:
-        options.steps, options.width, options.layers, options.length = 10, 32, 2, 16
-        options.sequences, options.restarts, options.attack_steps = 2, 2, 5
-    return options
+    tiny = {"steps": 10, "width": 32, "layers": 2, "length": 16}
+    return parsed(made, **tiny, sequences=2, restarts=2, attack_steps=5)
 
 
 def train(text: Characters, options: argparse.Namespace) -> GPT2LMHeadModel:

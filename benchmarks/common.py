@@ -41,26 +41,53 @@ sys.path.insert(0, str(ROOT))
 # Options
 
 
-def parser(doc: str | None, *, text: bool = False) -> argparse.ArgumentParser:
-    """A parser with --smoke, with --text if it is asked for, and with a docstring as its help."""
+# Help of the options that several benchmarks have.
+_HELP = {
+    "attack_steps": "of the attack",
+    "layers": "of the model",
+    "length": "tokens in a sequence",
+    "lr": "RMS->RMS norm per step",
+    "repeats": "rounds that count",
+    "restarts": "starts of the attack",
+    "steps": "optimizer steps",
+    "threads": "of torch",
+    "vocabulary": "tokens of the model",
+    "w_max": "cap on every block, RMS->RMS norm",
+    "width": "of the model",
+}
+
+
+def parser(
+    doc: str | None, *, text: bool = False, device: bool = False, **values: Any
+) -> argparse.ArgumentParser:
+    """A parser with --smoke, and with a docstring as its help.
+
+    Args:
+        text: add --text, see `read_text`.
+        device: add --device, by default the GPU where there is one.
+        values: options that take one value each: the default, or (default, help).
+    """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    made.add_argument("--smoke", action="store_true", help="a few steps of everything")
     if text:
         made.add_argument("--text", help="a text file; the Python language reference without")
-    made.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    if device:
+        made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in values.items():
+        default, about = value if isinstance(value, tuple) else (value, _HELP.get(name))
+        flag = f"--{name.replace('_', '-')}"
+        made.add_argument(flag, type=type(default), default=default, help=about)
     return made
 
 
-def add_values(made: argparse.ArgumentParser, *options: tuple[str, Any, str]) -> None:
-    """Add options that take one value each, given as (name, default, help)."""
-    for name, default, text in options:
-        made.add_argument(f"--{name}", type=type(default), default=default, help=text)
-
-
-def add_device(made: argparse.ArgumentParser) -> None:
-    """Add --device, by default the GPU where there is one."""
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def parsed(made: argparse.ArgumentParser, **smoke: Any) -> argparse.Namespace:
+    """The options of the command line; with --smoke those that are named here take these values."""
+    options = made.parse_args()
+    for name, value in smoke.items() if options.smoke else ():
+        setattr(options, name, value)
+    return options
 
 
 # A text, and a model over its characters
@@ -302,7 +329,9 @@ def machine(device: str = "cpu", *packages: str) -> dict[str, Any]:
     """
     gpu = device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **{name: metadata.version(name) for name in ("torch", "transformers", *packages)},

@@ -27,11 +27,11 @@ import torch.distributed as dist
 from common import (
     MIB,
     Table,
-    add_values,
     finish,
     headline,
     machine,
     medians,
+    parsed,
     parser,
     ratios,
     synchronize,
@@ -229,24 +229,20 @@ def launched(processes: int, options: argparse.Namespace) -> list[dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__)
-    add_values(
-        made,
-        ("width", 512, "of the model"),
-        ("layers", 4, "of the model"),
-        ("vocabulary", 2048, "tokens"),
-        ("length", 256, "tokens in a sequence"),
-        ("batch", 2, "sequences for each process"),
-        ("repeats", 7, "steps that count"),
+    made = parser(
+        __doc__,
+        width=512,
+        layers=4,
+        vocabulary=2048,
+        length=256,
+        batch=(2, "sequences for each process"),
+        repeats=7,
     )
     made.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     made.add_argument("--worker", action="store_true", help="started by a launcher")
     made.add_argument("--paper", action="store_true", help="only the estimate")
-    options = made.parse_args()
-    if options.smoke:
-        options.width, options.layers, options.vocabulary, options.length = 64, 1, 32, 16
-        options.repeats, options.processes = 1, [2]
-    return options
+    tiny = {"width": 64, "layers": 1, "vocabulary": 32, "length": 16}
+    return parsed(made, **tiny, repeats=1, processes=[2])
 
 
 def main() -> None:

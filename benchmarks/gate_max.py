@@ -5,8 +5,7 @@
     python benchmarks/gate_max.py --smoke
 
 gate_max caps both factors of a gated MLP, entry by entry. The model, the data and the seed are the
-same for every cap. Bounds are from the caps alone and from
-the trained weights.
+same for every cap. Bounds are from the caps alone and from the trained weights.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import torch
 from common import (
     Characters,
     Table,
-    add_values,
     characters,
     finish,
     fit,
     headline,
     machine,
     own_loss,
+    parsed,
     parser,
     windows,
 )
@@ -36,20 +35,8 @@ CAPS = (None, 8.0, 4.0, 2.0)
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__, text=True)
-    add_values(
-        made,
-        ("steps", 300, "optimizer steps"),
-        ("length", 64, "characters in a sequence"),
-        ("width", 96, "of the model"),
-        ("layers", 2, "of the model"),
-        ("restarts", 4, "of the attack"),
-        ("w-max", 1.4, "cap on every block, RMS->RMS norm"),
-    )
-    options = made.parse_args()
-    if options.smoke:
-        options.steps, options.length, options.width, options.restarts = 4, 16, 32, 1
-    return options
+    values = {"steps": 300, "length": 64, "width": 96, "layers": 2, "restarts": 4, "w_max": 1.4}
+    return parsed(parser(__doc__, text=True, **values), steps=4, length=16, width=32, restarts=1)
 
 
 def train(text: Characters, cap: float | None, options: argparse.Namespace) -> Any:

@@ -14,17 +14,7 @@ downloaded: Gaussian, and with the dense flat top that training under a cap leav
 from __future__ import annotations
 
 import torch
-from common import (
-    Table,
-    add_device,
-    add_values,
-    finish,
-    headline,
-    in_turns,
-    machine,
-    parser,
-    wall,
-)
+from common import Table, finish, headline, in_turns, machine, parsed, parser, wall
 from torch import Tensor
 
 from lip_plugin.linalg.norms import sigma_max_exact, sigma_max_upper
@@ -74,13 +64,9 @@ def show(table: Table, kind: str, matrix: str, blocks: str, row: dict[str, float
 
 
 def main() -> None:
-    made = parser(__doc__)
-    add_values(made, ("repeats", 3, "rounds"), ("layers", 12, "of GPT-2 small"))
-    add_device(made)
-    args = made.parse_args()
-    layers, d, heads, repeats = args.layers, 768, 12, max(1, args.repeats)
-    if args.smoke:
-        layers, d, heads, repeats = 1, 128, 4, 1
+    args = parsed(parser(__doc__, device=True, repeats=3, layers=12), repeats=1, layers=1)
+    layers, repeats = args.layers, max(1, args.repeats)
+    d, heads = (128, 4) if args.smoke else (768, 12)
     where = machine(args.device)
     headline("certified norms against float64 svdvals", where)
     table = Table(

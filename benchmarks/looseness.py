@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Table, add_values, finish, headline, machine, parser
+from common import Table, finish, headline, machine, parsed, parser
 from tqdm import tqdm
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
@@ -114,7 +114,10 @@ def measure(model: Any, restarts: int, steps: int) -> list[dict[str, Any]]:
 
 
 def by_rules(model: Any) -> dict[str, float]:
-    """log10 of the whole bound with fewer rules: single maps and largest rows of tables, then one by one."""
+    """log10 of the whole bound with fewer rules.
+
+    First every map is bounded alone and tables by their largest rows, then one rule more each time.
+    """
     with torch.no_grad():
         graph = build(model)
         norms = weight_norms(graph)
@@ -150,15 +153,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = parser(__doc__, restarts=8, steps=(60, "of each start"))
     made.add_argument(
         "--model", help="a folder written by save_pretrained; default: trained on the spot"
     )
     made.add_argument("--out", help="write the JSON line to this file as well")
-    add_values(made, ("restarts", 8, "starts of the attack"), ("steps", 60, "steps of each start"))
-    options = made.parse_args()
-    if options.smoke:
-        options.restarts, options.steps = 1, 4
+    options = parsed(made, restarts=1, steps=4)
     where = machine()
     headline("proven over attained, node by node", where)
     began = time.perf_counter()

@@ -5,8 +5,8 @@
 
 A small constrained GPT is trained on the Python language reference (English). Then it is fine-tuned
 with LoRA r = 8 and AdamW on the source of the standard library, once with each way. `kept` is how
-much of the change that a step wanted is left, inner(got, wanted) / norm(wanted)^2, in the last step,
-for all layers together.
+much of the change that a step wanted is left, inner(got, wanted) / norm(wanted)^2, in the last
+step, for all layers together.
 
     none      no constraint: what caps cost
     scale     the largest t in [0, 1] with norm(W0 + t s B A) <= cap, for every block
@@ -31,12 +31,12 @@ import peft
 import torch
 from common import (
     Table,
-    add_values,
     character_gpt2,
     encode,
     finish,
     headline,
     machine,
+    parsed,
     parser,
     read_text,
     timed,
@@ -245,21 +245,18 @@ def changes(model: Any) -> list[Tensor]:
 
 
 def main() -> None:
-    made = parser(__doc__)
-    add_values(
-        made,
-        ("pretrain", 1500, "steps on the first text"),
-        ("steps", 300, "steps with LoRA"),
-        ("lr", 3e-3, "of AdamW"),
-        ("budget", 0.3, "RMS->RMS norm that a block may change by"),
-        ("seeds", 1, "medians over so many runs"),
+    made = parser(
+        __doc__,
+        pretrain=(1500, "steps on the first text"),
+        steps=(300, "steps with LoRA"),
+        lr=(3e-3, "of AdamW"),
+        budget=(0.3, "RMS->RMS norm that a block may change by"),
+        seeds=(1, "medians over so many runs"),
     )
     made.add_argument(
         "--ways", nargs="*", help="of those above; all by default (nearest takes most of the time)"
     )
-    args = made.parse_args()
-    if args.smoke:
-        args.pretrain, args.steps = 5, 2
+    args = parsed(made, pretrain=5, steps=2)
     where = machine("cpu", "peft")
     headline("ways to keep LoRA within caps", where)
     english, python = read_text(None), sources()

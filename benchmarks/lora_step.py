@@ -5,8 +5,8 @@
     python benchmarks/lora_step.py --smoke
 
 One model has random weights of its own initialization, LoRA on the targets, and AdamW. A step is
-forward pass, backward pass and optimizer. The constraint is what `attach_projection` does behind it,
-timed by itself in the same run. There are three cases:
+forward pass, backward pass and optimizer. The constraint is what `attach_projection` does behind
+it, timed by itself in the same run. There are three cases:
 
     budget      untouched base, constrain_adapters(budget): the change of every block clipped
     room        caps of twice the base's own norms: sizes of changes alone settle it
@@ -25,7 +25,7 @@ from typing import Any
 
 import peft
 import torch
-from common import MIB, Table, add_values, finish, headline, machine, parser, timed
+from common import MIB, Table, finish, headline, machine, parsed, parser, timed
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lip_plugin import LipschitzConfig, constrain_adapters, retrofit, set_caps_
@@ -118,15 +118,12 @@ def kept(model: Any) -> int:
 
 
 def main() -> None:
-    made = parser(__doc__)
-    add_values(made, ("tokens", 1024, "of a step"), ("steps", 5, "steps that count"))
+    made = parser(__doc__, tokens=(1024, "of a step"), steps=(5, "steps that count"))
     made.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64])
     made.add_argument("--targets", nargs="*", default=["attention", "all"], choices=[*TARGETS])
     made.add_argument("--cases", nargs="*", default=["budget", "room", "at caps"])
     made.add_argument("--device", default="cpu")
-    args = made.parse_args()
-    if args.smoke:
-        args.tokens, args.steps, args.ranks, args.targets = 64, 2, [4], ["all"]
+    args = parsed(made, tokens=64, steps=2, ranks=[4], targets=["all"])
     where = machine(args.device, "peft")
     headline("the constraint behind a step of LoRA", where)
     table = Table(

@@ -1,11 +1,13 @@
 """Turn a model that was trained with norms into a constrained one, without losing what it knows.
 
-    python examples/retrofit_pretrained.py                    # trains a small GPT-2 with norms first; offline
-    python examples/retrofit_pretrained.py --model FOLDER --text FILE     # characters, as that run left them
-    python examples/retrofit_pretrained.py --quantile 1 --w-max 1.5     # floors that all tokens are below: no norm is left
+    python examples/retrofit_pretrained.py     # trains a small GPT-2 with norms first; offline
+    python examples/retrofit_pretrained.py --model FOLDER --text FILE
+    python examples/retrofit_pretrained.py --quantile 1 --w-max 1.5
 
-A floor rises under what every norm divides by, to one that the text hardly meets (calibrate), and caps start at the weights'
-own norms and tighten, while the model trains on. The run folder holds model/, certificate.json, metrics.json and figure.png.
+The model of --model is one over characters, as an earlier run left it. A floor rises under what
+every norm divides by, to one that the text hardly meets (calibrate). Caps start at the weights' own
+norms and tighten while the model trains on. With --quantile 1 all tokens are below the floors, so
+that no norm is left. The run folder holds model/, certificate.json, metrics.json and figure.png.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Train a small GPT on real text under enforced Lipschitz constants, and leave a certificate behind.
+"""Train a small GPT on real text under enforced Lipschitz constants, with a certificate at the end.
 
     python examples/train_char_lm.py                       # the Python language reference; offline
     python examples/train_char_lm.py --text FILE           # any text file
-    python examples/train_char_lm.py --dataset HUB_ID      # any text dataset of the Hugging Face hub
+    python examples/train_char_lm.py --dataset HUB_ID      # any text dataset of the hub
     torchrun --nproc_per_node 2 examples/train_char_lm.py  # the same on two processes
 
-The model and the Trainer are stock. The run folder holds model/, certificate.json, metrics.json, figure.png.
+The model and the Trainer are stock. The run folder holds model/, certificate.json, metrics.json and
+figure.png.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def read_text(options: argparse.Namespace) -> str:
 
 
 def encode(text: str, length: int) -> tuple[Dataset, Dataset, list[str], str]:
-    """Train and validation blocks of `length` characters, the vocabulary, and the validation text."""
+    """Blocks of `length` characters to train and to validate on.
+
+    The vocabulary and the text of the validation come with them.
+    """
     vocabulary = sorted(set(text))
     index = {c: i for i, c in enumerate(vocabulary)}
     cut = int(0.9 * len(text))
@@ -53,7 +57,10 @@ def encode(text: str, length: int) -> tuple[Dataset, Dataset, list[str], str]:
 
 
 def bigram_accuracy(train: str, validation: str) -> float:
-    """Share of validation characters that the most frequent successor in the training text predicts."""
+    """The share of validation characters that a bigram model predicts.
+
+    It predicts the most frequent successor in the training text.
+    """
     counts: dict[str, Counter] = defaultdict(Counter)
     for a, b in zip(train, train[1:]):
         counts[a][b] += 1
@@ -152,7 +159,8 @@ def finish(trainer: Trainer, out: Path, vocabulary: list[str], bigram: float, sm
     print(certificate)
     print(f"attained by an attack (a lower bound): {attack.lower_bound:.4g}")
     print(
-        f"from caps, for every step of the run:  10^{certify(model, 'caps').log10_lipschitz:.2f}; figure: {out}"
+        "from caps, for every step of the run:  "
+        f"10^{certify(model, 'caps').log10_lipschitz:.2f}; figure: {out}"
     )
     print(f"validation accuracy {last['eval_accuracy']:.1%}, a bigram model's {bigram:.1%}")
 

@@ -1,11 +1,12 @@
-"""Train a small ViT on images under enforced Lipschitz constants, and prove its accuracy under pixel changes.
+"""Train a small ViT under enforced Lipschitz constants, and prove its accuracy under pixel changes.
 
     python examples/train_vit.py                     # scikit-learn's digits, 8 x 8; offline
     python examples/train_vit.py --dataset cifar10   # any image data set of the Hugging Face hub
 
-A twin of the same size is trained without constraints. For both the table says which share of held-out images is
-classified right (clean), provably so under every change of 2-norm eps (proven), and under an attack (attacked), in
-units of pixels in [-1, 1]. The run folder holds model/, table.json and figure.png.
+A twin of the same size is trained without constraints. For both, the table says which share of
+held-out images is classified right (clean), provably so under every change of 2-norm eps (proven),
+and under an attack (attacked), in units of pixels in [-1, 1]. The run folder holds model/,
+table.json and figure.png.
 """
 
 from __future__ import annotations

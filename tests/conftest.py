@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-# Tiny models: a second thread costs more than it brings, and other work on the machine makes it wait.
+# For tiny models a second thread costs more than it brings, and other work on the machine makes it
+# wait.
 torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""LipschitzConfig: frozen, validated by name, and JSON both ways."""
+"""A LipschitzConfig is frozen, validated by name, and goes through JSON both ways."""
 
 from __future__ import annotations
 

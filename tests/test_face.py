@@ -1,4 +1,7 @@
-"""What users get wrong first: slips in arguments, things that are no config or model, other runs' states."""
+"""What users get wrong first is told in plain words.
+
+There are slips in arguments, things that are no config or model, and states of other runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The frontier's runner: its MLP's bound is a bound, its caps hold, and a run that was cut off goes on where it was."""
+"""The frontier's bound of an MLP is a bound, and its caps hold.
+
+A run that was cut off goes on where it was.
+"""
 
 from __future__ import annotations
 

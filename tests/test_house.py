@@ -1,4 +1,7 @@
-"""The house of docs: every room imports from the rooms below it only, nothing imports in a circle, every file has a room."""
+"""Every room imports from the rooms below it only, and every file has a room.
+
+Nothing imports in a circle.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def room(module: str) -> str:
 
 
 def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
-    """Modules of ours that a file imports: in all of it, or only when it is loaded itself."""
+    """Modules of ours that a file imports, in all of it or only when it is loaded."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = ast.walk(tree) if everywhere else iter(tree.body)
     for node in nodes:
@@ -82,12 +85,13 @@ def test_imports_point_down(module: str) -> None:
 
 
 def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
-    """The test above can fail: a proof that imports an optimizer, even inside a function."""
+    """A proof that imports an optimizer is seen, even inside a function."""
     for text in (
         "from lip_plugin.optim.muon import LipschitzMuon\n",
         "def f():\n    import lip_plugin.training.losses\n",
         "from lip_plugin import certify\n",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lip_plugin.cli import commands\n",
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from lip_plugin.cli import commands\n",
     ):
         file = tmp_path / "wrong.py"
         file.write_text(text)
@@ -122,7 +126,10 @@ def test_every_folder_says_what_it_is() -> None:
 
 
 def test_the_core_names_no_class_of_a_library() -> None:
-    """Facts of a family stand with the family: no model class of transformers is written in the core."""
+    """No model class of transformers is written in the core.
+
+    Facts of a family stand with the family.
+    """
     words = ("GPT2", "Llama", "Gemma", "OPTLearned", "Conv1D", "Roberta", "nanoGPT's LayerNorm")
     for name, path in MODULES.items():
         if name.startswith("lip_plugin.integrations"):
@@ -136,6 +143,9 @@ def test_the_core_names_no_class_of_a_library() -> None:
 
 
 def test_files_are_of_a_readable_length() -> None:
-    """About 300 lines; the tests of a long room are split before it grows further."""
+    """Files are of a readable length, about 300 lines.
+
+    The tests of a long room are split before it grows further.
+    """
     long = {n: len(p.read_text().splitlines()) for n, p in MODULES.items()}
     assert {n: count for n, count in long.items() if count > 400} == {}

@@ -62,7 +62,10 @@ class Affine(torch.nn.Module):
 def replace_naively(
     model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]
 ) -> None:
-    """Put Affine where norms were: with c = 1, or sum(s) / sum(s^2) over the tokens, each behind those that are replaced."""
+    """Put Affine where norms were, with c = 1 or with c = sum(s) / sum(s^2) over the tokens.
+
+    s is what the norm divides by, seen behind those norms that are replaced already.
+    """
     for slot in slots:
         norm, c = model.get_submodule(slot), 1.0
         if way == "constant":
@@ -87,7 +90,10 @@ def roots(norm: Any, x: Tensor) -> Tensor:
 
 
 def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> RetrofitSchedule | None:
-    """Retrofit a pretrained model, in place; gives the schedule that it follows from then on, if any."""
+    """Retrofit a pretrained model in place.
+
+    Returns the schedule that it follows from then on, or None.
+    """
     if way == "as it is":
         return None
     own = own_caps(model)

@@ -95,7 +95,7 @@ def buffers_of(root: nn.Module) -> dict[str, str]:
     for name, module in root.named_modules():
         for leaf in sorted(module._non_persistent_buffers_set):
             value = module._buffers.get(leaf)
-            if value is None or value.is_meta or not value.numel():
+            if value is None or value.is_meta or value.numel() < 2:  # a single one is a scale
                 continue
             flat = value.detach().double().flatten()
             weights = torch.linspace(1.0, 2.0, len(flat), dtype=flat.dtype, device=flat.device)

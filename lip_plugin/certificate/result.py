@@ -31,6 +31,7 @@ from lip_plugin.distributed.gather import has_shards, on_first_process
 from lip_plugin.errors import CertificateError, ConfigError, NotRetrofittedError
 from lip_plugin.model.adapters import BlockNorms
 from lip_plugin.surgery.block_norms import block_norms
+from lip_plugin.tables import table
 
 # How far the log10 of a stated bound may lie below that of the recomputed one: by this number, plus
 # this share of the stated log10. Proven norms may be up to 0.1 % too high, by another amount on
@@ -307,13 +308,9 @@ class Certificate:
             raise CertificateError(f"the certificate lacks or adds a field: {error}") from error
 
     def __str__(self) -> str:
-        width = min(max([len(line.name) for line in self.layers] + [5]), 44)
-        head = f"{'layer':<{width}}  {'radius in':>10}  {'constant':>10}  {'log10 total':>11}"
-        rows = [
-            f"{line.name[-width:]:<{width}}  {line.radius:>10.4g}  {line.lipschitz:>10.4g}  "
-            f"{line.log10_total:>11.3f}"
-            for line in self.layers
-        ]
+        rows = [(x.name, x.radius, x.lipschitz, x.log10_total) for x in self.layers]
+        head = ("layer", "radius in", "constant", "log10 total")
+        layers = table(head, rows, ("<", "10.4g", "10.4g", "11.3f"), closed=True)
         value = (
             f"{self.lipschitz:.6g}"
             if math.isfinite(self.lipschitz)
@@ -326,7 +323,7 @@ class Certificate:
         pairs = (
             f"any difference of two logits moves at most {self.logit_difference:.6g} times as far"
         )
-        return "\n".join([head, "-" * len(head), *rows, "-" * len(head), last, pairs])
+        return "\n".join([layers, last, pairs])
 
 
 def _encode(value: Any) -> Any:

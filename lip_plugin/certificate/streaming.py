@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lip_plugin.certificate.certify import SOURCES, bound_of
 from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.fingerprint import Fingerprint, capped_weights, stored_tensors
+from lip_plugin.certificate.function_facts import buffers_of
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.input_radius import radius_of
@@ -95,7 +96,9 @@ def certify_layers(
         for name in group:
             shelf.put_back(name)
     certificate = bound_of(graph, norms, source, radius)
-    return replace(certificate, weights=shelf.fingerprint())
+    # The skeleton's buffers have no values. The twin's are made from the same config.
+    settings = {**certificate.settings, "buffers": buffers_of(twin)}
+    return replace(certificate, weights=shelf.fingerprint(), settings=settings)
 
 
 def _groups(graph: Graph, shelf: _Shelf) -> list[list[str]]:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.distributed.owners import local, on_owners, replicas_of
+from lip_plugin.distributed.owners import on_owners, replicas_of
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import require_module
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from lip_plugin.model.batches import Batch, batches, cost_of, gathered_lerp
-from lip_plugin.model.layout import Layout, clamp_rows_
+from lip_plugin.model.layout import Layout
 from lip_plugin.optim.adamw import step_adamw_
 from lip_plugin.optim.enforce import attach_projection, keep_within_caps_, normalize_above_
 from lip_plugin.optim.groups import KINDS, param_groups, refuse_other_groups
@@ -32,6 +32,7 @@ from lip_plugin.optim.intact import Held
 from lip_plugin.optim.lora import KIND as FACTORS
 from lip_plugin.optim.lora import step_factors_
 from lip_plugin.optim.precision import PRECISIONS, update_precision
+from lip_plugin.optim.rows import momentum_, step_rows_
 from lip_plugin.surgery.state import constraints_of
 
 # How far above 1 rounding may leave sigma_max of a block that was orthogonalized in bf16, as
@@ -269,22 +270,6 @@ class LipschitzMuon(torch.optim.Optimizer):
                     "turns the weights around."
                 )
 
-    def _momentum_(
-        self, weights: list[Tensor], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The local gradients, and the momenta moved towards them, in float32 or wider."""
-        grads, buffers = [], []
-        for p in weights:
-            assert p.grad is not None
-            wide = torch.promote_types(p.grad.dtype, torch.float32)
-            grads.append(local(p.grad).to(wide))
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p, dtype=wide)
-            buffers.append(local(self.state[p]["momentum"]))
-        if weights:
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        return grads, buffers
-
     def _step_matrices(self, group: dict[str, Any], written: set[int]) -> None:
         rate = group["lr"] * group["lr_ratio"]
         moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -293,7 +278,7 @@ class LipschitzMuon(torch.optim.Optimizer):
         measure = self._steps_taken % _MEASURE_EVERY == 0
         unknown = {i for i, w in enumerate(weights) if measure or id(w) in written}
         self._keep_idle_(group, written)
-        grads, buffers = self._momentum_(weights, group)
+        grads, buffers = momentum_(self.state, weights, group)
         if rate == 0 and not unknown:
             # The first steps of a warmup may have rate 0. Nothing moves, so nothing is projected.
             return
@@ -379,32 +364,12 @@ class LipschitzMuon(torch.optim.Optimizer):
         self.seconds_projecting += time.perf_counter() - began
 
     def _step_rows(self, group: dict[str, Any]) -> None:
-        """Move each row that has a gradient by at most the rate in RMS norm; others only decay."""
-        rate = group["lr"] * group["lr_ratio"]
-        for p, plain in zip(group["params"], group["layouts"]):
-            if p.grad is None:  # somebody else may have written to it
-                for segment, rows in Layout.from_plain(plain).views(local(p)):
-                    if segment.cap is not None:
-                        clamp_rows_(rows, segment.cap)
-                continue
-            (grad,), (buffer,) = self._momentum_([p], group)
-            here = local(p)  # a shard holds whole rows, so their norms can be computed here
-            update = torch.lerp(grad, buffer, group["momentum"])
-            seen = (grad != 0).any(-1, keepdim=True)
-            # Divided by its largest entry, a row has squares that neither over- nor underflow.
-            largest = update.abs().amax(-1, keepdim=True)
-            update = torch.where(seen & (largest > 0), update / largest, 0.0)
-            size = update.square().mean(-1, keepdim=True).sqrt()
-            update = torch.where(size > 0, update / size, 0.0)
-            here.mul_(1 - rate * group["weight_decay"]).add_(update.to(p.dtype), alpha=-rate)
-            for segment, rows in Layout.from_plain(plain).views(here):
-                if segment.cap is not None:
-                    clamp_rows_(rows, segment.cap)
+        step_rows_(group, self.state)
 
     def _step_factors(self, group: dict[str, Any]) -> None:
         """Move low-rank adapters; the hook of attach_projection caps the sum."""
         moved = [p for p in group["params"] if p.grad is not None]
-        grads, buffers = self._momentum_(moved, group)
+        grads, buffers = momentum_(self.state, moved, group)
         updates = [torch.lerp(g, m, group["momentum"]) for g, m in zip(grads, buffers, strict=True)]
         step_factors_(
             group,

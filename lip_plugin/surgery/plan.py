@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lip_plugin.tables import table
+
 
 @dataclass
 class RetrofitReport:
@@ -25,8 +27,7 @@ class RetrofitReport:
     def __str__(self) -> str:
         if not self.changes:
             return "nothing to change"
-        width = min(max(len(name) for name, _ in self.changes), 48)
-        return "\n".join(f"{name:<{width}}  {what}" for name, what in self.changes)
+        return table(None, self.changes, ("<", "<"), most=48, cut=False)
 
 
 @dataclass

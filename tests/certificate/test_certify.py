@@ -1,4 +1,7 @@
-"""Whole models: attained <= proven from weights <= proven from caps; refusals; JSON."""
+"""Of whole models, attained <= proven from weights <= proven from caps.
+
+Refusals and JSON are here too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tests.support.families import FAMILIES, HEADS
 from tests.support.oracles import random_model
 from tests.support.worst_cases import one_head_gpt2, published_claim
 
-# ---- whole models ----------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 SETTINGS = {
     "head": LipschitzConfig(w_max=1.5),
@@ -69,7 +72,7 @@ def test_lower_is_below_upper_and_weights_are_below_caps(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_untouched_models_are_certified_too(name: str) -> None:
-    """Without a retrofit: tied heads, norms as they are, and still an honest number."""
+    """An untouched model gets an honest number, with its norms and tied heads."""
     model = random_model(name, None)
     assert (
         falsify(model, restarts=1, steps=4, tokens=9).lower_bound
@@ -82,7 +85,7 @@ def test_untouched_models_are_certified_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_measured_norms_are_above_svd_and_within_caps(name: str) -> None:
-    """weight_norms against float64 SVD, upwards and within 0.1 %; cap_norms above both."""
+    """Measured norms are above a float64 SVD by at most 0.1 %, and below the caps' norms."""
     model = random_model(name, LipschitzConfig())
     project_(model)
     graph = build(model)
@@ -163,7 +166,7 @@ def test_certifying_takes_little_time() -> None:
     assert time.process_time() - began < 0.5  # 0.02 s alone; room for a busy machine
 
 
-# ---- refusals --------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,7 +223,7 @@ def test_assumptions_name_what_caps_do_not_cover() -> None:
     assert any("1.001" in line for line in covered)
 
 
-# ---- JSON ------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def test_json_goes_both_ways_for_every_family() -> None:

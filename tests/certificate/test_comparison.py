@@ -1,4 +1,7 @@
-"""A model that is not its graph is refused: break any part, see it fail, mend it."""
+"""A model that is not its graph is refused, whichever part differs.
+
+Each test breaks a part, sees it refused, and mends it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from lip_plugin.errors import CertificateError
 from tests.support.families import FAMILIES
 from tests.support.oracles import random_model
 
-# ---- is the graph the model? -----------------------------------------------------------------------
+# ---- is the graph the model? ---------------------------------------------------------------------
 
 
 def scale_output(module: nn.Module, args: Any, output: Any) -> Any:
@@ -139,7 +142,7 @@ def test_a_model_that_is_not_its_graph_is_refused_until_mended(
 def test_ten_percent_of_any_part_is_seen(
     name: str, part: str, factor: float, monkeypatch: Any
 ) -> None:
-    """The comparison is sensitive: break the graph itself by 10 % in one place of the last block."""
+    """A change of the graph by 10 % in one place of its last block is refused."""
     import lip_plugin.certificate.comparison.compare as compare
 
     def broken(model: nn.Module) -> Any:
@@ -165,7 +168,10 @@ def test_ten_percent_of_any_part_is_seen(
 
 
 def test_settings_changed_after_a_check_are_seen() -> None:
-    """The logit scale is read anew each time; a config that changes is compared again."""
+    """Settings that change after a check are seen.
+
+    The logit scale is read anew each time, and a config that changes is compared again.
+    """
     model = random_model("llama", LipschitzConfig())
     before = certify(model)
     model.model.layers[1].self_attn.scaling *= 2  # the one with the larger logits
@@ -174,7 +180,10 @@ def test_settings_changed_after_a_check_are_seen() -> None:
 
 
 def test_a_check_is_remembered_without_marking_the_model(monkeypatch: Any) -> None:
-    """The comparison on random weights is made once; the short one, on the model's own weights, each time."""
+    """The comparison on random weights is made once, and the shorter one each time.
+
+    The shorter one runs on the model's own weights.
+    """
     import lip_plugin.certificate.comparison.compare as compare
 
     made, real = [], compare.random_values

@@ -1,4 +1,7 @@
-"""The drift certificate: above every difference that an attack finds, zero for equal models, exact where the maths is."""
+"""The drift certificate is above every difference that an attack finds.
+
+It is zero for equal models, and exact where the true drift is known.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 from lip_plugin import Drift, LipschitzConfig, drift, project_, retrofit
-from lip_plugin.certificate.drift import rules as drift_rules
+from lip_plugin.certificate.drift import attention_rule as drift_rules
 from lip_plugin.certificate.drift.drift import _Pair
 from lip_plugin.errors import ConfigError, NonFiniteError, TrainerError
 from tests.support.families import FAMILIES, inputs_for, tiny
@@ -32,7 +35,10 @@ def model_of(family: str, norms: str = "remove", **overrides: Any) -> nn.Module:
 def moved(
     model: nn.Module, size: float, words: tuple[str, ...] = ("",), seed: int = 4
 ) -> nn.Module:
-    """A copy with random numbers added to the parameters whose names hold one of these words; not to tables."""
+    """A copy with random numbers added to some parameters.
+
+    These are the parameters whose names hold one of the words. Tables are left as they are.
+    """
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     tables = {id(m.weight) for m in other.modules() if isinstance(m, nn.Embedding)}
@@ -107,7 +113,10 @@ def test_the_bound_falls_with_the_change_linearly() -> None:
 
 
 def test_a_change_of_the_head_alone_is_bounded_to_within_what_the_stream_does() -> None:
-    """Then the drift is row of (W_t - W_b) times the last radius: exact but for the radius."""
+    """A change of the head alone is bounded exactly, but for the radius.
+
+    The drift is a row of (W_t - W_b) times the last radius.
+    """
     base = model_of("gpt2")
     with torch.no_grad():
         for name, p in base.named_parameters():
@@ -165,7 +174,7 @@ def test_position_biases_may_have_moved() -> None:
 
 
 def test_a_rule_that_forgets_the_values_is_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break it, see it fail: the test above would notice."""
+    """A rule that forgets the values is exceeded, so that the test above can fail."""
     base = model_of("gpt2")
     tuned = copy.deepcopy(base)
     with torch.no_grad():

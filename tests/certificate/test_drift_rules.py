@@ -1,4 +1,7 @@
-"""The rules of the drift, one by one: each node attacked alone, worst cases by hand, and what must not be compared."""
+"""The rules of the drift hold one by one, for each kind of node.
+
+Each node is attacked alone, worst cases are made by hand, and what must not be compared is refused.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from torch import Tensor
 from lip_plugin import LipschitzConfig, drift, project_
 from lip_plugin.certificate.attack.ascent import grow, in_ball
 from lip_plugin.certificate.attack.starts import d_in_of
-from lip_plugin.certificate.drift import rules as drift_rules
+from lip_plugin.certificate.drift import attention_rule as drift_rules
+from lip_plugin.certificate.drift.attention_rule import pull
 from lip_plugin.certificate.drift.drift import _Pair, _sides
-from lip_plugin.certificate.drift.rules import Streams, pull, step
+from lip_plugin.certificate.drift.rules import Streams, step
 from lip_plugin.certificate.graph.containers import Chain, Residual
 from lip_plugin.certificate.graph.decimals import up
 from lip_plugin.certificate.graph.nodes import Activation, Scale
@@ -49,7 +53,10 @@ def inner(b: Any, t: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def farthest(b: Any, t: Any, d: int, r: float, delta: float, tokens: int = 3) -> float:
-    """Largest token norm of t(y) - b(x) found, for x, y of token norm at most r and x - y at most delta."""
+    """The largest token norm of t(y) - b(x) that ascent finds.
+
+    Tokens of x and y have a norm of at most r, and tokens of x - y of at most delta.
+    """
     z = torch.randn(
         6, 2 * tokens, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
@@ -86,7 +93,10 @@ def test_no_node_is_farther_apart_than_its_rule_says(family: str, norms: str) ->
 
 
 def opposite(factor: float) -> tuple[Any, Any]:
-    """Attentions of one head whose logits at two opposite values go from -+factor / 2 to +-factor / 2."""
+    """Two attentions of one head that disagree on a token and its negative.
+
+    The logits of two opposite values go from -+factor / 2 to +-factor / 2.
+    """
     model = random_model(
         "gpt2", LipschitzConfig(), num_hidden_layers=1, num_attention_heads=1
     ).double()
@@ -127,7 +137,10 @@ def test_what_softmax_can_do_is_rounded_up_and_never_above_two() -> None:
 
 
 def test_other_rotations_are_no_equal_models() -> None:
-    """Equal weights, and yet the logits differ: the base frequency is no weight."""
+    """Models with other rotations are not equal, though their weights are.
+
+    The base frequency is no weight, and the logits differ.
+    """
     base = random_model("llama", None).double()
     tuned = tiny("llama", rope_parameters={"rope_type": "default", "rope_theta": 50.0}).double()
     tuned.load_state_dict(base.state_dict())
@@ -163,7 +176,7 @@ def test_the_witness_attains_what_is_claimed(family: str, tables: tuple[str, ...
 def test_a_rule_that_takes_half_of_a_keys_change_is_exceeded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Break it, see it fail: the worst case of attention would notice."""
+    """A rule that takes half of a key's change is exceeded by the worst case of attention."""
     real = drift_rules.pull
     monkeypatch.setattr(drift_rules, "pull", lambda s: real(s / 2))
     monkeypatch.setattr(drift_rules, "norm2", lambda values, f=drift_rules.norm2: f(values) / 2)

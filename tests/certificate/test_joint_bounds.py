@@ -1,4 +1,7 @@
-"""All heads through the output map, and all joint rules from caps: attacked, attained, weakened and exceeded."""
+"""Bounds of all heads together with the output map hold and are attained.
+
+The joint rules from caps are attacked as well, and weakened rules are exceeded.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, project_, retrofit
-from lip_plugin.certificate.graph import joint_bounds as joint
+from lip_plugin.certificate.graph import joint_attention
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import up
-from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, HeadNorms, MlpResidual
+from lip_plugin.certificate.graph.joint_attention import AttentionOut, HeadNorms
+from lip_plugin.certificate.graph.joint_bounds import GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import Scale
 from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from tests.support.families import FAMILIES, tiny
@@ -39,11 +43,15 @@ from tests.support.joint_nodes import (
 )
 from tests.support.oracles import randomize_
 
-# ---- attention through its output map: attained ----------------------------------------------------
+# ---- attention through its output map: attained --------------------------------------------------
 
 
 def aligned(heads: int, d: int = 4, d_head: int = 2) -> dict[str, Tensor]:
-    """Every head the same: query e1 -> f1, e2 -> f2; key e2 -> f2, e3 -> f1; value e2 -> f1; out f1 -> e2."""
+    """Weights of which every head is the same.
+
+    Queries map e1 to f1 and e2 to f2, keys e2 to f2 and e3 to f1, values e2 to f1. The output map
+    leads from f1 to e2.
+    """
     q, k, v = torch.zeros(3, d_head, d, dtype=torch.float64)
     q[0, 0] = q[1, 1] = k[1, 1] = k[0, 2] = v[0, 1] = 1.0
     out = torch.zeros(d, d_head, dtype=torch.float64)
@@ -53,7 +61,10 @@ def aligned(heads: int, d: int = 4, d_head: int = 2) -> dict[str, Tensor]:
 
 
 def worst(d: int, beta: float, pairs: int) -> tuple[Tensor, Tensor]:
-    """Tokens +-e2 and a query at e1; values move along e2, keys along +-e3, the query along e2."""
+    """Tokens at +-e2 and a query at e1, with the directions in which they move.
+
+    Values move along e2, keys along +-e3, and the query along e2.
+    """
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(pairs)
     x, v = torch.zeros(2, 2 * pairs + 1, d, dtype=torch.float64)
     x[:-1, 1], x[-1, 0] = signs, 1.0
@@ -81,7 +92,10 @@ def test_aligned_heads_attain_the_joint_rule(heads: int, tau: float) -> None:
 
 
 def test_the_joint_rule_is_attained_where_single_norms_are_twenty_times_too_large() -> None:
-    """An output map that is large where no value arrives, and a key that is large where no query asks."""
+    """The joint rule is attained where the norms lie in directions that never meet.
+
+    The output map is large where no value arrives, and a key is large where no query asks.
+    """
     w = aligned(3)
     w["out"][0, 1::2] = 20.0  # f2, which no value reaches
     node, norms = attention_out(w, 3, 3, 0.5)
@@ -92,7 +106,10 @@ def test_the_joint_rule_is_attained_where_single_norms_are_twenty_times_too_larg
 
 
 def test_one_head_among_empty_ones_is_attained_by_its_own_weights() -> None:
-    """Equal weights would count the empty heads in omega; the choice by the size of M_h does not."""
+    """Heads that are empty do not count.
+
+    The weights omega of heads are chosen by the size of M_h. Equal weights would count empty heads.
+    """
     w = aligned(4)
     for name in ("q", "k", "v"):
         w[name][2:] = 0.0
@@ -110,7 +127,7 @@ FIELDS = ("spread", "values", "scores", "both")
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_weakened_joint_rule_is_exceeded(field: str) -> None:
-    """Break it, see it fail: each norm a tenth smaller, and omega dropped, is below what is attained."""
+    """A rule with a tenth less of one norm, or without omega, is below what is attained."""
     node, norms = attention_out(aligned(2), 2, 2, 0.5)
     x, v = worst(4, 2.0, 400)
     seen = secant(node, x, v)
@@ -124,8 +141,12 @@ def test_a_weakened_joint_rule_is_exceeded(field: str) -> None:
 
 
 def test_the_sum_of_products_cannot_be_left_out_and_is_attained_by_oblique_keys() -> None:
-    """The query's part alone, two heads, values e1 and keys at an angle t to it: (G B + C) / 2 with
-    C = G B cos t, attained by two tokens on the bisector; with C halved it is exceeded."""
+    """The sum of products cannot be left out, and oblique keys attain it.
+
+    Only the query counts here. There are two heads, with values e1 and keys at an angle t to it.
+    Two tokens on the bisector attain (G B + C) / 2 with C = G B cos t. With C halved it is
+    exceeded.
+    """
     d, tau, t = 4, 0.3, 1.0
     q, k, v = torch.zeros(3, 2, d, dtype=torch.float64)
     q[0, 2] = v[0, 0] = 1.0
@@ -156,7 +177,10 @@ def test_the_sum_of_products_cannot_be_left_out_and_is_attained_by_oblique_keys(
 
 
 def test_turned_keys_attain_the_sum_that_unturned_ones_do_not_reach() -> None:
-    """Half a turn between two tokens: one movement raises a logit and lowers the other, 1 + 2 beta."""
+    """With turned keys one movement raises a logit and lowers another one: 1 + 2 beta.
+
+    Two tokens stand half a turn apart.
+    """
     d, beta = 4, 1.5
     q, k, v = torch.zeros(3, d, d, dtype=torch.float64)
     k[0, 0] = v[0, 0] = 1.0
@@ -180,7 +204,7 @@ def test_turned_keys_attain_the_sum_that_unturned_ones_do_not_reach() -> None:
     assert joint_only(turned, 1.0, broken)[1] < seen
 
 
-# ---- attention through its output map: attacked ----------------------------------------------------
+# ---- attention through its output map: attacked --------------------------------------------------
 
 KINDS = (
     "random",
@@ -246,7 +270,11 @@ def test_attention_through_its_output_map_holds_under_attack(
     tokens: int,
     seed: int,
 ) -> None:
-    """Grouped heads, d_head * heads other than d, biases, turns with a scaling, constants for QK-norms."""
+    """No attack exceeds the joint rule, whatever the form of attention.
+
+    There are grouped heads, d_head * heads other than d, biases, turns with a scaling, and
+    constants for QK-norms.
+    """
     d = 5
     w = structured(kind, *heads, d_head, d, d_out, seed)
     biases = {n: bias * rand(len(m), seed=seed + 20 + i) for i, (n, m) in enumerate(w.items())}
@@ -270,7 +298,7 @@ def test_attention_through_its_output_map_holds_under_attack(
         -3
         * torch.rand(heads[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     )
-    norms.joint["o"] = (joint._Heads.of(*node._parts()).norms(odd, norms),)
+    norms.joint["o"] = (joint_attention._Heads.of(*node._parts()).norms(odd, norms),)
     radius, constant = joint_only(node, r, norms)
     assert size <= radius * EXACT
     assert slope <= constant * EXACT
@@ -279,7 +307,10 @@ def test_attention_through_its_output_map_holds_under_attack(
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("big", [1e30, 1e-30, 1e150, 1e-150])
 def test_sizes_that_cancel_leave_the_bound_as_it_was(big: float, turned: bool) -> None:
-    """q and v times `big`, k and out divided by it: one and the same function."""
+    """Sizes that cancel leave the bound as it was.
+
+    q and v are multiplied by `big`, k and out divided by it, which is the same function.
+    """
     w = structured("random", 2, 1, 2, 5, 5, 3)
     bias = {"q": rand(4, seed=5), "v": rand(2, seed=6), "k": rand(2, seed=7)}
     factor = {"q": big, "k": 1 / big, "v": big, "out": 1 / big}
@@ -319,7 +350,7 @@ def test_zero_matrices_are_bounded_and_still_not_beaten(zero: str, turned: bool)
         )  # not exactly 0: a product of zeros carries a bound on its underflow
 
 
-# ---- from caps -------------------------------------------------------------------------------------
+# ---- from caps -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +360,10 @@ def test_zero_matrices_are_bounded_and_still_not_beaten(zero: str, turned: bool)
 def test_what_the_caps_say_is_never_below_what_the_weights_say(
     family: str, granularity: str
 ) -> None:
-    """Random weights, biases too, projected into the caps: every joint norm, and every bound of every node."""
+    """Every joint norm and every bound of a node is at most what the caps give.
+
+    Weights and biases are random, and projected onto the caps.
+    """
     model: Any = tiny(family)
     retrofit(model, LipschitzConfig(granularity=granularity))
     project_(randomize_(model))

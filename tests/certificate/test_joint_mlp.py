@@ -1,4 +1,7 @@
-"""An MLP with its residual, a gate with its output map: attacked, attained, weakened and exceeded."""
+"""Joint bounds of an MLP with its residual, and of a gate with its output map, hold.
+
+They are attacked and attained, and weakened rules are exceeded.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,15 @@ from tests.support.joint_nodes import (
 # the absolute value has no linear half: MlpResidual leaves it to the plain rule
 HALVED = sorted(SLOPE_UPPER.keys() - REPLACEMENTS.keys())
 
-# ---- MLP with its residual -------------------------------------------------------------------------
+# ---- MLP with its residual -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", HALVED)
 def test_odd_parts_of_activations_are_as_small_and_flat_as_the_proof_says(kind: str) -> None:
-    """e(z) = f(z) - z / 2: abs(e) <= abs(z) / 2, and abs(e') <= slope - 1/2 on a grid of 1e-3."""
+    """The odd part e(z) = f(z) - z / 2 of an activation is as small and flat as is proven.
+
+    abs(e) <= abs(z) / 2, and abs(e') <= slope - 1/2 on a grid of 1e-3.
+    """
     z = torch.linspace(-40, 40, 80001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(ACTIVATIONS[kind](z).sum(), z)
     e = (ACTIVATIONS[kind](z) - z / 2).detach()
@@ -57,7 +63,10 @@ def test_odd_parts_of_activations_are_as_small_and_flat_as_the_proof_says(kind: 
 def test_mlp_with_its_residual_is_attained_where_the_slope_is_extreme(
     kind: str, scaled: bool, sign: float
 ) -> None:
-    """c g W_2 W_1 = +-I: 1 + largest slope, and 1 - smallest one; relu at -I gives 1, where single norms say 2."""
+    """1 + the largest slope and 1 - the smallest one are attained where c g W_2 W_1 = +-I.
+
+    relu at -I gives 1, where norms of single maps say 2.
+    """
     act = activation(kind, scaled)
     z = torch.linspace(-8, 8, 160001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(act.run(z).sum(), z)
@@ -108,7 +117,7 @@ def test_mlp_with_its_residual_holds_under_attack(
 
 
 def test_a_weakened_mlp_rule_is_exceeded() -> None:
-    """The identity without the linear half of the branch, or a swing of half the size, fails for relu."""
+    """The rule fails for relu without the linear half of the branch, or with half the swing."""
     eye = torch.eye(3, dtype=torch.float64)
     on = torch.full((1, 3), 1.0, dtype=torch.float64)
     node, norms = mlp(eye, eye, activation("relu"), 1.0, 1.0)
@@ -129,7 +138,10 @@ def test_the_swing_is_rounded_up_whatever_the_callers_decimal_context_says() -> 
 
 
 def test_a_constant_in_front_of_the_activation_is_not_measured() -> None:
-    """x + W_2 f(2 W_1 x) is not x + 2 W_2 f(W_1 x) where f is curved: such a branch gets the plain rule."""
+    """A branch with a constant in front of a curved activation gets the plain rule.
+
+    There x + W_2 f(2 W_1 x) is not x + 2 W_2 f(W_1 x).
+    """
     eye = torch.eye(3, dtype=torch.float64)
     first, second, act = linear("up", eye), linear("down", eye), activation("gelu")
     node = MlpResidual("m", Chain("c", [first, Scale("s", 2.0), act, second]))
@@ -137,7 +149,10 @@ def test_a_constant_in_front_of_the_activation_is_not_measured() -> None:
 
 
 def test_a_constant_behind_the_activation_belongs_to_the_output_map_but_not_to_its_bias() -> None:
-    """OPT's branches are scaled there: x + W_2 (s f(W_1 x)) + b_2, with s far below 1 and a bias that is not."""
+    """A constant behind the activation scales the output map and not its bias.
+
+    OPT's branches are scaled there: x + W_2 (s f(W_1 x)) + b_2, with s far below 1.
+    """
     eye, bias = (
         torch.eye(3, dtype=torch.float64),
         torch.tensor([4.0, 0.0, 0.0], dtype=torch.float64),
@@ -154,12 +169,15 @@ def test_a_constant_behind_the_activation_belongs_to_the_output_map_but_not_to_i
     assert constant == pytest.approx(1.01)
 
 
-# ---- gate through its output map -------------------------------------------------------------------
+# ---- gate through its output map -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("d", [1, 4, 9])
 def test_identity_gates_attain_two_roots_of_the_width(d: int) -> None:
-    """relu(x) * x along the first coordinate: x_1^2 has slope 2 sqrt(d), size sqrt(d)."""
+    """The gate relu(x) * x attains slope 2 sqrt(d) and size sqrt(d).
+
+    It does so along the first coordinate, where it is x_1^2.
+    """
     eye = torch.eye(d, dtype=torch.float64)
     node, norms = gated(eye, eye, eye, activation("relu"))
     radius, constant = joint_only(node, 1.0, norms)
@@ -172,7 +190,10 @@ def test_identity_gates_attain_two_roots_of_the_width(d: int) -> None:
 
 
 def test_the_gate_rule_is_attained_where_single_norms_are_ten_times_too_large() -> None:
-    """Rows that are large in one map and small in the other: 10, where norms of single maps say 100."""
+    """The gate rule gives the 10 that is attained, where norms of single maps say 100.
+
+    Rows are large in one map and small in the other one.
+    """
     w_g, w_u = (
         torch.diag(torch.tensor(s, dtype=torch.float64)) for s in ([10.0, 1.0], [1.0, 10.0])
     )

@@ -1,4 +1,7 @@
-"""What a kink takes from a margin, priced by its gradient: above brute force, near it, and one-sided for a reason."""
+"""The price of kinks is above what they take from a margin, and near it.
+
+Brute force knows what they take. The price is one-sided, for a reason that a test shows.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ def loss(g: Tensor, z: Tensor, d: Tensor) -> Tensor:
 
 
 def brute(g: Tensor, z: Tensor, reach: Tensor, total: float) -> float:
-    """Largest loss over subsets of crossing entries, each with water-filled sizes by bisection on the budget."""
+    """The largest loss over all subsets of crossing entries.
+
+    The sizes of each subset are filled like water, by bisection on the budget.
+    """
     best = 0.0
     harmful = [i for i in range(len(z)) if g[i] < 0]
     for size in range(1, len(harmful) + 1):
@@ -63,12 +69,12 @@ def test_the_price_is_above_everything_that_can_happen_and_near_it(seed: int) ->
 
 
 def test_many_entries_leave_no_gap_worth_naming() -> None:
-    """256 entries: the Lagrangian's gap is that of one entry, and the grid's a few per cent."""
+    """Of 256 entries the gap is that of one entry and a few per cent for the grid."""
     z, g = rand(256, seed=1), rand(256, seed=2)
     for total in (0.1, 0.5, 2.0):
         reach = torch.full_like(z, total)
         price = float(kinks(z.abs(), reach, total).price(g[None, None])[0, 0, 0])
-        # a feasible movement: the best of the Lagrangian for its own multiplier, shrunk into the budget
+        # A feasible movement: the best of the Lagrangian for its multiplier, shrunk to the budget.
         best = 0.0
         for rate in torch.logspace(-2, 3, 300, dtype=torch.float64):
             c = 2 * (-g).clamp_min(0)
@@ -82,7 +88,10 @@ def test_many_entries_leave_no_gap_worth_naming() -> None:
 
 
 def test_entries_that_help_are_free_and_those_that_harm_are_not() -> None:
-    """abs is convex: with g > 0 the linearization is below, with g < 0 above, which a wrong sign would miss."""
+    """Of a convex function only the entries that can lose are priced.
+
+    With g > 0 the linearization of abs is below it, with g < 0 above. A wrong sign would miss that.
+    """
     z, reach = torch.tensor([0.1, -0.2], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     g = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert float(kinks(z.abs(), reach, 1.0).price(g[None, None]).sum()) <= 1e-3

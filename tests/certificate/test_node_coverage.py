@@ -1,4 +1,4 @@
-"""Every kind of node is asked for every analysis: it has a rule of its own, or is refused by name. None is forgotten."""
+"""Every kind of node has a rule of its own for every analysis, or is refused by name."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_node_without_a_rule_is_refused_by_name(analysis: str) -> None:
 
 
 def test_a_subclass_inherits_no_rule() -> None:
-    """A new kind of node that extends another is seen to be without rules: nothing is taken for proven."""
+    """A new kind of node that extends another one has no rules, and nothing is proven of it."""
     linear = next(kind for kind in KINDS if kind.__name__ == "Linear")
     louder: Any = type("Louder", (linear,), {})
     for tables in ANALYSES.values():

@@ -1,4 +1,7 @@
-"""What only some families have: rules under attack, rotations of every kind, images, fused rows, adapters."""
+"""Rules that only some families need hold under attack.
+
+They are about rotations of every kind, images, fused rows and adapters.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def token_norm(x: torch.Tensor) -> float:
     return float(x.detach().double().square().mean(-1).sqrt().amax())
 
 
-# ---- rules -----------------------------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cap", [0.3, 2.0, -2.0])
@@ -77,7 +80,7 @@ def test_one_token_moves_as_far_as_the_furthest_at_most_and_attains_it(index: in
 
 
 def test_gemmas_gain_is_one_plus_its_weight_and_never_below_it() -> None:
-    """1 + w rounds; the node's gain is on the far side of zero of the exact sum."""
+    """The node's gain is at least as far from zero as the exact 1 + w, which rounds."""
     model: Any = randomize_(tiny("gemma2"))
     slot = build(model).body.nodes[-3]
     assert isinstance(slot, Norm)
@@ -87,7 +90,7 @@ def test_gemmas_gain_is_one_plus_its_weight_and_never_below_it() -> None:
     assert torch.allclose(slot.weight, 1.0 + weight, rtol=1e-15, atol=0)
 
 
-# ---- rotations -------------------------------------------------------------------------------------
+# ---- rotations -----------------------------------------------------------------------------------
 
 ROTATIONS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
@@ -130,7 +133,10 @@ def test_every_rotary_scaling_is_an_isometry_times_its_factor_and_certified(kind
 
 
 def test_a_rotation_that_scales_more_than_it_says_is_refused() -> None:
-    """Break it: the library's function doubled, its attention_scaling as before."""
+    """A rotation that scales more than it says is refused.
+
+    The library's function is doubled, with its attention_scaling as before.
+    """
     model = rotated("default")
     inner = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda *args, **kwargs: tuple(
@@ -143,7 +149,10 @@ def test_a_rotation_that_scales_more_than_it_says_is_refused() -> None:
 
 
 def test_what_a_partial_rotation_leaves_alone_keeps_its_size() -> None:
-    """attention_scaling below 1 shrinks the turned half only: the bound's factor must stay 1."""
+    """What a partial rotation leaves alone keeps its size.
+
+    attention_scaling below 1 shrinks the turned half only, so that the bound's factor must stay 1.
+    """
     model = rotated("yarn", "gpt_neox", partial_rotary_factor=0.5, attention_factor=0.5)
     rotary = next(attentions(build(model).body.nodes))[1].rotary
     assert rotary.scale == 0.5
@@ -151,12 +160,15 @@ def test_what_a_partial_rotation_leaves_alone_keeps_its_size() -> None:
     assert math.isfinite(certify(model).lipschitz)
 
 
-# ---- fused rows ------------------------------------------------------------------------------------
+# ---- fused rows ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt_neox_sequential", "phi3", "granite", "olmo2"])
 def test_fused_and_interleaved_maps_are_measured_part_by_part(family: str) -> None:
-    """Each head of q, k, v, and gate and up, against float64 SVDs of the rows as the library reads them."""
+    """Each head of q, k and v, and each of gate and up, is measured by itself.
+
+    The truth is a float64 SVD of the rows as the library reads them.
+    """
     model: Any = randomize_(tiny(family))
     retrofit(model, LipschitzConfig(init="keep", w_max=0.9))
     randomize_(model)
@@ -210,7 +222,7 @@ def test_interleaved_heads_are_blocks_of_the_stored_weight() -> None:
     assert layout.covers(model.gpt_neox.layers[0].attention.query_key_value.weight)
 
 
-# ---- multipliers and softcaps ----------------------------------------------------------------------
+# ---- multipliers and softcaps --------------------------------------------------------------------
 
 
 def test_multipliers_and_softcaps_leave_the_forward_and_the_config() -> None:
@@ -246,7 +258,10 @@ def test_kept_multipliers_of_the_embedding_are_in_the_radius(family: str, factor
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite"])
 def test_the_multiplier_of_a_skeleton_is_that_of_the_loaded_model(family: str) -> None:
-    """On the meta device gemma's buffer has no value: the float that fills it is read instead."""
+    """The multiplier of a skeleton is that of the loaded model.
+
+    On the meta device gemma's buffer has no value, and the float that fills it is read instead.
+    """
     for config in (None, LipschitzConfig()):
         for dtype in (torch.float32, torch.bfloat16):
             model = tiny(family).to(dtype)
@@ -257,7 +272,10 @@ def test_the_multiplier_of_a_skeleton_is_that_of_the_loaded_model(family: str) -
 
 
 def test_a_capped_attention_without_rotation_is_refused() -> None:
-    """Its rule leaves out a key's bias only where softmax cannot see it; behind a softcap it does."""
+    """Attention with a softcap and without rotation is refused.
+
+    Its rule leaves out a key's bias, which softmax does not see. Behind a softcap it does.
+    """
     from dataclasses import replace
 
     from lip_plugin.model import architecture as core
@@ -272,7 +290,7 @@ def test_a_capped_attention_without_rotation_is_refused() -> None:
         core._FAMILIES["gemma2"] = family
 
 
-# ---- images ----------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 def vit(**fields: Any) -> Any:
@@ -367,7 +385,7 @@ def test_overlapping_patches_are_refused_by_name() -> None:
         certify(model)
 
 
-# ---- hooks and adapters ----------------------------------------------------------------------------
+# ---- hooks and adapters --------------------------------------------------------------------------
 
 
 def test_an_input_scale_reaches_keyword_and_positional_arguments_and_is_replaced_not_added() -> (
@@ -392,7 +410,10 @@ def test_an_input_scale_reaches_keyword_and_positional_arguments_and_is_replaced
     "family", [f for f in DECODERS if f not in ("gpt2", "llama", "mistral", "qwen3")]
 )
 def test_an_adapter_is_scaled_like_the_map_it_wraps(family: str) -> None:
-    """Unmerged, merged, and as the certificate reads it: one function, on every linear map of a block."""
+    """An adapter is one function unmerged, merged, and as the certificate reads it.
+
+    This holds for every linear map of a block.
+    """
     peft = pytest.importorskip("peft")
     model: Any = tiny(family)
     retrofit(model)
@@ -411,7 +432,7 @@ def test_an_adapter_is_scaled_like_the_map_it_wraps(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["olmo2", "opt", "opt_post", "bert"])
 def test_ten_percent_of_a_scale_in_an_unusual_place_is_seen(family: str) -> None:
-    """The comparison sees the scale on an input, an activation or a dropout: break it, see it refused."""
+    """A wrong scale on an input, an activation or a dropout is refused."""
     model: Any = tiny(family)
     retrofit(model)
     randomize_(model)

@@ -1,4 +1,4 @@
-"""plan_caps: the largest cap whose certificate, from caps alone, is at most the target."""
+"""plan_caps gives the largest cap whose certificate from caps is at most the target."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_overrides_stay_and_the_head_counts() -> None:
 
 
 def test_twelve_layers_under_a_bound_of_ten() -> None:
-    """The question users ask: which caps give 10 at 12 layers?"""
+    """Caps that give a bound of 10 at 12 layers are found."""
     model = tiny("gpt2", num_hidden_layers=12)
     planned = plan_caps(model, 10.0)
     retrofit(model, planned)

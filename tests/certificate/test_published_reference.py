@@ -1,21 +1,23 @@
-"""The published formula and ours, on the same weights: a pair of inputs exceeds the one, none the other.
+"""A pair of inputs exceeds the published formula on some weights, and never our certificate.
 
-"Training Transformers with Enforced Lipschitz Constants" (arXiv 2507.13338) bounds a transformer in the
-token norm by a formula in the RMS->RMS norms of whole matrices, as we read it there:
+"Training Transformers with Enforced Lipschitz Constants" (arXiv 2507.13338) bounds a transformer in
+the token norm by a formula in the RMS->RMS norms of whole matrices, as we read it there:
 
-    attention        w v (1 + 2 q k) / 3      q, k, v, w the norms of its four matrices, logits over d_head
-    feed-forward     w_in w_out               the activation is divided by its largest slope
-    each residual    (1 - a) + a L            a = 1 / (2 layers)
+    attention        w v (1 + 2 q k) / 3    q, k, v, w the norms of its matrices, logits over d_head
+    feed-forward     w_in w_out             the activation is divided by its largest slope
+    each residual    (1 - a) + a L          a = 1 / (2 layers)
     the network      the product of all, times the norm of the head
 
-Inside attention its inputs are taken to have RMS norm at most 1. The formula is right for one head. With
-H heads the logits are over d / H, not over d, and the energy of a matrix can sit in one head, where values
-and logits then move more than its norm over all heads says. This file shows by how much, for H = 4, 8, 12.
+Inside attention its inputs are taken to have an RMS norm of at most 1. The formula is right for one
+head. With H heads the logits are over d / H, not over d. The energy of a matrix can then sit in one
+head, where values and logits move more than its norm over all heads says. This file shows by how
+much, for H = 4, 8, 12.
 
-Each test builds weights, evaluates `published` on them in float64, finds two inputs in the certificate's
-ball, and compares the slope between them with both numbers. The formula is written here from the paper's
-mathematics; nothing is taken from anybody's code. The branch of `published` that grows the activations'
-radius layer by layer makes the claim larger, so kinder to it, where residual branches grow them.
+Each test builds weights, evaluates `published` on them in float64, finds two inputs in the ball of
+the certificate, and compares the slope between them with both numbers. The formula is written here
+from the mathematics of the paper; nothing is taken from anybody's code. A branch of `published`
+grows the radius of activations layer by layer. Where residual branches grow them, it makes the
+claim larger, and so is kinder to it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def rms_to_rms(w: Tensor) -> Tensor:
 
 
 def published(model: Any, *, grow: bool = True) -> float:
-    """The published formula on the weights of a retrofitted GPT-2 without biases, any number of layers.
+    """The published formula on the weights of a retrofitted GPT-2 without biases.
+
+    The model may have any number of layers.
 
     `grow`: bound the activations' radius layer by layer with the formula's own norms (radius out of
     attention w v r / 3, of the feed-forward part w_in w_out r) instead of taking 1 everywhere.
@@ -63,7 +67,10 @@ def published(model: Any, *, grow: bool = True) -> float:
 
 
 def compare(model: Any, **attack: Any) -> tuple[float, float, float]:
-    """(published, attained, ours). The witness is measured anew on the model's own forward, in float64."""
+    """The published number, what is attained, and our bound.
+
+    The witness is measured anew on the model's own forward, in float64.
+    """
     found = falsify(model, **{"restarts": 3, "steps": 50, "tokens": 17, **attack})
     ends = found.witness.ends()
     assert float(ends.square().mean(-1).sqrt().max()) <= found.radius <= 1.0 + 1e-6
@@ -71,7 +78,8 @@ def compare(model: Any, **attack: Any) -> tuple[float, float, float]:
     with torch.no_grad():
         out = _logits(twin, ends)
         again = float(_rms(out[0] - out[1]).max() / _rms(ends[0] - ends[1]).max())
-    # softmax in float64 here too: what remains is the rounding of a difference of 1e-5 of the inputs
+    # Softmax is in float64 here too. What remains is the rounding of a difference of 1e-5 of the
+    # inputs.
     assert again == pytest.approx(found.lower_bound, rel=1e-5)
     return published(model), found.lower_bound, certify(model).lipschitz
 
@@ -81,12 +89,15 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _logits(model: Any, x: Tensor) -> Tensor:
-    """Transformers' own forward for given inputs of the first block (positions are added behind)."""
+    """The forward of transformers for given inputs of the first block.
+
+    Positions are added behind.
+    """
     return model(inputs_embeds=x - model.transformer.wpe.weight[: x.shape[1]]).logits
 
 
 def test_both_readings_of_the_formula_agree_on_one_layer() -> None:
-    """`published` for any depth equals the one-layer formula of tests/support/worst_cases.py."""
+    """`published` for any depth equals the formula for one layer of worst_cases.py."""
     for heads in HEADS:
         model = one_head_gpt2(heads)
         assert published(model) == pytest.approx(
@@ -96,7 +107,7 @@ def test_both_readings_of_the_formula_agree_on_one_layer() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_with_one_head_the_formula_is_not_exceeded(layers: int) -> None:
-    """The control: where the formula is right, the same weights, attack and comparison say so."""
+    """With one head the formula is right, and the same comparison says so."""
     claim, attained, ours = compare(layered_gpt2(1, layers))
     assert attained <= claim
     assert attained <= ours
@@ -105,7 +116,9 @@ def test_with_one_head_the_formula_is_not_exceeded(layers: int) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_hand_made_weights_exceed_the_formula(layers: int, heads: int) -> None:
-    """All of q, k, v of norm 1 in one head, in every layer: every block is within a cap of 1.
+    """Hand-made weights within caps of 1 exceed the formula.
+
+    q, k and v have norm 1, all in one head, in every layer.
 
     The slope between two inputs exceeds the claim from 4 heads on, at any depth, and grows with the
     heads; ours stays above it.
@@ -119,12 +132,13 @@ def test_hand_made_weights_exceed_the_formula(layers: int, heads: int) -> None:
 def test_weights_found_by_ascent_within_the_caps_exceed_the_formula(
     heads: int, excess: float
 ) -> None:
-    """Random weights moved up the slope between two inputs, and projected onto the caps after each step.
+    """Weights that are found by ascent within the caps exceed the formula too.
 
-    Inputs and directions are ascended along with the weights. What comes out lies in the very set that
-    the training keeps weights in: every whole matrix within its cap of 1. Feed-forward parts are zero,
-    which the formula is told. With 4 heads this ascent stops at 0.88 of the claim: there the hand-made
-    weights above exceed it, found ones do not.
+    Random weights move up the slope between two inputs, and are projected onto the caps after each
+    step. Inputs and directions are ascended along with the weights. What comes out lies in the very
+    set that the training keeps weights in: every whole matrix within its cap of 1. Feed-forward
+    parts are zero, which the formula is told. With 4 heads this ascent stops at 0.88 of the claim.
+    There the hand-made weights above exceed it, found ones do not.
     """
     model = adversarial_weights(heads)
     assert worst_over_cap(model) <= 1 + CAP_TOLERANCE
@@ -136,8 +150,8 @@ def test_weights_found_by_ascent_within_the_caps_exceed_the_formula(
 def adversarial_weights(heads: int, steps: int = 150) -> Any:
     """One-layer GPT-2 of that many heads, its weights ascended to a steep place within the caps.
 
-    LipschitzMuon moves the weights and projects them, Adam the inputs, and the direction goes to the
-    steepest in every token, all up the slope between two inputs.
+    All go up the slope between two inputs: LipschitzMuon moves the weights and projects them, Adam
+    moves the inputs, and the direction goes to the steepest one in every token.
     """
     width, tokens, h = 4 * heads, 17, 1e-3
     generator = torch.Generator().manual_seed(heads)

@@ -1,7 +1,10 @@
-"""Random models of every family: no attack finds a slope above what is proven, from weights or from caps.
+"""No attack on a random model of any family finds a slope above what is proven.
 
-Sizes, heads, biases, scales and the recipe's own numbers are drawn by hypothesis, always the same ones
-(derandomized), 15 in the fast suite and 1000 in the slow one. New families join by being in FAMILIES.
+The proof is from weights or from caps.
+
+Sizes, heads, biases, scales and the numbers of the recipe are drawn by hypothesis. The draws are
+always the same (derandomized), 15 in the fast suite and 1000 in the slow one. New families join by
+being in FAMILIES.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
 from tests.support.families import FAMILIES, tiny
 from tests.support.oracles import randomize_
 
-# Families whose heads share keys and values by a number of their own; for others the field is unknown.
+# Families with a number of their own for heads that share keys and values.
 # By how their names begin: a decoder and its classifier have the same fields.
 _GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "granite")
 _BIASED = ("llama",)  # families whose config can add biases to all linear maps
@@ -27,7 +30,10 @@ _BIASED = ("llama",)  # families whose config can add biases to all linear maps
 
 @st.composite
 def drawn_models(draw: st.DrawFn) -> dict[str, Any]:
-    """Everything that decides one model; plain values, so that a failure can be read and repeated."""
+    """Everything that decides one model, as plain values.
+
+    So a failure can be read and repeated.
+    """
     name = draw(st.sampled_from(FAMILIES))
     d_head = draw(st.sampled_from([2, 4, 8]))
     kv_heads = draw(st.sampled_from([1, 2]))
@@ -78,7 +84,10 @@ def build_model(drawn: dict[str, Any]) -> Any:
 
 
 def check(drawn: dict[str, Any]) -> None:
-    """The theorem of this file: attained <= proven <= proven from caps, wherever each of them speaks."""
+    """What is attained is at most what is proven, and that at most what caps prove.
+
+    Each is asked only where it speaks.
+    """
     model = build_model(drawn)
     attack = {"restarts": 1, "steps": 6, "tokens": drawn["tokens"], "seed": drawn["seed"]}
     upper = certify(model)
@@ -121,7 +130,10 @@ def test_no_attack_exceeds_the_certificate_of_a_random_model(examples: int) -> N
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_among_the_random_models(name: str) -> None:
-    """One fixed draw a family, with everything unusual at once, so that 15 examples cannot miss one."""
+    """Each family holds the theorem with everything unusual at once, in one fixed draw.
+
+    So 15 examples cannot miss a family.
+    """
     overrides: dict[str, Any] = {
         "hidden_size": 12,
         "num_attention_heads": 6,
@@ -149,7 +161,7 @@ def test_every_family_is_among_the_random_models(name: str) -> None:
 
 
 def test_a_certificate_that_forgets_a_factor_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break it, see it fail: with linear maps counted at an eighth of their norm some attack exceeds it."""
+    """If linear maps count an eighth of their norm, some attack exceeds the bound."""
     import lip_plugin.certificate.graph.nodes as graph
 
     real = graph.Linear.norm

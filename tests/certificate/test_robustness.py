@@ -126,7 +126,10 @@ def check_random_model(
 
 
 def test_an_attack_on_the_models_own_forward_keeps_the_prediction() -> None:
-    """Through the library's forward in float64, not our graph: embeddings shifted by the certified radius."""
+    """Embeddings that move by the certified radius keep the prediction.
+
+    The library's own forward in float64 says so, not our graph.
+    """
     model = model_of("gpt2").double()
     ids = torch.randint(0, 67, (2, 6))
     found = certified_radius(model, ids)
@@ -172,7 +175,7 @@ def test_radii_are_zero_where_the_label_is_another_one() -> None:
 
 
 def test_a_tie_is_never_certified() -> None:
-    """Two equal rows of the head: the largest logit is shared, so nothing may be said about it."""
+    """Where two rows of the head are equal, the largest logit is shared and never certified."""
     model: Any = model_of("gpt2")
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight[:1].expand(67, -1))
@@ -180,7 +183,7 @@ def test_a_tie_is_never_certified() -> None:
 
 
 def test_a_broken_rule_is_caught_by_the_same_contract() -> None:
-    """Break it, see it fail: attention that is taken for immovable is exceeded by the attack at some eps."""
+    """If attention counts as immovable, the attack exceeds the claim at some eps."""
 
     def immovable(node: Any, x: Tensor, movement: Movement, local: Any) -> tuple[Tensor, Movement]:
         return node.run(x), movement.scaled(0.0)
@@ -194,12 +197,9 @@ def test_a_broken_rule_is_caught_by_the_same_contract() -> None:
     grid = [0.003 * 1.3**i for i in range(16)]
     attacked = attacked_accuracy(model, [batch], grid, restarts=3, steps=20)
     assert not bool((certified_accuracy(model, [batch], grid).right & ~attacked.right).any())
-    rule = move.dispatch(Attention)
-    move.register(Attention, immovable)
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(move._rules, Attention, immovable)
         broken = certified_accuracy(model, [batch], grid, refine=0)
-    finally:
-        move.register(Attention, rule)
     assert bool((broken.right & ~attacked.right).any())
 
 
@@ -218,7 +218,10 @@ def test_the_attack_stays_in_its_ball() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_activation_exceeds_its_proven_bound(name: str) -> None:
-    """Every sequence of tokens: seen on random ones, and on the tokens with the largest rows."""
+    """No activation exceeds its proven bound, which is for every sequence of tokens.
+
+    It is seen on random sequences, and on the tokens with the largest rows.
+    """
     for norms in ("remove", "keep"):
         model = model_of(name, norms)
         ids = inputs_for(name, 8, 9)
@@ -318,7 +321,10 @@ def test_certified_never_exceeds_attacked_in_pixel_norm(norms: str) -> None:
 def test_no_token_nor_all_together_move_further_than_a_pixel_change_is_proven_to(
     norms: str, eps: float
 ) -> None:
-    """All of the change in one patch, and spread over all; along random directions; at every block."""
+    """No token, and not all together, move further at any block than is proven.
+
+    The change of pixels is in one patch or spread over all, and goes along random directions.
+    """
     graph = build(model_of("vit", norms))
     ball, local = PixelBall(graph), Local()
     point = ball.point(inputs_for("vit", 2))

@@ -1,4 +1,7 @@
-"""Local rules: no input within the movement leaves the proven size, remainders hold, and unknown nodes are refused."""
+"""Local rules hold, for no input within a movement leaves the size that is proven.
+
+Remainders are within their bounds, and unknown nodes are refused.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def _retrofitted(name: str, norms: str, overrides: tuple[tuple[str, Any], ...]) 
 
 
 def graph_of(name: str, norms: str = "remove", seed: int = 3, **overrides: Any) -> Graph:
-    """A tiny model's graph; its weights are drawn anew at every call."""
+    """The graph of a tiny model, whose weights are drawn anew at every call."""
     model = _retrofitted(name, norms, tuple(overrides.items()))
     graph = build(randomize_(model, seed))
     for p in model.parameters():
@@ -61,7 +64,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def attained_over_proven(node: Any, x: Tensor, movement: Movement, steps: int = 12) -> float:
-    """Largest share of the proven movement that gradient ascent attains at any token of the node's output."""
+    """The largest share of the proven movement that gradient ascent attains.
+
+    It is taken at any token of the node's output.
+    """
     local = Local()
     with torch.no_grad():
         centre, out = move(node, x, movement, local)
@@ -115,7 +121,10 @@ def test_a_whole_model_moves_no_further_and_products_are_never_worse(name: str) 
 
 @pytest.mark.parametrize(("name", "norms"), EVERY)
 def test_what_linearizing_leaves_out_is_within_its_bound(name: str, norms: str) -> None:
-    """Each node that is not linear, one at a time: y' - y - J dx against the recorded remainder, in both norms."""
+    """What linearizing leaves out, y' - y - J dx, is within the bound in both norms.
+
+    This holds for each node that is not linear.
+    """
     graph = graph_of(name, norms)
     x = graph.embed(inputs_for(name, 2, 6), torch.float64)
     checked = 0
@@ -191,7 +200,11 @@ def test_random_attention_never_moves_further(
     twins: bool,
     seed: int,
 ) -> None:
-    """Flat, peaked and capped weights, twins, grouped heads, rotations, normed keys, both directions; any movement."""
+    """No movement within the ball moves attention further than is proven.
+
+    Weights are flat, peaked or capped, tokens may be twins, and there are grouped heads, rotations,
+    normed keys and both directions.
+    """
     grouped = {} if name in ("gpt2", "vit") else {"num_key_value_heads": heads[1]}
     norms = "keep" if name == "qwen3" else "remove"
     graph = graph_of(
@@ -221,7 +234,10 @@ def _check_remainder_any_length(node: Any, x: Tensor, eps: float) -> None:
 
 
 def test_local_sizes_beat_the_global_constant_where_norms_are_kept() -> None:
-    """A kept norm's global constant is gain / sqrt(eps); around an input it is about gain / RMS."""
+    """Local sizes beat the global constant where norms are kept.
+
+    The global constant is gain / sqrt(eps), and around an input it is about gain / RMS.
+    """
     graph = graph_of("llama", "keep")
     x, local = graph.embed(torch.randint(0, 67, (1, 5)), torch.float64), Local()
     _, out = move(graph.body, x, ball(x, 1e-6), local)
@@ -256,7 +272,10 @@ def test_kept_norm_rule(log_rms: float, log_size: float, eps: float) -> None:
 
 
 def test_second_derivatives_are_where_the_table_says() -> None:
-    """On a grid of width 1e-4: between its points f'' exceeds them by at most h^2/8 sup f'''' < 1e-8."""
+    """Second derivatives stay within the table on a grid of width 1e-4.
+
+    Between its points f'' exceeds them by at most h^2 / 8 sup f'''' < 1e-8.
+    """
     z = torch.linspace(-12, 12, 240_001, dtype=torch.float64, requires_grad=True)
     for kind, f in ACTIVATIONS.items():
         if kind in ("relu", "abs"):
@@ -270,7 +289,10 @@ def test_second_derivatives_are_where_the_table_says() -> None:
 
 
 def test_integrals_of_exponentials_are_bounded_from_above() -> None:
-    """Against sums of the series in exact integers' quotients, which only grow: 40 terms up to x = 5."""
+    """Integrals of exponentials are bounded from above.
+
+    The truth is the series summed in exact fractions, which only grows: 40 terms up to x = 5.
+    """
     for x in [0.0, 1e-12, 1e-7, 1e-6, 1e-3, 0.05, 0.0999, 0.1, 0.5, 2.0, 5.0]:
         once = math.fsum(x**n / math.factorial(n + 1) for n in range(40))
         twice = math.fsum(x**n / math.factorial(n + 2) for n in range(40))

@@ -1,4 +1,4 @@
-"""Rounding of the forward pass: the proven bound against what float32 and bfloat16 really do."""
+"""The bound of rounding of the forward pass is above what float32 and bfloat16 do."""
 
 from __future__ import annotations
 
@@ -71,7 +71,11 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_library_functions_are_within_the_units_they_are_granted(kind: str) -> None:
-    """f(z) within `_FUNCTION` units of abs(z), exp within as many of itself, at four million float32 points."""
+    """Activations of the library are within the error that the bound grants them.
+
+    f(z) is within `_FUNCTION` units of abs(z), and exp within as many of itself, at four million
+    float32 points.
+    """
     x = torch.linspace(-20.0, 20.0, 1 << 22)
     unit = 2.0**-24
     off = (

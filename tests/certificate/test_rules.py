@@ -1,4 +1,4 @@
-"""Each rule of the certificate alone: it holds under attack, and is attained where it is tight."""
+"""Each rule of the certificate holds under attack, and is attained where it is tight."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def steepest(
     return best
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------
+# ---- arithmetic ----------------------------------------------------------------------------------
 
 numbers = st.floats(min_value=0.0, max_value=1e300, allow_nan=False)  # subnormal ones, too
 
@@ -68,7 +68,7 @@ numbers = st.floats(min_value=0.0, max_value=1e300, allow_nan=False)  # subnorma
 @FEW
 @given(st.lists(numbers, min_size=1, max_size=6), numbers)
 def test_arithmetic_is_rounded_up(values: list[float], other: float) -> None:
-    """Against exact fractions: no operation lands below the truth."""
+    """No operation of the arithmetic lands below the truth in exact fractions."""
     terms, b = [up(v) for v in values], up(other)
     exact = [Fraction(v) for v in values]
     assert Fraction(add(*terms)) >= sum(exact)
@@ -97,9 +97,12 @@ def test_numbers_beyond_floats_are_carried_and_infinity_never_cancels() -> None:
 
 @pytest.mark.parametrize("kind", sorted(SLOPE_UPPER))
 def test_slope_constants_are_above_every_slope_and_tight(kind: str) -> None:
-    """Derivatives on a grid of 1e-5 over [0, 12] (f'(-z) = 1 - f'(z), or even): between two points f'
-    exceeds the larger by at most h^2 / 8 times the third derivative, which is below 8 for all of them;
-    beyond 12 it is 1 or 0 to 1e-20. So grid + 1e-10 is above the truth."""
+    """Slope constants are above every slope, and at most 1e-10 above the largest one of a grid.
+
+    The grid has a width of 1e-5 over [0, 12], where f'(-z) = 1 - f'(z) or f' is even. Between two
+    points f' exceeds the larger by at most h^2 / 8 times the third derivative, which is below 8 for
+    all of them. Beyond 12 the slope is 1 or 0 to 1e-20. So grid + 1e-10 is above the truth.
+    """
     largest = 0.0
     for start in torch.arange(0.0, 12.0, 0.5):
         z = torch.linspace(
@@ -117,7 +120,7 @@ def test_slope_constants_are_above_every_slope_and_tight(kind: str) -> None:
     assert bool((ACTIVATIONS[kind](z).abs() <= z.abs()).all()), "the radius rule: |f(z)| <= |z|"
 
 
-# ---- one node at a time ----------------------------------------------------------------------------
+# ---- one node at a time --------------------------------------------------------------------------
 
 
 def linear(
@@ -276,7 +279,10 @@ def test_attention_rule_holds_under_attack(
     tokens: int,
     seed: int,
 ) -> None:
-    """Grouped heads, biases, QK-norms, rotations with a scaling; slopes, sizes and logits."""
+    """The rule of attention holds under attack for slopes, sizes and logits.
+
+    There are grouped heads, biases, QK-norms, and rotations with a scaling.
+    """
     node, norms = attention(
         *heads, d_head, seed=seed, bias=bias, tau=tau, turned=turned, normed=normed
     )
@@ -303,7 +309,10 @@ def _smallest_entropy(node: Attention, x: Tensor) -> float:
 def test_attention_rule_is_attained_by_one_head_with_opposite_values(
     heads: int, positive: bool
 ) -> None:
-    """H + sqrt(1 + H^2), less one token in 801 that asks; the published 1 + 2 q k says 3 for every H."""
+    """The rule H + sqrt(1 + H^2) is attained, less what one token in 801 takes away.
+
+    The published 1 + 2 q k says 3 for every H.
+    """
     d_head = 4
     d = heads * d_head
     parts, norms = {}, {}
@@ -324,9 +333,9 @@ def test_attention_rule_is_attained_by_one_head_with_opposite_values(
 
 
 def test_squares_hold_for_plain_keys_only_and_turned_keys_attain_the_sum() -> None:
-    """Break it: with rotary keys, adding value and key movements as squares would be exceeded.
+    """With rotary keys, movements of values and keys added as squares would be exceeded.
 
-    Two tokens at -+e1 with values of the same sign pattern; a turn by pi between them makes one and the
+    Two tokens stand at -+e1, with values of the same sign pattern. A turn by pi makes one and the
     same movement e1 raise one logit and lower the other. Values and weights then move the output
     together: 1 + 2 beta, where squares would say sqrt(1 + 4 beta^2). The query is a bias alone.
     """
@@ -375,7 +384,7 @@ def test_residual_rule_is_attained_by_aligned_branches() -> None:
     assert to_float(bound.radius) == pytest.approx(3.0)
 
 
-# ---- attention entropy -----------------------------------------------------------------------------
+# ---- attention entropy ---------------------------------------------------------------------------
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -386,7 +395,10 @@ def entropy(logits: Tensor) -> Tensor:
 @FEW
 @given(st.integers(2, 12), st.floats(0.0, 30.0), st.integers(0, 10**6))
 def test_entropy_bound_holds_and_is_attained(n: int, b: float, seed: int) -> None:
-    """Random logits, all vertices of the cube by number of high ones, and a shift for good measure."""
+    """The bound of entropy holds for random logits and is attained at a vertex.
+
+    All vertices of the cube are tried by their number of high logits, with a shift.
+    """
     bound = smallest_entropy_lower(b, n)
     logits = b * (
         2 * torch.rand(2000, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -400,7 +412,10 @@ def test_entropy_bound_holds_and_is_attained(n: int, b: float, seed: int) -> Non
 
 
 def test_one_high_logit_is_not_always_the_worst() -> None:
-    """n = 4, B = 0.1: two high logits give less entropy than one, so the m = 1 formula is no bound."""
+    """Two high logits can give less entropy than one, as for n = 4 and B = 0.1.
+
+    So the formula for one high logit is no bound.
+    """
     one, two = (
         entropy(torch.tensor([0.1] * m + [-0.1] * (4 - m), dtype=torch.float64)) for m in (1, 2)
     )

@@ -1,4 +1,7 @@
-"""Certificates streamed from files: the same numbers as in memory, and the memory of one layer."""
+"""A certificate streamed from files has the numbers of the one in memory.
+
+It needs the memory of one layer.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def saved(family, folder, norms="remove", size="50GB", **overrides):
 @hf_family
 @pytest.mark.parametrize("norms", ["remove", "keep", None])
 def test_streamed_and_in_memory_are_equal_to_the_last_digit(family, norms, tmp_path):
-    """None: a plain model, tied where its family is by default. Equal means bound, radius, layers, fingerprint."""
+    """A streamed certificate equals the one in memory: bound, radius, layers, fingerprint.
+
+    norms=None is a plain model, tied where its family is by default.
+    """
     saved(family, tmp_path, norms, num_hidden_layers=3)
     loaded = load_saved_model(tmp_path)
     assert certify_streamed(tmp_path) == certify(loaded)
@@ -69,7 +75,10 @@ def test_every_family_streams_a_tied_model(tmp_path):
 
 
 def test_no_more_than_one_layer_is_there_at_a_time(tmp_path, monkeypatch):
-    """Counted at each measurement: numbers of the skeleton's tensors that have values."""
+    """No more than one layer is there at a time.
+
+    At each measurement the numbers of the skeleton's tensors that have values are counted.
+    """
     import lip_plugin.certificate.streaming as streaming
 
     model = saved("gpt2", tmp_path, num_hidden_layers=6)
@@ -149,7 +158,10 @@ def test_nan_a_source_and_a_base_model_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "vit"])
 def test_tensors_under_old_names_are_told_apart(family, tmp_path):
-    """transformers saves these under other names than the model's. One edited tensor is still noticed by name."""
+    """An edited tensor is noticed by its name, even if the file has another name for it.
+
+    transformers saves these families under other names than the model's.
+    """
     from safetensors.torch import load_file, save_file
 
     model = saved(family, tmp_path)

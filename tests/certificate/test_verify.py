@@ -1,4 +1,7 @@
-"""A certificate belongs to a function: weights, and every number, flag, activation and adapter that enters it."""
+"""A certificate belongs to one function.
+
+The function is made of the weights and of every number, flag, activation and adapter that enters.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,10 @@ def test_adapters_are_part_of_the_function(what: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_plain_number_of_every_node_is_in_the_function(name: str) -> None:
-    """Change each scale, eps, tau, cap, window and kind of a graph by itself: the text of its function differs."""
+    """A change of any number of any node changes the text of the function.
+
+    Each scale, eps, tau, cap, window and kind is changed by itself.
+    """
     graph = build(random_model(name, LipschitzConfig(norms="keep")))
     before, changed = function_of(graph), 0
     from lip_plugin.certificate.graph.containers import walk
@@ -131,7 +137,7 @@ def test_certificates_of_before_say_nothing_of_the_function_and_still_verify() -
     replace(certificate, settings=settings).verify(model)
 
 
-# ---- from caps, and edited files ---------------------------------------------------------------------
+# ---- from caps, and edited files -----------------------------------------------------------------
 
 
 def test_a_bound_from_caps_needs_blocks_within_them() -> None:
@@ -147,7 +153,7 @@ def test_a_bound_from_caps_needs_blocks_within_them() -> None:
 
 
 def _lowered(certificate: Certificate, **changes: Any) -> Certificate:
-    """As a forger writes it: edited, and its digest computed anew."""
+    """A certificate as a forger edits it, with its digest computed anew."""
     body = {
         **json.loads(certificate.to_json())["certificate"],
         **{k: _encode(v) for k, v in changes.items()},

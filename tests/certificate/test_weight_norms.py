@@ -1,4 +1,4 @@
-"""The norms a certificate speaks of: each attacked on its own."""
+"""Each norm that a certificate speaks of holds under an attack of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ TOKENS = 6
 
 
 def secants(family: str, measure) -> tuple[float, object]:
-    """(largest secant of `measure(difference of logits) / size(difference of inputs)` found, certificate)."""
+    """The largest secant that is found, and the certificate.
+
+    A secant is `measure(difference of logits) / size(difference of inputs)`.
+    """
     model = tiny(family)
     retrofit(model, LipschitzConfig(w_max=1.5))
     randomize_(model)
@@ -65,7 +68,11 @@ def test_l2_over_the_sequence_is_within_its_bound(family: str) -> None:
 
 
 def test_a_linear_network_attains_all_three() -> None:
-    """At a fresh start only the head is left: two far rows attain the pair's bound to 0.1 %, alike tokens the l2."""
+    """A linear network attains all three norms of the certificate.
+
+    At a fresh start only the head is left. Two far rows attain the pair's bound to 0.1 %, and alike
+    tokens attain the l2 bound.
+    """
     model = tiny("llama")
     retrofit(model, LipschitzConfig())
     certificate = certify(model)

@@ -1,4 +1,7 @@
-"""A number is given for the very object that was passed: what stands around the model is known, or refused by name."""
+"""A certificate is of the very object that was passed.
+
+What stands around the model is known, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class Louder(nn.Module):
 
 
 class Same(Louder):
-    """The very logits; nobody can know."""
+    """A wrapper that changes no logit, which nobody can know."""
 
     def forward(self, ids: torch.Tensor) -> Any:
         return self.inner(ids)
@@ -145,7 +148,7 @@ def test_hooks_on_wrappers_are_seen(model: Any) -> None:
         certify(patched)
 
 
-# ---- what is remembered ------------------------------------------------------------------------------
+# ---- what is remembered --------------------------------------------------------------------------
 
 
 def test_a_hook_that_takes_the_place_of_a_freed_one_is_compared(model: Any) -> None:
@@ -243,7 +246,7 @@ def test_comparing_leaves_everything_as_it_was(model: Any) -> None:
     assert not any(m._forward_pre_hooks for m in model.transformer.h)
 
 
-# ---- any size ----------------------------------------------------------------------------------------
+# ---- any size ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-12, 1.0, 1e9])
@@ -264,7 +267,10 @@ def test_the_comparison_is_right_at_any_scale(factor: float) -> None:
 
 
 def test_the_robust_preset_on_eight_gated_layers_is_certified() -> None:
-    """Its logits are about 1e-29; the comparison once divided 0 by 0 and blamed the user."""
+    """The robust preset on eight gated layers is certified, though logits are about 1e-29.
+
+    The comparison once divided 0 by 0 there, and blamed the user.
+    """
     from lip_plugin import retrofit
 
     model = tiny("llama", num_hidden_layers=8)
@@ -273,7 +279,10 @@ def test_the_robust_preset_on_eight_gated_layers_is_certified() -> None:
 
 
 def test_saturated_attention_is_compared_too() -> None:
-    """Rounding inside a library is magnified there; the graph says by how much."""
+    """Saturated attention is compared too.
+
+    Rounding inside a library is magnified there, and the graph says by how much.
+    """
     model = random_model("llama", LipschitzConfig(norms="keep"))
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(300.0)
@@ -288,11 +297,14 @@ def test_a_branch_that_no_node_stands_for_is_refused() -> None:
         certify(tiny("gpt2", add_cross_attention=True))
 
 
-# ---- what libraries add is known ---------------------------------------------------------------------
+# ---- what libraries add is known -----------------------------------------------------------------
 
 
 def test_patches_of_accelerate_are_known_and_remembered() -> None:
-    """bf16 autocast and outputs in float32: every Trainer with bf16=True has them."""
+    """Patches of accelerate are known and remembered.
+
+    Every Trainer with bf16=True has them: autocast to bf16, and outputs in float32.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -330,18 +342,26 @@ def test_gradient_checkpointing_and_its_hooks_are_known(model: Any) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_remembered(name: str) -> None:
-    """Nothing that a library builds is foreign: a second certificate costs one small forward only."""
+    """A second certificate of any family costs one small forward only.
+
+    Nothing that a library builds counts as foreign.
+    """
     for norms in ("remove", "keep"):
         one = random_model(name, LipschitzConfig(norms=norms))
         assert structure_of(build(one)) == structure_of(build(one)) is not None
 
 
-# ---- as long as what is asked about ------------------------------------------------------------------
+# ---- as long as what is asked about --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "window"), [("llama", None), ("gemma2", 50)])
-def test_a_window_is_seen_at_the_length_that_is_asked_about(family: str, window: int | None) -> None:
-    """A certificate holds for any mask; what is said about given sequences is compared at their length."""
+def test_a_window_is_seen_at_the_length_that_is_asked_about(
+    family: str, window: int | None
+) -> None:
+    """What is said about given sequences is compared at their length.
+
+    A certificate itself holds for any mask.
+    """
     options = {"max_position_embeddings": 128, **({"sliding_window": window} if window else {})}
     model = random_model(family, LipschitzConfig(norms="keep"), **options)
     long = torch.randint(67, (1, 64))

@@ -1,4 +1,7 @@
-"""Bad input gets an error that says what to mend, and never a number. Each case is a good one, broken once."""
+"""Bad input gets an error that says what to mend, and never a number.
+
+Each case is a good input that is broken once.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,10 @@ def edit_json(path, **changes):
 
 
 def refused(path, code, capsys, *words, command="certify"):
-    """The command line gives this exit code, one line on stderr with these words, and no number on stdout."""
+    """The command line gives this exit code, and no number on stdout.
+
+    It writes one line on stderr, which holds these words.
+    """
     capsys.readouterr()  # what saving wrote
     assert main([command, str(path)]) == code
     said = capsys.readouterr()
@@ -240,7 +246,7 @@ def test_a_model_without_caps_has_no_certificate_from_caps(tmp_path, capsys):
 
 
 def resealed(certificate: Certificate, **changes) -> str:
-    """The JSON of an edited certificate whose digest fits: what a careful forger would write."""
+    """An edited certificate whose digest fits, as a careful forger would write it."""
     outer = json.loads(certificate.to_json())
     outer["certificate"].update(changes)
     outer["digest"] = _digest(outer["certificate"])
@@ -345,7 +351,10 @@ class TestBelongs:
             certificate.verify(model)
 
     def test_an_option_that_is_newer_than_the_certificate_must_be_at_its_default(self):
-        """gate_max changes the function and no weight, so a certificate from before there was the option may not fit."""
+        """A certificate from before there was an option is refused where the option is used.
+
+        gate_max changes the function and no weight.
+        """
 
         def llama(**config):
             torch.manual_seed(0)
@@ -361,7 +370,10 @@ class TestBelongs:
             older.verify(llama(gate_max=4.0))
 
     def test_a_retrofit_after_the_certificate_is_another_model(self):
-        """Kept norms and kept weights: the same bytes and the same config, but capped gates."""
+        """A model that was retrofitted after its certificate is another model.
+
+        Norms and weights are kept, so that bytes and config are the same. But gates are capped.
+        """
         model = tiny("llama")
         certificate = certify(model)
         retrofit(model, LipschitzConfig(norms="keep", init="keep", w_max=100.0, gate_max=4.0))

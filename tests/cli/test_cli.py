@@ -1,4 +1,4 @@
-"""lip-plugin certify, falsify, report: outputs that are what they say, and exit codes that mean something."""
+"""The commands certify, falsify and report print what is so, and exit with a code for it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checkpoint(run):
 
 
 def answer(arguments, capsys):
-    """(exit code, the JSON object on stdout), which must be all that is there."""
+    """The exit code, and the JSON object that must be all on stdout."""
     capsys.readouterr()
     code = main([*map(str, arguments), "--json"])
     out = capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""What real runs go through: the caps hold or a clear error comes, and nothing is half done."""
+"""In whatever real runs go through, the caps hold or a clear error comes.
+
+Nothing is half done.
+"""
 
 from __future__ import annotations
 
@@ -188,7 +191,8 @@ def test_parameters_without_a_gradient_stay(optimizer):
         p.grad = None
     before = [p.detach().clone() for p in still]
     made.step()
-    # attach_projection projects them again, which moves a soft cap's weight: within the cap either way
+    # attach_projection projects them again, which moves a weight under soft cap. It is within the
+    # cap either way.
     if optimizer == "muon":
         assert all(torch.equal(a, b) for a, b in zip(before, still, strict=True))
     assert within(model)

@@ -1,4 +1,7 @@
-"""Two real processes on gloo: replicas equal to the bit, caps held, certificates and lines written once."""
+"""Two real processes on gloo hold the caps, and their replicas are equal to the bit.
+
+Certificates and lines are written once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "ddp_script.py"
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """(folder, what each rank wrote) of one run under torchrun."""
+    """One run under torchrun, as its folder and what each rank wrote."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("gloo is not available")
     folder = tmp_path_factory.mktemp("ddp")
@@ -125,7 +128,10 @@ def test_a_lone_callback_trains_a_model_that_transformers_sharded(ranks):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_fsdp1_is_refused_before_anything_is_changed(version):
-    """Its arguments cannot be built without a launcher, so what `refuse_stack` reads of them is given."""
+    """FSDP1 is refused before anything is changed.
+
+    Its arguments cannot be built without a launcher, so what `refuse_stack` reads of them is given.
+    """
     args = SimpleNamespace(
         deepspeed=None,
         fsdp=True,

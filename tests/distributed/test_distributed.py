@@ -1,7 +1,8 @@
-"""DDP and FSDP2 on two and four real processes train as one process does; replicas equal to the bit; certificates equal.
+"""DDP and FSDP2 on two and four real processes train as one process does.
 
-Measured here (gloo, CPU, 20 steps): largest difference of any weight from the run on one process 6.4e-6 in float32 and
-1.2e-14 in float64 (docs/distributed.md). What differs is the order in which gradients are averaged.
+Replicas are equal to the bit, and certificates are equal. Measured here (gloo, CPU, 20 steps), the
+largest difference of any weight from the run on one process is 6.4e-6 in float32 and 1.2e-14 in
+float64 (docs/distributed.md). What differs is the order in which gradients are averaged.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from tests.support.oracles import CAP_TOLERANCE
 
 SCRIPT = Path(__file__).parents[1] / "support" / "distributed_cases.py"
 EXACT = [name for name, case in CASES.items() if not case.bf16]
-# float32: averaging in another order changes a gradient by 1e-7 of its size, and orthogonalization enlarges that by
-# the ratio of its singular values; float64: the same, from 1e-16.
+# In float32, averaging in another order changes a gradient by 1e-7 of its size, and
+# orthogonalization enlarges that by the ratio of its singular values. In float64 it is the same,
+# from 1e-16.
 ROUNDING = {False: 1e-5, True: 1e-12}
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),

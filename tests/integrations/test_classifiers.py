@@ -1,6 +1,7 @@
-"""Models that read token ids by their value: which token a classifier reads, where positions begin, and padding refused.
+"""Models that read token ids by their value are certified without padding, and refused with it.
 
-Also heads that call their activation as a function.
+The value decides which token a classifier reads, and where positions begin. Heads that call their
+activation as a function are here too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def worst_difference(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", PADDED)
 def test_the_graph_is_the_model_without_padding_and_another_model_with_it(name: str) -> None:
-    """So refusing padding is needed: each padded batch gives logits that the graph does not have."""
+    """Padding makes another model of it, so that refusing padding is needed.
+
+    Each padded batch gives logits that the graph does not have.
+    """
     model = random_model(name, LipschitzConfig()).double()
     ids = inputs_for(name, 3, 8)
     assert (
@@ -82,7 +86,10 @@ def test_ids_with_padding_have_no_radius_and_the_message_says_what_to_do(name: s
 
 
 def test_a_model_that_reads_ids_alike_has_a_radius_at_its_padding_id() -> None:
-    """bert's positions and its first token do not depend on ids, and its mask is refused elsewhere."""
+    """A model that reads all ids alike has a radius at its padding id.
+
+    bert's positions and its first token do not depend on ids, and its mask is refused elsewhere.
+    """
     model = random_model("bert_classifier", LipschitzConfig()).double()
     ids = inputs_for("bert_classifier", 2, 6)
     ids[:, 3] = model.config.pad_token_id
@@ -144,7 +151,10 @@ def test_positions_that_reach_no_further_than_five_tokens_are_compared_on_five()
 
 
 def test_padding_of_roberta_lies_in_the_radius_and_may_attain_it() -> None:
-    """Padding has a row of positions of its own, which no sequence without it reads: every row counts."""
+    """The padding of roberta lies within the radius, and may attain it.
+
+    It has a row of positions of its own, which no sequence without padding reads. Every row counts.
+    """
     model = random_model("roberta", LipschitzConfig())
     rows = model.roberta.embeddings
     with torch.no_grad():  # the largest sum of rows of all is that of padding at its place
@@ -191,7 +201,10 @@ BREAKS = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_wrong_description_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break it, see it fail: the comparison sees which token is read, where positions begin, and which function is called."""
+    """A wrong description of which token is read, or where positions begin, is refused.
+
+    So is a wrong function.
+    """
     name, changes = BREAKS[what]
     certify(random_model(name, LipschitzConfig()))
     family = core._FAMILIES[name]

@@ -1,4 +1,4 @@
-"""The contract, as one table: every family x everything that a retrofit promises about its parts."""
+"""Every family keeps everything that a retrofit promises about its parts."""
 
 from __future__ import annotations
 

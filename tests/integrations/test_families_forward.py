@@ -1,4 +1,4 @@
-"""The contract, as one table: every family x everything that a retrofit promises about its forward."""
+"""Every family keeps everything that a retrofit promises about its forward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from tests.support.oracles import (
 every_family = pytest.mark.parametrize("family", FAMILIES)
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 decoder = pytest.mark.parametrize("family", DECODERS)
-# gemma2's attention has no other form than the library's own, with its softmax in float32: 2^-24 and a few
+# gemma2's attention has no other form than the library's own, with its softmax in float32. So it is
+# exact to a few times 2^-24.
 EXACT = {"gemma2": 1e-6}
 
 
@@ -93,7 +94,10 @@ def test_a_wrong_recipe_is_told_from_the_right_one(family):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in POST_NORM])
 def test_hidden_states_are_those_of_the_recipe_over_c_k(family):
-    """u_k = x_k / c_k: what enters the final slot, times its constant, is what enters the head."""
+    """Hidden states are those of the recipe over c_k, u_k = x_k / c_k.
+
+    What enters the final slot, times its constant, is what enters the head.
+    """
     model, x = retrofitted(family).double(), inputs_for(family)
     names, seen = table_of(model), {}
     slot, head = model.get_submodule(names.architecture.final_norm), model.get_submodule(names.head)
@@ -145,7 +149,7 @@ def test_generation_is_the_same_with_and_without_cache(family):
 
 @decoder
 def test_padding_on_the_left_changes_no_logit(family):
-    """The mask still reaches the attention: what is padded cannot be seen."""
+    """Padding on the left changes no logit, because the mask still reaches the attention."""
     model, x = retrofitted(family), inputs_for(family, tokens=6)
     padded = torch.cat([torch.full((2, 3), 5), x], dim=1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(x)], dim=1)

@@ -28,7 +28,7 @@ FROM_CAPS = ("lip/log10_certificate_caps",)
 
 
 def hooked(model: torch.nn.Module) -> torch.nn.Module:
-    """A model that is not what its graph says: a block's output is changed by a hook of the user's."""
+    """A model that is not what its graph says, by a hook that changes a block's output."""
     block = model.transformer.h[0].mlp
     block.register_forward_hook(lambda module, args, output: output * 1.5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The nanoGPT runner: an untouched checkout trains, resumes and samples under the constraint."""
+"""An untouched checkout of nanoGPT trains, resumes and samples under the constraint."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def standin_model(name: str = "standin_model") -> ModuleType:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(checkout, globals of train.py, digests before) of one run through the command line's parts."""
+    """One run through the parts of the command line.
+
+    Gives the checkout, the globals of train.py, and the digests of the checkout before.
+    """
     folder = checkout(tmp_path_factory.mktemp("nanogpt") / "repo")
     before = digests(folder)
     result = run(folder, ["--max_iters=40"], {"w_max": 1.5, "lr": 0.1})
@@ -224,8 +227,8 @@ def recipe(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         bias = w.get(f"{name}.bias")
         return x @ w[f"{name}.weight"].T + (0.0 if bias is None else bias_scale * bias)
 
-    # The recipe has no biases. Where there are some, those of attention count d_head^(1/4) times, because
-    # 1/sqrt(d_head) becomes 1/d_head by scaling what enters q, k and v, and not what leaves them.
+    # The recipe has no biases. Where there are some, those of attention count d_head^(1/4) times.
+    # For 1/sqrt(d_head) becomes 1/d_head by scaling what enters q, k and v, and not what leaves.
     b = d_head**0.25
     future = torch.ones(tokens, tokens).triu(1).bool()
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:tokens]

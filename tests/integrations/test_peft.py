@@ -1,4 +1,7 @@
-"""LoRA on constrained models: the merged blocks stay within their caps, told by a float64 SVD."""
+"""The merged blocks of LoRA on a constrained model stay within their caps.
+
+A float64 SVD says so.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def exact_worst(model: nn.Module) -> float:
-    """Largest RMS->RMS norm over cap of a block of W0 + sum of s B A: from peft's own delta, by SVD."""
+    """The largest RMS->RMS norm over cap of any block of W0 + the sum of s B A.
+
+    It is taken by an SVD from peft's own delta.
+    """
     worst = 0.0
     for _, layer in lora_layers(model):
         base = layer.base_layer
@@ -220,7 +226,10 @@ def capped_layer(w: Tensor, a: Tensor, b: Tensor, cap: float = 1.0) -> nn.Module
 
 
 def nearest(w: Tensor, q: Tensor, e: Tensor, c: float) -> Tensor:
-    """The nearest E' to E with norm2(w + E' q^T) <= c, in the Frobenius norm: Dykstra with full SVDs."""
+    """The nearest E' to E with norm2(w + E' q^T) <= c, in the Frobenius norm.
+
+    By Dykstra's algorithm with full SVDs.
+    """
     carry = torch.zeros_like(w)
     for _ in range(2000):
         u, s, v = torch.linalg.svd(w + e @ q.T + carry, full_matrices=False)
@@ -252,7 +261,10 @@ def test_the_projected_adapter_is_close_to_the_nearest_feasible_one(
 
 
 def test_on_a_base_at_its_caps_adapters_still_learn() -> None:
-    """Scaling alone leaves a full step no length there; the filter keeps what turns and shrinks."""
+    """On a base at its caps, adapters still learn.
+
+    Scaling alone leaves a full step no length there. The filter keeps what turns and shrinks.
+    """
     model = adapted("gpt2", 4, w_max=1.0)
     heads = merged_block_norms(model)[0]
     assert heads.worst_over_cap > 0.999
@@ -317,7 +329,10 @@ def test_the_certificate_reads_the_merged_weights(family: str) -> None:
 
 
 def test_a_certificate_from_caps_knows_the_caps_of_wrapped_layers() -> None:
-    """peft renames a wrapped layer's weight, and its cap stays; only the factors count as they are."""
+    """A certificate from caps knows the caps of wrapped layers.
+
+    peft renames the weight of a wrapped layer, whose cap stays. Only the factors count as they are.
+    """
     base = tiny("gpt2", num_hidden_layers=1)
     retrofit(base, LipschitzConfig(biases="drop"))
     model = peft.get_peft_model(base, lora("gpt2", target_modules=["c_fc"]))
@@ -469,7 +484,10 @@ def test_frozen_weights_are_decomposed_only_where_needed_and_again_after_they_we
 
 
 def test_importing_the_integration_imports_neither_peft_nor_transformers() -> None:
-    code = "import sys, lip_plugin.integrations.peft.enforce; assert not {'peft', 'transformers'} & {*sys.modules}"
+    code = (
+        "import sys, lip_plugin.integrations.peft.enforce; "
+        "assert not {'peft', 'transformers'} & {*sys.modules}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -1,4 +1,7 @@
-"""Every tuner that peft has: certified by a rule, and compared with what it computes, or refused."""
+"""Every tuner that peft has is certified by a rule, or refused.
+
+What is certified is compared with what it computes.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ def test_every_tuner_is_certified_by_a_rule_or_refused(kind: str) -> None:
 
 
 def test_most_tuners_were_built() -> None:
-    """The test above skips what peft cannot build; it must not skip all."""
+    """Most tuners are built, for the test above skips those that peft cannot build."""
     built = 0
     for kind in KINDS:
         try:
@@ -126,7 +129,10 @@ def test_lora_on_an_embedding_is_refused() -> None:
 
 @pytest.mark.parametrize("family", [name for name in CLASSIFIERS if name != "vit"])
 def test_a_head_that_is_trained_beside_the_adapters_is_the_one_that_counts(family: str) -> None:
-    """task_type SEQ_CLS puts a copy of the head into modules_to_save, and runs that in its place."""
+    """The head that is trained beside the adapters is the one that counts.
+
+    task_type SEQ_CLS puts a copy of the head into modules_to_save, and runs that in its place.
+    """
     targets = "all-linear" if "distil" not in family else ["q_lin", "lin1"]
     base = random_model(family, LipschitzConfig())
     project_(base)

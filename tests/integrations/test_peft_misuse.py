@@ -1,4 +1,7 @@
-"""Adapters used wrongly: clear errors, and nothing changed. And merge, unmerge, save, load, disable, several adapters."""
+"""Adapters that are used wrongly get a clear error, and nothing is changed.
+
+Merging, unmerging, saving, loading, disabling and several adapters are here too.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,10 @@ def test_a_base_above_its_cap_says_by_how_much_and_what_to_do() -> None:
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         layer.base_layer.weight.mul_(1.25)
-    match = r"up_proj: the base weight's up block is 1\.25 times its cap 1.*project_\(model\).*larger w_max"
+    match = (
+        r"up_proj: the base weight's up block is 1\.25 times its cap 1.*"
+        r"project_\(model\).*larger w_max"
+    )
     unchanged(model, lambda: attach(model), ConfigError, match)
 
 
@@ -250,7 +256,10 @@ def test_each_of_several_adapters_is_held_when_it_is_active() -> None:
 
 
 def test_a_budget_survives_saving_the_adapter_by_being_asked_for_again(tmp_path: Any) -> None:
-    """peft's files hold factors, not budgets: a loaded adapter has none until constrain_adapters is called."""
+    """A loaded adapter has a budget only after constrain_adapters was called again.
+
+    peft's files hold factors, not budgets.
+    """
     model = untouched("dora", "llama")
     constrain_adapters(model, 0.1)
     disturb(model, 0.2)

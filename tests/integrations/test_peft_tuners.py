@@ -1,4 +1,7 @@
-"""Every tuner, layout, dtype and optimizer: what the layers multiply with stays within caps and budgets, after every step."""
+"""What layers multiply with stays within caps and budgets after every step.
+
+This holds for every tuner, layout, dtype and optimizer.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from lip_plugin import (
+from lip_plugin import (  # noqa: E402
     LipschitzMuon,
     attach_projection,
     certify,
     constrain_adapters,
     falsify,
     project_,
-)  # noqa: E402
+)
 from lip_plugin.errors import UnsupportedModelError  # noqa: E402
 from lip_plugin.integrations.peft.enforce import merged_block_norms, project_adapters  # noqa: E402
 from lip_plugin.integrations.peft.layers import merged_weight, wrapped_layers  # noqa: E402
@@ -199,7 +202,10 @@ def test_budgets_hold_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_clipping_is_the_nearest_change_within_the_budget() -> None:
-    """Against the SVD of s B A itself: the Frobenius projection onto the ball, A untouched."""
+    """Clipping is the nearest change within the budget in the Frobenius norm, A untouched.
+
+    The SVD of s B A itself says so.
+    """
     model = untouched("lora", "llama").double()
     constrain_adapters(model, 0.1)
     disturb(model, 0.2)
@@ -233,7 +239,7 @@ def test_the_certificate_of_an_adapted_model_is_that_of_the_merged_one() -> None
 
 
 def test_muon_moves_the_sum_by_its_rate_whatever_rank_and_alpha_are() -> None:
-    """The first step moves B alone; its length is lr in the RMS->RMS norm, block by block."""
+    """The first step moves B by lr in the RMS->RMS norm of each block, and A not at all."""
     for r, alpha in ((2, 1), (8, 64)):
         model = adapted("lora", "gpt2", w_max=3.0, r=r, lora_alpha=alpha)
         optimizer = LipschitzMuon(model, lr=0.02)
@@ -252,7 +258,11 @@ def test_muon_moves_the_sum_by_its_rate_whatever_rank_and_alpha_are() -> None:
 
 
 def test_hostile_factors_are_held_as_well() -> None:
-    """Rows of A and columns of B over ten orders of magnitude, dependent rows, ranks above the width, negative magnitudes."""
+    """Hostile factors are held as well.
+
+    Rows of A and columns of B span ten orders of magnitude or depend on each other, ranks are above
+    the width, and magnitudes are negative.
+    """
     for trial in range(24):
         generator = torch.Generator().manual_seed(trial)
         kind, family, r = LOW_RANK[trial % 3], FAMILIES[trial % 4], (1, 2, 4, 40, 64)[trial % 5]

@@ -1,4 +1,4 @@
-"""4-bit bases (QLoRA): measured and certified through what they multiply with; 8-bit ones refused."""
+"""4-bit bases (QLoRA) are certified through what they multiply with, 8-bit ones refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Saved models tell a process without the plugin to import it; folders with the old names still load."""
+"""A saved model tells a process without the plugin to import it.
+
+Folders with the old names still load.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ def test_with_kept_norms_it_loads_as_a_plain_model_and_the_warning_says_what_to_
 
 def test_a_config_alone_says_what_to_import_too(tmp_path):
     saved(tmp_path)
-    code = "import transformers as t\nt.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained({!r}))"
+    code = (
+        "import transformers as t\n"
+        "t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained({!r}))"
+    )
     alone = python(code.format(str(tmp_path)))
     assert "import lip_plugin" in alone.stderr.strip().splitlines()[-1]
 

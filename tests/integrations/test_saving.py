@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: the same bits with the plugin, an error without it."""
+"""A saved model comes back with the same bits, and without the plugin with an error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ import warnings
 import torch
 import transformers
 model, info = transformers.{auto}.from_pretrained({path!r}, output_loading_info=True)
-assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+assert not any(info[k] for k in kinds), info
 logits = model.eval()(torch.load({ids!r})).logits
 torch.save(logits.detach(), {out!r})
 print("loaded", type(model).__name__)
@@ -84,7 +85,7 @@ def test_a_fresh_process_loads_every_family_to_the_last_bit_in_either_import_ord
 @pytest.mark.parametrize("norms", ["remove", "keep"])
 def test_without_the_plugin_every_family_fails_closed(norms, tmp_path):
     code = "import transformers\n"
-    # with kept norms nothing of ours is in the config's fields, whatever the family: four stand for all
+    # With kept norms nothing of ours is in the config's fields, so four families stand for all.
     families = HF_FAMILIES if norms == "remove" else ("gpt2", "llama", "bert", "vit")
     for family in families:
         saved(family, tmp_path / family, LipschitzConfig(norms=norms))
@@ -164,7 +165,10 @@ def test_saved_a_second_time_it_is_the_same_files(family, tmp_path):
 
 @hf_family
 def test_the_file_has_the_plain_keys_minus_the_norms(family, tmp_path):
-    """Compared with the file of a plain model: transformers renames some families' keys on the way."""
+    """The file has the keys of a plain model without those of its norms.
+
+    It is compared with the file of a plain model, because transformers renames some families' keys.
+    """
     saved(family, tmp_path / "constrained", CONFIG, tie_word_embeddings=False)
     tiny(family, tie_word_embeddings=False).save_pretrained(tmp_path / "plain")
     keys = {}
@@ -314,7 +318,10 @@ def test_a_config_that_was_edited_badly_is_refused(change, tmp_path):
 
 
 def test_from_config_of_a_saved_model_gives_no_silent_half(tmp_path):
-    """from_config does not apply the retrofit: the model it builds must not pass for a constrained one."""
+    """from_config of a saved model fails, because it does not apply the retrofit.
+
+    The model that it builds must not pass for a constrained one.
+    """
     saved("gpt2", tmp_path)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert find_retrofit(model) is None

@@ -1,4 +1,4 @@
-"""A lone LipschitzCallback: what it does to a Trainer run, and what it refuses."""
+"""What a lone LipschitzCallback does to a Trainer run, and what it refuses."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_a_lone_callback_retrofits_trains_logs_and_certifies(family, tmp_path):
     assert find_retrofit(trainer.model) is not None
     trainer.train()
     assert isinstance(inner(trainer), LipschitzMuon)
-    # of five labels and one token there is less to win in as many steps; bert has one map more to the logits
+    # Of five labels and one token there is less to win in as many steps, and bert has one map more
+    # to the logits.
     less = {"bert_classifier": 0.02, "vit": 0.02, "bert": 0.3}
     less |= {"roberta_classifier": 0.1, "distilbert_classifier": 0.1}
     assert losses(trainer)[-1] < losses(trainer)[0] - less.get(family, 0.5)
@@ -212,7 +213,10 @@ def test_the_default_learning_rate_is_replaced_and_a_chosen_one_is_kept(tmp_path
 
 
 def test_two_trainers_in_one_process_keep_their_own_options(tmp_path):
-    """The handler table of transformers is global; the options of a callback are not."""
+    """Two Trainers in one process keep their own options.
+
+    The handler table of transformers is global, and the options of a callback are not.
+    """
     first = trainer_of(
         tmp_path / "1", tiny("gpt2", **SMALL), LipschitzCallback(momentum=0.5), max_steps=1
     )

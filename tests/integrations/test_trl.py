@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer with the lone callback: on a retrofitted base, on an untouched one, and without adapters."""
+"""TRL's SFTTrainer works with the lone callback, with adapters and without.
+
+The base of the adapters is retrofitted or untouched.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,10 @@ def test_sft_without_adapters_takes_muon(tmp_path: Path) -> None:
 
 
 def test_only_the_patch_that_was_read_is_remembered(tmp_path: Path) -> None:
-    """TRL wraps model.forward, and what was compared is remembered; any other wrapper is compared each time, and fails."""
+    """The comparison remembers TRL's own patch, and no other one.
+
+    TRL wraps model.forward. Any other wrapper is compared each time, and fails.
+    """
     run = trainer(tiny("llama", num_hidden_layers=1), tmp_path)
     root = run.model.get_base_model()
     assert "forward" in vars(root)

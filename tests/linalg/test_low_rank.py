@@ -1,4 +1,7 @@
-"""LowRankProblem against dense matrices in float64: the exact test, and the multiplier that is found by regula falsi."""
+"""LowRankProblem agrees with dense matrices in float64.
+
+The test of a block is exact, and regula falsi finds the multiplier.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ SHAPES = [(12, 20, 3), (12, 20, 1), (8, 40, 12), (20, 12, 3), (30, 8, 8)]
 def problem(
     shape: tuple[int, int, int], size: float, room: float, blocks: int = 5
 ) -> tuple[LowRankProblem, Tensor, Tensor]:
-    """(problem, S [b, n, n], Z [b, n, k]) of random blocks with norm(W0) = 1 - room and cap 1, changed by about `size`."""
+    """A problem of random blocks with norm(W0) = 1 - room and cap 1.
+
+    Gives the problem, S [b, n, n] and Z [b, n, k]. Blocks are changed by about `size`.
+    """
     d_out, d_in, k = shape
     w = torch.randn(blocks, d_out, d_in, dtype=torch.float64)
     w = w * ((1.0 - room) / torch.linalg.matrix_norm(w, 2))[:, None, None]
@@ -98,7 +104,11 @@ def test_few_evaluations_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_block_that_is_done_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose T is 1 to the last bit on both sides, where the interpolation is 0 / 0, beside one that takes long."""
+    """A block that is done waits for the others.
+
+    Its T is 1 to the last bit on both sides, where the interpolation is 0 / 0. The other block
+    takes long.
+    """
     p, _, _ = problem((12, 20, 3), 30.0, 0.3, blocks=2)
     asked: list[Tensor] = []
 

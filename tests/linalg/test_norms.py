@@ -1,4 +1,4 @@
-"""ProvenNorms against the float64 SVD, one-sided: upper >= truth >= lower, whatever the spectrum."""
+"""Proven norms enclose the float64 SVD, upper >= truth >= lower, whatever the spectrum."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small matrices: a second thread gains nothing, and on a busy machine it waits ten times over."""
+    """For small matrices a second thread gains nothing.
+
+    On a busy machine it waits ten times over.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -231,7 +234,10 @@ def test_row_bound_is_above_each_row_by_rounding_only():
 
 
 def largest_sum(tables: list[torch.Tensor]) -> Fraction:
-    """Square of the largest RMS norm of a sum of rows, one from each table: all of them, exactly."""
+    """The square of the largest RMS norm of a sum of rows, one from each table.
+
+    All sums are tried, exactly.
+    """
     exact = [[[Fraction(v) for v in row] for row in t.double().tolist()] for t in tables]
     sums = (
         [sum(entries, Fraction(0)) for entries in zip(*rows, strict=True)]
@@ -241,7 +247,10 @@ def largest_sum(tables: list[torch.Tensor]) -> Fraction:
 
 
 def assert_sum_bound(tables: list[torch.Tensor], tight: float | None = 1e-12) -> None:
-    """Never below the exact truth; for one or two tables above it by the rounding of sums of d squares."""
+    """The bound is never below the exact truth.
+
+    For one or two tables it is above by the rounding of sums of d squares.
+    """
     truth, upper = largest_sum(tables), Fraction(sum_rms_max_upper(tables)) ** 2
     assert upper >= truth
     if tight is not None:
@@ -290,7 +299,10 @@ def test_sums_of_rows_beat_the_sum_of_norms_where_no_pair_lines_up():
 
 
 def test_sums_of_rows_are_float64_whatever_autocast_and_tf32_say():
-    """Float32 products in bf16 were 5e-4 too low: one row of 1 + 2^-9 twice, where bf16 has 1."""
+    """Sums of rows are in float64, whatever autocast and TF32 say.
+
+    Products in bf16 were 5e-4 too low for one row of 1 + 2^-9 twice, where bf16 has 1.
+    """
     row = torch.full((1, 8), 1 + 2.0**-9)
     before = torch.get_float32_matmul_precision()
     try:
@@ -303,7 +315,10 @@ def test_sums_of_rows_are_float64_whatever_autocast_and_tf32_say():
 
 @pytest.mark.parametrize("order", sorted(set(permutations([1e10, 1 + 5e-7, -1e10, 1.0]))))
 def test_sums_of_four_tables_carry_the_rounding_of_sums_that_cancel(order):
-    """1e10 + x - 1e10 keeps six digits of x: what the sum of tables lost is added again."""
+    """Sums of four tables carry the rounding of sums that cancel.
+
+    1e10 + x - 1e10 keeps six digits of x, and what the sum of tables lost is added again.
+    """
     assert_sum_bound([torch.tensor([[x]], dtype=torch.float64) for x in order], None)
 
 
@@ -326,7 +341,11 @@ def test_sums_of_rows_refuse_what_is_not_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_very_long_matrices_are_bounded_piece_by_piece(dtype, monkeypatch):
-    """A head's Gram matrix is summed over pieces of its rows, so that it is never all in float64 at once."""
+    """Very long matrices are bounded piece by piece.
+
+    A head's Gram matrix is summed over pieces of its rows, so that it is never all in float64 at
+    once.
+    """
     import lip_plugin.linalg.norms as norms
 
     w = (torch.randn(2, 1000, 40, dtype=torch.float64) * 1e-160).to(dtype)

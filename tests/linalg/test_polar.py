@@ -1,4 +1,7 @@
-"""Orthogonalize: never above 1, inside the table's proven range, for any spectrum, scale and dtype."""
+"""Orthogonalize never gives a norm above 1, and stays inside the proven range.
+
+This holds for any spectrum, scale and dtype.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,17 @@ from lip_plugin.linalg.polar import (
     quintic_range,
 )
 
-# After division by the range and by 1 + 1e-5 float32 has 1e-5 to spare; what is asserted is the promise.
+# After division by the range and by 1 + 1e-5, float32 has 1e-5 to spare. What is asserted is the
+# promise.
 ABOVE_ONE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small matrices: a second thread gains nothing, and on a busy machine it waits ten times over."""
+    """For small matrices a second thread gains nothing.
+
+    On a busy machine it waits ten times over.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -139,7 +146,7 @@ def test_sigma_max_is_never_above_one_for_adversarial_spectra(shape, compute):
 
 
 def wide_and_hostile(d_out: int, d_in: int) -> torch.Tensor:
-    """Spectra whose small values lie just where rounding a Gram matrix to bf16 hides or lifts them."""
+    """Spectra whose small values are hidden or lifted by rounding a Gram matrix to bf16."""
     n = min(d_out, d_in)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     halves = [torch.where(ramp < 0.5, low, 1.0) for low in (0.01, 0.03, 0.06, 0.1)]
@@ -177,8 +184,9 @@ def test_without_the_shift_the_gram_form_in_bf16_would_leave_its_range(monkeypat
 
 
 def test_the_shift_is_within_the_slack_of_every_step():
-    # sigma^2 may grow by 2 % before each step: `output_range` counts 1 % of sigma; and twice bf16's half
-    # spacing below a power of two is 2^-8 of it, so adding the shift to any diagonal entry there moves it up
+    # sigma^2 may grow by 2 % before each step, because `output_range` counts 1 % of sigma. Twice
+    # bf16's half spacing below a power of two is 2^-8 of it, so that adding the shift to any
+    # diagonal entry there moves it up.
     for name in TABLES:
         for steps in (2, 3, 5, 8, 12):
             segments = polar._segments(name, steps, torch.bfloat16, True)
@@ -225,7 +233,8 @@ def test_sigma_max_is_never_above_one(d_out, d_in, exponent, seed, name, steps):
 @pytest.mark.parametrize("shape", [(64, 64), (48, 192), (192, 48)])
 def test_output_is_inside_the_proven_range_and_has_the_same_singular_vectors(shape):
     n = min(shape)
-    # norm_F((W W^T)^2)^(1/4) <= n^(1/4) sigma_max, so the polynomials see at least 1e-2 / n^(1/4) > 1e-3
+    # norm_F((W W^T)^2)^(1/4) <= n^(1/4) sigma_max, so that the polynomials see at least
+    # 1e-2 / n^(1/4) > 1e-3.
     s = torch.linspace(1e-2, 1, n, dtype=torch.float64)
     w = with_spectrum(*shape, s)
     for steps in (5, 6, 8):
@@ -242,8 +251,8 @@ def test_output_is_inside_the_proven_range_and_has_the_same_singular_vectors(sha
 def test_gram_form_and_standard_form_agree():
     w = torch.randn(3, 32, 128)
     wide = orthogonalize(w, steps=8)
-    # float64 of the same shape runs the same algorithm without float32's noise; padding with zero rows to
-    # a near-square block runs the standard form
+    # float64 of the same shape runs the same algorithm without float32's noise. Padding with zero
+    # rows to a near-square block runs the standard form.
     padded = torch.cat([w, torch.zeros(3, 88, 128)], dim=-2)
     standard = orthogonalize(padded, steps=8)[:, :32]
     torch.testing.assert_close(wide, standard, rtol=0.0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The seven projections: within the cap always, and on the singular values the map that they promise."""
+"""All seven projections stay within the cap, and map singular values as promised."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ ABOVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small matrices: a second thread gains nothing, and on a busy machine it waits ten times over."""
+    """For small matrices a second thread gains nothing.
+
+    On a busy machine it waits ten times over.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -200,7 +203,7 @@ def test_hard_cap_is_min_of_one_and_s_and_keeps_the_values_below(shape, top):
     expected = s.clamp(max=1).sort(descending=True).values
     for dtype in (torch.float32, torch.float64):
         out = values_of(project(with_spectrum(*shape, s).to(dtype), 1.0, "hard_cap"))
-        # the promise is 1e-4 relative; storing the input in float32 alone moves values by 6e-8 * top
+        # The promise is 1e-4 relative. Storing the input in float32 moves values by 6e-8 * top.
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-7 * top)
 
 
@@ -282,7 +285,10 @@ def test_weight_decay_scales_everything():
 @pytest.mark.parametrize(("lr", "cap"), [(0.3, 1.0), (0.02, 1.2), (0.1, 0.2), (0.5, 0.1)])
 @pytest.mark.parametrize("method", ["soft_cap", "weight_decay", "hard_cap"])
 def test_cap_holds_after_each_of_200_muon_steps(lr, cap, method):
-    """The adversary always pushes along the same directions: the worst case for a smooth cap."""
+    """The cap holds after each of 200 steps of Muon.
+
+    The adversary always pushes along the same directions, the worst case for a smooth cap.
+    """
     torch.manual_seed(0)
     w = torch.zeros(1, 16, 24)
     push = orthogonalize(torch.randn(1, 16, 24), steps=8)

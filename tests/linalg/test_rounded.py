@@ -1,4 +1,7 @@
-"""Products whose rounding is bounded, against exact rational arithmetic: the truth lies within the error."""
+"""The exact value of a product lies within the error that is stated with it.
+
+Exact rational arithmetic is the judge.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from lip_plugin.linalg import spectrum
 from lip_plugin.linalg.rounded import Rounded
 from lip_plugin.linalg.spectrum import lambda_max_upper
 
-# sigma_max_upper of small matrices is at most 5e-7 high (margin 1e-6 of lambda_max), a float64 SVD 1e-14 off
+# sigma_max_upper of small matrices is at most 5e-7 high, by its margin of 1e-6 of lambda_max. A
+# float64 SVD is off by 1e-14.
 TIGHT = 1e-6
 SVD = 1e-13
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -43,7 +47,10 @@ def transpose(a: Exact) -> Exact:
 
 
 def off(rounded: Rounded, truth: Exact) -> float:
-    """norm_F(true - value) / error, the true matrix exact; at most 1 if the error is a bound."""
+    """norm_F(true - value) / error, which is at most 1 if the error is a bound.
+
+    The true matrix is exact.
+    """
     unit = Fraction(2) ** rounded.exponent
     difference = sum(
         (t - Fraction(v) * unit) ** 2
@@ -57,7 +64,10 @@ def off(rounded: Rounded, truth: Exact) -> float:
 
 
 def above(upper: Decimal, truth: Exact) -> bool:
-    """Whether the exact sigma_max is at most `upper`: upper^2 I - A^T A has no negative pivot (exact LDL^T)."""
+    """Whether the exact sigma_max is at most `upper`.
+
+    It is if upper^2 I - A^T A has no negative pivot, by an exact LDL^T.
+    """
     gram = times(transpose(truth), truth)
     n, c = len(gram), Fraction(upper) ** 2
     a = [[(c if i == j else Fraction(0)) - gram[i][j] for j in range(n)] for i in range(n)]
@@ -77,7 +87,7 @@ def rand(*shape: int, seed: int, size: float = 1.0) -> Tensor:
 
 
 def scaled(x: Tensor, exponent: int) -> Tensor:
-    """x * 2^exponent in two steps, so that 2^1074 is none."""
+    """A number times a power of two, in two steps, because 2^1074 is no float."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)
 
@@ -91,7 +101,10 @@ exponents = st.sampled_from([0, 1, -3, 100, -100, 500, -500, 1000, -1000])
 def test_three_factors_are_off_by_no_more_than_the_error(
     n: int, k: int, m: int, p: int, e: int, f: int, seed: int
 ) -> None:
-    """Entries of all sizes between 2^-1040 and 2^1020; norms are above the truth by rounding only."""
+    """A product of three factors is off by no more than its error.
+
+    Entries have all sizes between 2^-1040 and 2^1020. Norms are above the truth by rounding only.
+    """
     a = scaled(rand(n, k, seed=seed).clamp(-4, 4), e)
     b = scaled(rand(k, m, seed=seed + 1), f)
     c = rand(m, p, seed=seed + 2)
@@ -111,7 +124,10 @@ def test_three_factors_are_off_by_no_more_than_the_error(
 def test_blocks_times_factors_stay_within_their_error(
     n: int, m: int, size: float, seed: int
 ) -> None:
-    """[H, n, m] by factors of any size, then below each other: the size does not vanish in its own squares."""
+    """Blocks times factors stay within their error, whatever the size of the factors.
+
+    Blocks [H, n, m] are multiplied and put below each other. Small sizes do not vanish in squares.
+    """
     blocks = rand(3, n, m, seed=seed)
     factors = (
         rand(3, seed=seed + 1).abs() * size * torch.tensor([1.0, 1e-3, 1e3], dtype=torch.float64)
@@ -133,7 +149,11 @@ def test_blocks_times_factors_stay_within_their_error(
 def test_entrywise_products_of_gram_matrices_and_their_roots(
     n: int, k: int, m: int, e: int, seed: int
 ) -> None:
-    """sqrt(lambda_max) of (A A^T) * (B B^T) is sigma_max of the rows a_i (x) b_i: that matrix is the oracle."""
+    """The root of a product of Gram matrices is above the sigma_max that it stands for.
+
+    sqrt(lambda_max) of (A A^T) * (B B^T) is sigma_max of the matrix of rows a_i (x) b_i, which is
+    the oracle.
+    """
     a, b = scaled(rand(n, k, seed=seed).clamp(-4, 4), e // 2), rand(n, m, seed=seed + 1)
     grams = [(r := Rounded.of(x)) @ r.mT for x in (a, b)]
     product = grams[0].entrywise(grams[1])
@@ -149,7 +169,10 @@ def test_entrywise_products_of_gram_matrices_and_their_roots(
 @FEW
 @given(dims, st.sampled_from([-2.0, -0.5, 1e-3, 7.0]), exponents, st.integers(0, 10**6))
 def test_identity_plus_a_product(n: int, factor: float, e: int, seed: int) -> None:
-    """factor * a b near and far from the identity, and -I exactly, where all but rounding cancels."""
+    """The identity plus a product stays within its error.
+
+    factor * a b is near the identity, far from it, or exactly -I, where all but rounding cancels.
+    """
     a = scaled(rand(n, n, seed=seed).clamp(-4, 4), e)
     result = (Rounded.of(a) @ Rounded.of(torch.eye(n))).plus_identity(factor)
     truth = [
@@ -213,7 +236,10 @@ def test_the_callers_decimal_context_does_not_round_a_bound_down() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 64), (160, 96), (150, 300)])
 def test_larger_products_are_above_the_svd_and_tight(shape: tuple[int, int]) -> None:
-    """A product whose norm is far below the product of the norms; from n = 129 on the guess is Lanczos'."""
+    """Larger products are above the SVD and tight.
+
+    Their norm is far below the product of the norms. From n = 129 on, the guess comes from Lanczos.
+    """
     n, k = shape
     u = torch.linalg.qr(rand(k, k, seed=1)).Q
     a = rand(n, k, seed=2) * torch.linspace(3, 0, k).double() @ u.T
@@ -226,7 +252,10 @@ def test_larger_products_are_above_the_svd_and_tight(shape: tuple[int, int]) -> 
 
 
 def test_an_error_that_is_left_out_is_seen() -> None:
-    """Break it: forget the rounding, or claim a tenth of it for a sum that cancels, and the truth is outside."""
+    """Without the rounding error, or with a tenth of it, the truth lies outside.
+
+    The sum cancels.
+    """
     a = torch.tensor([[1.0, 1.0, 1.0]], dtype=torch.float64)
     b = torch.tensor([[1.0], [2.0**-53], [2.0**-53]], dtype=torch.float64)
     product = Rounded.of(a) @ Rounded.of(b)
@@ -237,14 +266,17 @@ def test_an_error_that_is_left_out_is_seen() -> None:
     assert off(small, truth) > 1
 
 
-# ---- lambda_max_upper ------------------------------------------------------------------------------
+# ---- lambda_max_upper ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guess", [1e-6, 0.5, 1.0 - 1e-9, 30.0])
 def test_every_way_to_bound_an_eigenvalue_is_above_it(
     guess: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guess too low by far, or by little, or too high: the fallbacks prove what the guess could not."""
+    """Every way to bound an eigenvalue is above it, whatever the guess.
+
+    The guess is too low by far, too low by little, or too high. Fallbacks prove what it could not.
+    """
     batch = torch.stack([rand(24, 24, seed=s) for s in range(4)])
     batch[3] = torch.eye(24)
     batch = batch @ batch.mT
@@ -269,7 +301,10 @@ def test_every_way_to_bound_an_eigenvalue_is_above_it(
 
 
 def test_matrices_that_are_nothing_but_rounding_get_their_slack() -> None:
-    """A trace of zero or below, as a product that cancels may have: norm_F and the slack, never zero."""
+    """A matrix that is nothing but rounding gets norm_F and the slack, never zero.
+
+    A product that cancels may have a trace of zero or below.
+    """
     g = torch.tensor([[-1e-17, 3e-17], [3e-17, -1e-17]], dtype=torch.float64)
     slack = torch.tensor([1e-16], dtype=torch.float64)
     upper = lambda_max_upper(g[None], slack)
@@ -283,7 +318,11 @@ def test_matrices_that_are_nothing_but_rounding_get_their_slack() -> None:
 
 
 def test_negative_diagonals_within_the_error_are_covered() -> None:
-    """True matrix diag(1, 0), stored with -error on the diagonal: the bound is above 1 all the same."""
+    """Negative diagonals within the error are covered.
+
+    The true matrix is diag(1, 0), stored with -error on the diagonal. The bound is above 1 all the
+    same.
+    """
     error = 1e-3
     stored = torch.diag(torch.tensor([1 - error / 2, -error / 2], dtype=torch.float64))
     upper = float(Rounded(stored, error, 0).gram_norm_upper())
@@ -291,5 +330,8 @@ def test_negative_diagonals_within_the_error_are_covered() -> None:
 
 
 def test_the_underflow_that_is_allowed_for_is_above_what_can_happen() -> None:
-    """n x n entries, n products each, every one off by half of 2^-1074 in two steps, for n = 10^6."""
+    """The underflow that is allowed for is above what can happen, for n = 10^6.
+
+    There are n x n entries of n products each, every one off by half of 2^-1074 in two steps.
+    """
     assert products._UNDERFLOW > 1e6 * 1e6 * 2.0**-1074

@@ -24,7 +24,8 @@ def test_a_symmetric_product_is_the_product_to_rounding_and_written_everywhere(d
     for x in (a, a.mT.contiguous().mT):
         out = symmetric_product(x, x.mT)
         exact = x.double() @ x.mT.double()
-        # k + 1 roundings of sums (bf16 accumulates in float32 and rounds once) of at most norm(x_i) norm(x_j)
+        # There are k + 1 roundings of sums of at most norm(x_i) norm(x_j). bf16 accumulates in
+        # float32 and rounds once.
         size = x.double().norm(dim=-1, keepdim=True)
         sums = min(UNIT[dtype], 2.0**-24) * k
         assert (

@@ -1,4 +1,4 @@
-"""Models of no known family: the error says what is wrong with them, and what can be done."""
+"""For a model of no known family the error says what is wrong, and what can be done."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "opt projected in front": (
         of_class("OPTForCausalLM", "opt", word_embed_proj_dim=24),
         (
-            "OPTForCausalLM with do_layer_norm_before=True and word_embed_proj_dim equal to hidden_size",
+            "OPTForCausalLM with do_layer_norm_before=True "
+            "and word_embed_proj_dim equal to hidden_size",
         ),
     ),
     "encoder-decoder": (t5, ("is an encoder-decoder", "no rule", "GPT2LMHeadModel")),

@@ -1,4 +1,4 @@
-"""Leaf modules: slopes really bounded, class swaps that keep everything else, pickles and copies."""
+"""Leaf modules have the slopes that are claimed, and can be swapped, pickled and copied."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def inputs(kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", sorted(SLOPE_UPPER))
 def test_slope_bounds_are_above_the_largest_slope_and_within_a_millionth_of_it(kind):
-    """Slopes by autograd in float64: a fine grid, and a finer one around its maximum."""
+    """Slope bounds are above the largest slope, and within a millionth of it.
+
+    Slopes are by autograd in float64, on a fine grid and on a finer one around its maximum.
+    """
 
     def slopes(x):
         x.requires_grad_(True)
@@ -75,7 +78,7 @@ def test_slope_bounds_are_above_the_largest_slope_and_within_a_millionth_of_it(k
 
 @pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "abs"])
 def test_what_the_radius_rule_uses_holds_too(kind):
-    """abs(f(z)) <= abs(z): activations do not lengthen a token."""
+    """Activations do not lengthen a token, because abs(f(z)) <= abs(z)."""
     z = torch.linspace(-50.0, 50.0, 200_001, dtype=torch.float64)
     assert bool((ACTIVATIONS[kind](z).abs() <= z.abs()).all())
 
@@ -241,7 +244,10 @@ def test_a_subclass_of_a_plain_layer_may_compute_anything_and_is_refused():
 
 
 def test_the_constrained_classes_are_their_parents_and_have_no_norm_in_their_names():
-    """transformers' _init_weights and accelerate match on "Norm" in class names."""
+    """Constrained classes are their parents and have no "Norm" in their names.
+
+    _init_weights of transformers and accelerate match on such names.
+    """
     from lip_plugin.model import layers as modules
 
     assert issubclass(ConstrainedLinear, nn.Linear)

@@ -1,4 +1,7 @@
-"""A floor under a norm: its rules (constant, radius, local, rounding, drift) alone and in models, against attacks."""
+"""The rules of a floor under a norm hold against attacks, alone and in models.
+
+They are for the constant, the radius, local changes, rounding and drift.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ from lip_plugin.model.normalization import Floored, floor_
 from tests.support.families import FAMILIES, inputs_for
 from tests.support.pretrained_models import calibrated, lively, logits
 
-# a floor that half of the tokens are below; that none is below, or all are far below, on all families is slow
+# A floor that half of the tokens are below is tried on all families. A floor that no token is
+# below, or that all are far below, is slow there, and is tried on a few.
 QUICK = ("gpt2", "llama", "gemma3", "bert")
 ENDS = [(0.0, 1.0), (1.0, 4.0)]
 MIDDLE = [(f, 0.5, 1.0) for f in FAMILIES] + [(f, *end) for f in QUICK for end in ENDS]
@@ -114,7 +118,7 @@ def test_a_norm_alone_is_within_its_rule_and_attains_it_below_the_floor(
         math.sqrt(5 / 6) if module.facts.center else 1.0
     )  # centering takes the mean of the one entry
     assert attained >= 0.9 * share * bound if floor > 0.01 else attained <= bound
-    # without the floor in the rule it would be seen to fail: what the rule for no floor says is larger, never smaller
+    # The rule for no floor says more, never less. So leaving the floor out of the rule is seen.
     assert (
         float(Norm(**{**node.__dict__, "floor": 0.0}).bound(Decimal(7), ProvenNorms()).lipschitz)
         >= bound
@@ -154,7 +158,10 @@ def test_rounding_of_a_calibrated_model_is_within_its_bound(family: str) -> None
 
 
 def test_rounding_of_a_norm_without_a_gain_is_within_its_bound() -> None:
-    """Its width is not in a weight; a large mean is what costs."""
+    """Rounding of a norm without a gain is within its bound.
+
+    Its width is not in a weight. A large mean is what costs.
+    """
     for width in (64, 4096):
         module = nn.LayerNorm(width, elementwise_affine=False)
         floor_(module, "slot", 0.5)

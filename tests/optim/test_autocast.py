@@ -1,4 +1,4 @@
-"""A step inside torch.autocast: the constraint computes in its own precision, not in the surroundings'."""
+"""A step inside torch.autocast computes the constraint in its own precision."""
 
 from __future__ import annotations
 

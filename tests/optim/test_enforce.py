@@ -1,4 +1,4 @@
-"""project_() and attach_projection(): any optimizer, the same caps."""
+"""project_() and attach_projection() hold the same caps with any optimizer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def adamw(model):
 
 
 def torch_muon(model):
-    """It takes matrices only; what it does not step is frozen here."""
+    """torch.optim.Muon, which takes matrices only. What it does not step is frozen here."""
     matrices = [m.weight for _, m in constrained_modules(model) if m.layout.norm != "row"]
     for _, m in constrained_modules(model):
         m.weight.requires_grad_(m.layout.norm != "row")
@@ -139,7 +139,10 @@ def test_attaching_brings_a_model_within_its_caps_before_the_first_step():
 
 
 def test_a_skipped_step_projects_nothing():
-    """A gradient scaler skips steps; the projection sits on the optimizer's own hook."""
+    """A skipped step projects nothing.
+
+    A gradient scaler skips steps, and the projection sits on the optimizer's own hook.
+    """
     model = small()
     optimizer = adamw(model)
     attach_projection(optimizer, model)

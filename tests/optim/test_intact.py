@@ -1,4 +1,7 @@
-"""An optimizer notices when the model has changed under it: no cap is lost, and nothing stays untrained, without a word."""
+"""An optimizer notices when the model has changed under it.
+
+No cap is lost, and nothing stays untrained, without a word.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,10 @@ def test_a_change_before_the_optimizer_is_built_is_an_error_there(what: str, mak
 
 
 def test_the_cure_for_a_resized_model_works() -> None:
-    """What the message says: release, retrofit with the same config, a new optimizer."""
+    """The cure that the message names works for a resized model.
+
+    It is to release, to retrofit with the same config, and to make a new optimizer.
+    """
     model = capped("gpt2")
     a_step(model, muon(model))
     model.resize_token_embeddings(80, mean_resizing=False)
@@ -242,7 +248,7 @@ def test_an_optimizer_is_copied_and_pickled_without_its_model() -> None:
 
 
 def test_models_with_kept_norms_are_watched_as_well() -> None:
-    """norms='keep' models are watched as well."""
+    """Models with norms="keep" are watched as well."""
     model = tiny("llama")
     retrofit(model, LipschitzConfig(norms="keep"))
     optimizer = muon(model)

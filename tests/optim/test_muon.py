@@ -1,4 +1,7 @@
-"""LipschitzMuon: in the set after every step, steps of known size, exact to resume, proportional rates."""
+"""LipschitzMuon is in the set after every step, with steps of known size.
+
+It resumes exactly, and its rates are proportional.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,10 @@ def train(
 
 
 def adversarial_gradients_(model: nn.Module, step: int) -> None:
-    """What pushes norms up hardest: one direction for ever, the weight's own, rank one, huge, tiny, noise."""
+    """Gradients that push norms up hardest.
+
+    They are one direction for ever, the weight's own, of rank one, huge, tiny, or noise.
+    """
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
         kind = step % 6 if step > 60 else 0
@@ -90,7 +96,7 @@ def adversarial_gradients_(model: nn.Module, step: int) -> None:
 
 
 def stress(family: str, method: str, lr: float, steps: int) -> None:
-    """Adversarial gradients; after each step a float64 SVD of every block."""
+    """Take steps with adversarial gradients, with a float64 SVD of every block after each."""
     model = small(family, LipschitzConfig(method=method, w_max=1.2, overrides={"lm_head": 0.7}))
     optimizer = LipschitzMuon(model, lr=lr)
     worst = []
@@ -183,7 +189,10 @@ def test_a_decay_that_would_turn_the_weights_around_is_refused_before_anything_i
 
 
 def test_a_missing_projection_would_be_seen():
-    """The tests above can fail: without a cap in the layouts the same gradients leave the set."""
+    """A missing projection would be seen by the tests above.
+
+    Without a cap in the layouts the same gradients leave the set.
+    """
     model = small("gpt2")
     groups = param_groups(model, 0.05, 0.05, 3e-3)
     for group in groups:
@@ -342,7 +351,10 @@ def test_one_scheduler_moves_all_rates_in_proportion():
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_each_kind_moves_by_its_own_rate(factor):
-    """The first step of AdamW moves a bias by its rate; a row moves by embedding_lr in RMS norm."""
+    """Each kind of parameter moves by its own rate.
+
+    The first step of AdamW moves a bias by its rate, and a row by embedding_lr in RMS norm.
+    """
     model = small("gpt2", LipschitzConfig(w_max=1e3, embedding_max=1e3, init="keep"))
     optimizer = LipschitzMuon(model, lr=0.1, embedding_lr=0.3, adamw_lr=0.01)
     for group in optimizer.param_groups:
@@ -562,7 +574,10 @@ def test_the_result_does_not_depend_on_the_scale_of_the_gradients():
 
 
 def test_fused_attention_heads_are_stepped_one_by_one():
-    """A gradient in one head moves that head alone; whole-matrix Muon would move all of them."""
+    """A gradient in one attention head moves that head alone.
+
+    Muon on the whole matrix would move all of them.
+    """
     model = small("gpt2", LipschitzConfig(w_max=1e3))  # a soft cap nearby would shrink the others
     optimizer = LipschitzMuon(model, lr=0.1)
     module = model.transformer.h[0].attn.c_attn
@@ -578,7 +593,11 @@ def test_fused_attention_heads_are_stepped_one_by_one():
 
 
 def test_a_sharded_parameter_is_stepped_whole_and_refused_where_only_shards_are_seen(tmp_path):
-    """A DTensor's shard has another norm than its matrix; several processes are in test_distributed.py."""
+    """A sharded parameter is stepped whole, and refused where only shards are seen.
+
+    A DTensor's shard has another norm than its matrix. Several processes are in
+    test_distributed.py.
+    """
     distributed = pytest.importorskip("torch.distributed")
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 

@@ -1,4 +1,7 @@
-"""LipschitzMuon on blocks that are large enough for bf16, Gram forms and products by pieces: caps and steps hold."""
+"""Caps and steps of LipschitzMuon hold on large blocks.
+
+They are large enough for bf16, for Gram forms, and for products by pieces.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def blocks_of(kind: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def gradient(shape: tuple[int, int], step: int) -> torch.Tensor:
-    """First one push for ever, low rank beside noise; then noise, rank one, huge and tiny."""
+    """First one push for ever, of low rank beside noise, then hostile gradients.
+
+    They are noise, of rank one, huge, and tiny.
+    """
     generator = torch.Generator().manual_seed(step if step > 8 else 0)
     noise = torch.randn(shape, generator=generator)
     one = torch.randn(shape[0], 1, generator=generator) * torch.randn(shape[1], generator=generator)
@@ -88,7 +94,8 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
         precision.cpu_multiplies_bf16.cache_clear()
         assert precision.update_precision(None, wide) == expected
-        assert precision.update_precision(None, narrow) is None  # orthogonalize's own choice: float32
+        # orthogonalize's own choice is float32
+        assert precision.update_precision(None, narrow) is None
         assert precision.update_precision(None, wide.double()) is None
         assert precision.update_precision("float32", wide) == torch.float32
         assert precision.update_precision("bfloat16", narrow) == torch.bfloat16

@@ -1,4 +1,7 @@
-"""What an optimizer's state may bring back, and what it may not: caps, kinds and methods are the model's of now."""
+"""An optimizer's state brings back rates and moments, and never caps.
+
+Caps, kinds and methods are those that the model has now.
+"""
 
 from __future__ import annotations
 

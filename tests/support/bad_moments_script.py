@@ -1,4 +1,7 @@
-"""What each of two processes runs in test_bad_moments.py: torchrun --nproc_per_node 2 bad_moments_script.py OUT."""
+"""What each of two processes runs in test_bad_moments.py.
+
+torchrun --nproc_per_node 2 bad_moments_script.py OUT
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def parameter(model: nn.Module, ending: str) -> Any:
 
 
 def moment(how: str, what: Callable[[nn.Module, torch.optim.Optimizer], None]) -> dict[str, Any]:
-    """What `what` raises here; whether the weights are as before; whether training goes on after it."""
+    """What `what` raises, whether the weights are as before, and whether training goes on."""
     model, optimizer = setup(how)
     backward(CASE, model, 1, dist.get_rank(), dist.get_world_size())
     before = whole_weights(model)
@@ -147,7 +150,7 @@ def full_disk(folder: Path) -> Callable[[nn.Module, torch.optim.Optimizer], None
 
 
 def calls_on_shards() -> dict[str, Any]:
-    """What else takes a sharded model: the same answers on all processes."""
+    """The answers of what else takes a sharded model, the same on all processes."""
     model, optimizer = setup("fsdp")
     bound = certify(model)
     bound.verify(model)
@@ -168,13 +171,19 @@ def calls_on_shards() -> dict[str, Any]:
 
 
 def forward_only(model: nn.Module) -> None:
-    """As an evaluation does: FSDP2 leaves some parameters gathered after it."""
+    """A forward pass as an evaluation makes it.
+
+    FSDP2 leaves some parameters gathered after it.
+    """
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.long))
 
 
 def after_an_evaluation() -> dict[str, float]:
-    """Worst stored norm over its cap, by a float64 SVD of a copy, after an evaluation and then each of these."""
+    """The worst stored norm over its cap, after an evaluation and then each of these.
+
+    It is by a float64 SVD of a copy.
+    """
     found = {}
     for kind in ("muon", "adamw"):
         model = model_of(CASE)
@@ -206,7 +215,10 @@ def worst_stored(model: nn.Module) -> float:
 
 
 def certified_after_an_evaluation() -> bool:
-    """Whether a certificate is of the stored weights, even if an evaluation left copies of older ones."""
+    """Whether a certificate is of the stored weights after an evaluation.
+
+    The evaluation may leave copies of older ones.
+    """
     model, optimizer = setup("fsdp")
     backward(CASE, model, 1, dist.get_rank(), dist.get_world_size())
     forward_only(model)
@@ -219,7 +231,10 @@ def certified_after_an_evaluation() -> bool:
 
 
 def several_models(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A model for each process, over a mesh of its own: one certificate cannot be for both."""
+    """A model for each process, over a mesh of its own.
+
+    One certificate cannot be for both.
+    """
     mesh = dist.init_device_mesh(
         "cpu", (dist.get_world_size(), 1), mesh_dim_names=("copies", "shards")
     )

@@ -1,4 +1,4 @@
-"""A loop of its own that saves after every step and goes on where it was, to be killed at any moment.
+"""A loop that saves after every step and goes on where it was, to be killed at any moment.
 
     python checkpoint_script.py RUN STEPS CASE [alone|fsdp|ddp]      (or under torchrun)
 

@@ -1,6 +1,7 @@
-"""What each of two processes runs in test_ddp.py: a Trainer with a lone callback, and a bare DDP loop.
+"""What each of two processes runs in test_ddp.py: a Trainer with a lone callback, and a DDP loop.
 
-Not a test by itself: torchrun --nproc_per_node 2 ddp_script.py OUT. Each rank writes OUT/rank-N.pt.
+It is no test by itself. It runs by torchrun --nproc_per_node 2 ddp_script.py OUT, and each rank
+writes OUT/rank-N.pt.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def with_trainer(family: str, folder: Path) -> dict:
 
 
 def sharded(folder: Path) -> dict:
-    """A saved retrofitted model, loaded sharded (FSDP2) by transformers, in a Trainer with a lone callback."""
+    """A saved retrofitted model in a Trainer with a lone callback.
+
+    transformers loads it sharded (FSDP2).
+    """
     from transformers.distributed import DistributedConfig
 
     if dist.get_rank() == 0:
@@ -129,7 +133,7 @@ def sharded(folder: Path) -> dict:
 
 
 def by_hand(kind: str) -> dict:
-    """A bare loop: retrofit, DDP, and either LipschitzMuon or AdamW with a projection."""
+    """A bare loop under DDP with LipschitzMuon, or with AdamW and a projection."""
     rank = dist.get_rank()
     model = tiny("llama", **SMALL)
     torch.manual_seed(100 + rank)

@@ -1,7 +1,8 @@
 """What test_distributed.py runs: the same training on one process, under DDP, and under FSDP2.
 
-On one process by calling `train(case)`; on several by torchrun --nproc_per_node N distributed_cases.py OUT, each rank of
-which writes OUT/rank-N.pt. Every process draws the same global batch and takes its own rows of it.
+On one process it runs by calling `train(case)`. On several it runs by
+torchrun --nproc_per_node N distributed_cases.py OUT, and each rank writes OUT/rank-N.pt. Every
+process draws the same global batch and takes its own rows of it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from tests.support.families import tiny
 from tests.support.oracles import randomize_, worst_over_cap
 
 STEPS, BATCH, TOKENS = 20, 4, 12
-# 24 wide, 4 heads of 6 rows: pieces of 24 / 4 or 12 / 4 rows cut through heads, a vocabulary of 5 leaves the fourth
-# process of four without a row of its table (2, 2, 1, 0), and 67 rows are cut unevenly.
+# The width is 24, with 4 heads of 6 rows, so that pieces of 24 / 4 or 12 / 4 rows cut through
+# heads. A vocabulary of 5 leaves the fourth process of four without a row of its table
+# (2, 2, 1, 0), and 67 rows are cut unevenly.
 _SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -46,8 +48,9 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
 
 
-# Softmax does not see a key's bias, so its gradient is rounding noise, which AdamW makes as large as any other: it
-# differs between any two runs, on one process as well. "gpt2 position" has no keys, and keeps its biases.
+# Softmax does not see a key's bias, so that its gradient is rounding noise, which AdamW makes as
+# large as any other. It differs between any two runs, on one process as well. "gpt2 position" has
+# no keys, and keeps its biases.
 _NO_BIASES = {"biases": "drop"}
 CASES = {
     "gpt2": Case("gpt2", vocabulary=5, config=_NO_BIASES),
@@ -106,7 +109,10 @@ def shard(model: nn.Module, bf16: bool, copies: int = 1) -> nn.Module:
 
 
 def swap(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case) -> nn.Module:
-    """Shard the model of an optimizer that is there already, and put the shards into its groups, as accelerate does."""
+    """Shard the model of an optimizer that is there already, as accelerate does.
+
+    The shards go into its groups.
+    """
     names = {id(p): n for n, p in model.named_parameters()}
     wrapped = shard(model, case.bf16)
     now = dict(wrapped.named_parameters())
@@ -139,7 +145,11 @@ def backward(case: Case, model: nn.Module, step: int, rank: int, world: int) -> 
 
 
 def train(case: Case, how: str = "alone") -> dict[str, Any]:
-    """Weights, worst norms over caps after every step (float64 SVDs), certificate; the same on every process."""
+    """Train a case, with the same result on every process.
+
+    Gives the weights, the worst norms over caps after every step (float64 SVDs), and the
+    certificate.
+    """
     rank, world = (0, 1) if how == "alone" else (dist.get_rank(), dist.get_world_size())
     model = model_of(case)
     starts = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -197,8 +207,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def leave() -> None:
     """End a process of several.
 
-    When all work is done, torch's threads now and then abort, or wait for ever, at the interpreter's exit (met three times
-    with 2.13 and gloo), so there is no such exit.
+    When all work is done, torch's threads now and then abort, or wait for ever, at the exit of the
+    interpreter (met three times with 2.13 and gloo). So there is no such exit.
     """
     dist.barrier()
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
-"""Tiny models of every family, seeded: 2 layers, hidden 32, vocabulary 67. `tiny(name, **overrides)`.
+"""Tiny models of every family, seeded: 2 layers, width 32, vocabulary 67.
 
-Overrides are config fields by their common Hugging Face names (`hidden_size`, `num_hidden_layers`,
-`num_attention_heads`, `vocab_size`, `max_position_embeddings`), also for nanoGPT, or the family's own.
+`tiny(name, **overrides)` makes one. Overrides are config fields by their common Hugging Face names
+(`hidden_size`, `num_hidden_layers`, `num_attention_heads`, `vocab_size`,
+`max_position_embeddings`), also for nanoGPT, or fields of the family's own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ _OPT: dict[str, Any] = {
     "eos_token_id": 0,
 }
 _BERT: dict[str, Any] = {"intermediate_size": 48, "type_vocab_size": 3}
-# Another id than the library's own: positions begin behind it, and tests' texts of small ids are free of it.
+# This is another id than the library's own. Positions begin behind it, and the tests' texts of
+# small ids are free of it.
 PADDING = 9
 _ROBERTA: dict[str, Any] = {**_BERT, "pad_token_id": PADDING}
 _DISTILBERT: dict[str, Any] = {"hidden_dim": 48}
@@ -187,7 +189,10 @@ def auto_class(name: str) -> Any:
 
 
 def inputs_for(name: str, batch: int = 2, tokens: int = 12) -> torch.Tensor:
-    """Random inputs of a tiny model: token ids [batch, tokens] without padding, or pixels in [-1, 1]."""
+    """Random inputs of a tiny model.
+
+    They are token ids [batch, tokens] without padding, or pixels in [-1, 1].
+    """
     if name == "vit":
         return 2 * torch.rand(batch, 2, 12, 12) - 1
     if name in PADDED:
@@ -199,8 +204,8 @@ def inputs_for(name: str, batch: int = 2, tokens: int = 12) -> torch.Tensor:
 def data_for(name: str, rows: int = 32, tokens: int = 16) -> list[dict[str, Any]]:
     """A data set that a few steps can learn, as Trainer takes it.
 
-    Periodic text, each row from another start; for classifiers the label of the token that they read, the
-    first or the last; images of one brightness for each label.
+    It is periodic text, each row from another start. For classifiers the label is that of the token
+    that they read, the first or the last. Images have one brightness for each label.
     """
     if name == "vit":
         shades = torch.linspace(-1, 1, 5)

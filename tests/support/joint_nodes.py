@@ -1,4 +1,7 @@
-"""Attention, MLP and gate nodes from plain weights, with their proven norms; an attack on any of them."""
+"""Attention, MLP and gate nodes from plain weights, and an attack on any of them.
+
+The nodes come with their proven norms.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from lip_plugin.certificate.graph.attention import Attention, HeadRows
 from lip_plugin.certificate.graph.base import Bound, LinearNorms, ProvenNorms
 from lip_plugin.certificate.graph.containers import Chain, Residual
 from lip_plugin.certificate.graph.decimals import INF, to_float, up
-from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.joint_attention import AttentionOut
+from lip_plugin.certificate.graph.joint_bounds import GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import Activation, Gate, Linear, Scale
 from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
 from lip_plugin.model.activations import ACTIVATIONS, ScaledActivation
@@ -34,7 +38,10 @@ def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def measured(node: Any, linears: dict[str, tuple[Linear, int]]) -> ProvenNorms:
-    """Proven norms of each linear map (of `heads` parts), and what the joint node measures of them."""
+    """Proven norms of each linear map, and what the joint node measures of them.
+
+    A map has `heads` parts.
+    """
     norms = ProvenNorms()
     for role, (one, heads) in linears.items():
         weight = one.weight()
@@ -100,7 +107,7 @@ def activation(kind: str, scaled: bool = False) -> Activation:
 
 
 def joint_only(node: Any, r: float, norms: ProvenNorms) -> tuple[float, float]:
-    """(radius, constant) by the joint rule alone: the old ones are made infinite."""
+    """Radius and constant by the joint rule alone; the other rules are made infinite."""
     nothing = mock.Mock(return_value=Bound(INF, INF))
     with mock.patch.object(Chain, "bound", nothing), mock.patch.object(Residual, "bound", nothing):
         bound = node.bound(up(r), norms)
@@ -108,7 +115,7 @@ def joint_only(node: Any, r: float, norms: ProvenNorms) -> tuple[float, float]:
 
 
 def plain_only(node: Any, r: float, norms: ProvenNorms) -> tuple[float, float]:
-    """(radius, constant) by the rules of single maps."""
+    """Radius and constant by the rules of single maps."""
     single = ProvenNorms(norms)
     single.joint[node.name] = () if isinstance(node, AttentionOut) else None
     bound = node.bound(up(r), single)
@@ -118,9 +125,10 @@ def plain_only(node: Any, r: float, norms: ProvenNorms) -> tuple[float, float]:
 def attack(
     node: Any, d: int, tokens: int, r: float, *, seed: int, steps: int = 20
 ) -> tuple[float, float]:
-    """(size, slope) attained on the ball of radius r: Adam on inputs, steepest directions, token norms.
+    """Attack a node on the ball of radius r; gives the size and the slope that are attained.
 
-    The slope less 1e-10 of size / r: a forward off by 1e-15, over ends that are 2e-5 r apart.
+    Adam moves the inputs, directions are the steepest, and norms are token norms. 1e-10 of size / r
+    is taken from the slope, for a forward that is off by 1e-15 over ends that are 2e-5 r apart.
     """
     h = 1e-5 * r
     start = 2 * rand(6, tokens, d, seed=seed)
@@ -147,13 +155,16 @@ def attack(
 
 
 def secant(node: Any, x: Tensor, v: Tensor, h: float = 1e-6) -> float:
-    """Slope of the last token's output; v has token norm 1."""
+    """The slope of the last token's output, along a direction v of token norm 1."""
     assert float(rms(v).max()) == pytest.approx(1.0)
     return float(rms(node.run((x + h * v)[None]) - node.run((x - h * v)[None]))[0, -1]) / (2 * h)
 
 
 class Turn(nn.Module):
-    """Rotary positions; angles grow with the position by `speed`, all pairs alike where `alike`."""
+    """Rotary positions, whose angles grow with the position by `speed`.
+
+    All pairs turn alike where `alike` says so.
+    """
 
     def __init__(
         self, d_head: int, scaling: float = 1.0, speed: float = 1.0, alike: bool = False

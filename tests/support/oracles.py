@@ -1,4 +1,7 @@
-"""Independent judges that several test files use: float64 SVD norms, fingerprints, the recipe itself."""
+"""Independent judges that several test files use.
+
+They are norms by float64 SVD, fingerprints, and the recipe itself.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 def worst_over_cap(model: nn.Module) -> float:
-    """Largest block norm over its cap, by a float64 SVD (rows: by their float64 RMS norm)."""
+    """The largest norm of a block over its cap, by a float64 SVD.
+
+    Rows have their float64 RMS norm.
+    """
     worst = 0.0
     for _, module in constrained_modules(model):
         for segment, blocks in module.layout.views(module.weight.detach().double()):
@@ -48,7 +54,10 @@ def worst_over_cap(model: nn.Module) -> float:
 
 @torch.no_grad()
 def randomize_(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Random values of moderate size in every parameter: an initial zero map would hide the network."""
+    """Put random values of moderate size into every parameter.
+
+    A map that is zero at first would hide the network.
+    """
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         scale = 0.3 if p.dim() < 2 else 1.5 / math.sqrt(min(p.shape))
@@ -75,7 +84,10 @@ def table_of(model: nn.Module) -> Parts:
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [batch, tokens, vocabulary] of a Hugging Face or nanoGPT model; a classifier's [batch, 1, labels]."""
+    """Logits [batch, tokens, vocabulary] of a Hugging Face or nanoGPT model.
+
+    Those of a classifier are [batch, 1, labels].
+    """
     logits = model(ids, ids)[0] if type(model).__name__ == "GPT" else model(ids).logits
     return logits if logits.dim() == 3 else logits.unsqueeze(1)
 
@@ -116,7 +128,10 @@ def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    """Bit for bit; a nan equals a nan, and a meta tensor another of its shape."""
+    """Assert that nothing changed, bit for bit.
+
+    A nan equals a nan, and a meta tensor equals another one of its shape.
+    """
     after = fingerprint(model)
     assert {k: v for k, v in after.items() if k != "tensors"} == {
         k: v for k, v in before.items() if k != "tensors"
@@ -135,7 +150,10 @@ GELU, GELU_TANH, SILU, RELU = "gelu", "gelu_tanh", "silu", "relu"
 
 @dataclass(frozen=True)
 class Spec:
-    """Where the oracle finds a family's parameters; `mlp` and `attention` are prefixes inside a layer."""
+    """Where the oracle finds a family's parameters.
+
+    `mlp` and `attention` are prefixes inside a layer.
+    """
 
     layer: str
     attention: str
@@ -277,9 +295,10 @@ SPECS = {
 class Recipe:
     """The transformer of arXiv 2507.13338 written out, straight from the parameters of a model.
 
-    x <- (1-a) x + a f(x); logits attention_scale q.k / d_head; attention's output times value_scale;
-    activation over its largest slope; no norm, softcap or multiplier anywhere. Parallel branches: f is
-    their mean. A table of position biases, if there is one, is added to the logits. Nothing of lip_plugin is used.
+    A block computes x <- (1-a) x + a f(x). Logits are attention_scale q.k / d_head, the output of
+    attention is multiplied by value_scale, and an activation is divided by its largest slope. There
+    is no norm, softcap or multiplier anywhere. Of parallel branches f is the mean. A table of
+    position biases, if there is one, is added to the logits. Nothing of lip_plugin is used.
     """
 
     def __init__(
@@ -304,7 +323,8 @@ class Recipe:
         a = residual if residual is not None else default
         self.a = a if isinstance(a, tuple) else (a, a)
         self.logits, self.values, self.activation = logits, values, activation
-        # OPT's post-norm models and the BERTs have no norm slot behind the last block, where the scale would go
+        # OPT's post-norm models and the BERTs have no norm slot behind the last block, where the
+        # scale would go.
         slot = not family.startswith("opt_") and "bert" not in family
         self.logit_scale = logit_scale if logit_scale is not None else 10.0 if slot else 1.0
 
@@ -372,7 +392,7 @@ class Recipe:
         return self.linear(self.spec.head, x)
 
     def split(self, layer: str, x: Tensor, bias: float) -> tuple[Tensor, ...]:
-        """q, k, v [batch, heads, tokens, d_head]."""
+        """Split into q, k and v, each [batch, heads, tokens, d_head]."""
         names = [f"{layer}{self.spec.attention}{name}" for name in self.spec.qkv]
         maps = [self.linear(name, x, bias) for name in names]
         if self.spec.interleaved:
@@ -387,8 +407,8 @@ class Recipe:
         )
 
     def attention(self, layer: str, x: Tensor, i: int) -> Tensor:
-        # nanoGPT has no logit scale to set: its attention input is scaled by s instead, and the output
-        # by 1/s, so a bias inside counts 1/s times. The others' biases count once.
+        # nanoGPT has no logit scale to set. Its attention input is scaled by s instead, and the
+        # output by 1/s, so that a bias inside counts 1/s times. The others' biases count once.
         bias = 1.0
         if self.family == "nanogpt" and self.logits:
             bias = (math.sqrt(x.shape[-1] // self.heads) / self.logits) ** 0.5
@@ -408,7 +428,10 @@ class Recipe:
         return self.linear(name, mixed.transpose(1, 2).flatten(2), bias)
 
     def unseen(self, tokens: int, i: int) -> Tensor:
-        """Key j is seen by query i if j <= i and i - j < window; by everybody in an encoder."""
+        """Which keys a query does not see.
+
+        Key j is seen by query i if j <= i and i - j < window, and by every query in an encoder.
+        """
         behind = torch.arange(tokens)[:, None] - torch.arange(tokens)
         if not self.spec.causal:
             return torch.zeros_like(behind).bool()
@@ -420,7 +443,10 @@ class Recipe:
         return (behind < 0) | (behind >= (window or tokens))
 
     def rotate(self, x: Tensor, i: int) -> Tensor:
-        """Pairs (j, j + w/2) turned by position * speed; the table in float32, as theirs is."""
+        """Turn the pairs (j, j + w/2) by position * speed.
+
+        The table is in float32, as that of the libraries is.
+        """
         rotary = self.model.get_submodule(str(self.spec.rotary))
         kind = f"{self.model.config.layer_types[i]}_" if self.family == "gemma3" else ""
         speeds = getattr(rotary, f"{kind}inv_freq").float()

@@ -1,4 +1,7 @@
-"""Adapters on two processes: what ddp_script.py runs beside whole models. Each rank has batches of its own."""
+"""Adapters on two processes, which ddp_script.py runs beside whole models.
+
+Each rank has batches of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Adapted tiny models, and an oracle that knows no formula: what an adapted layer multiplies with, from its own forward."""
+"""Tiny models with adapters, and an oracle that knows no formula.
+
+The oracle finds what an adapted layer multiplies with from the layer's own forward.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ TARGETS: dict[str, Any] = {
 
 
 def tuner(kind: str, family: str, r: int = 4, **options: Any) -> Any:
-    """A peft config: lora, rslora, dora, oft, coft or hra."""
+    """A config of peft for lora, rslora, dora, oft, coft or hra."""
     options = {"target_modules": TARGETS[family], **options}
     if kind == "hra":
         return peft.HRAConfig(r=r, **options)
@@ -79,7 +82,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def effective(layer: Any) -> Tensor:
-    """[d_out, d_in], float64: the outputs of a copy of the layer for the unit vectors, less that for zero."""
+    """What a layer multiplies with, [d_out, d_in] in float64.
+
+    These are the outputs of a copy of the layer for the unit vectors, less the one for zero.
+    """
     twin = copy.deepcopy(layer).double().eval()
     for p in twin.parameters():  # peft may cast to its own dtype
         p.data = p.data.double()

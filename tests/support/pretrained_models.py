@@ -1,4 +1,7 @@
-"""Models as if they had been trained: gains that are not ones, output maps that are not zero; with and without floors."""
+"""Models as if they had been trained, with floors and without.
+
+Their gains are not ones, and their output maps are not zero.
+"""
 
 from __future__ import annotations
 

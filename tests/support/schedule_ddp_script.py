@@ -1,6 +1,7 @@
 """What each of two processes runs in test_schedule_ddp.py: a Trainer under a RetrofitSchedule.
 
-Not a test by itself: torchrun --nproc_per_node 2 schedule_ddp_script.py OUT. Each rank writes OUT/rank-N.pt.
+It is no test by itself. It runs by torchrun --nproc_per_node 2 schedule_ddp_script.py OUT, and each
+rank writes OUT/rank-N.pt.
 """
 
 from __future__ import annotations

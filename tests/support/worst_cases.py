@@ -12,10 +12,10 @@ from tests.support.families import tiny
 
 
 def one_head_rows(d: int, d_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [d, d] of sigma_max 1, all of it in the first head.
+    """Matrices q, k and v [d, d] of sigma_max 1, all of it in the first head.
 
-    Query e1 -> f1, e2 -> f2; key e2 -> f2, e3 -> f1; value e2 -> f1. So tokens at +-e2 have opposite
-    values and keys, a query at e1 weighs them equally, and it is blind to itself.
+    Queries map e1 to f1 and e2 to f2, keys e2 to f2 and e3 to f1, values e2 to f1. So tokens at
+    +-e2 have opposite values and keys. A query at e1 weighs them equally, and is blind to itself.
     """
     q, k, v = (torch.zeros(d, d, dtype=torch.float64) for _ in range(3))
     q[0, 0] = q[1, 1] = 1.0
@@ -25,7 +25,10 @@ def one_head_rows(d: int, d_head: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def worst_tokens(d: int, d_head: int, pairs: int, positive: bool = True) -> tuple[Tensor, Tensor]:
-    """(inputs, direction) [2 pairs + 1, d] of token norm 1 that attain H + sqrt(1 + H^2), H = d / d_head."""
+    """Inputs and a direction of token norm 1 that attain H + sqrt(1 + H^2).
+
+    Both are [2 pairs + 1, d], and H = d / d_head.
+    """
     heads, size = d / d_head, d**0.5
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(pairs)
     x, v = torch.zeros(2, 2 * pairs + 1, d, dtype=torch.float64)
@@ -38,7 +41,10 @@ def worst_tokens(d: int, d_head: int, pairs: int, positive: bool = True) -> tupl
 
 
 def one_head_gpt2(heads: int, width: int = 48) -> Any:
-    """GPT-2 with one layer, every norm 1 or 0, and all of q, k, v in one head; embeddings of RMS norm 1."""
+    """A GPT-2 of one layer with all of q, k and v in one head.
+
+    Every norm is 1 or 0, and embeddings have RMS norm 1.
+    """
     model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
     retrofit(model, LipschitzConfig(granularity="matrix", logit_scale=1.0))
     attention, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
@@ -60,7 +66,9 @@ def one_head_gpt2(heads: int, width: int = 48) -> Any:
 
 
 def published_claim(model: Any) -> float:
-    """What the published formula says of such a model: whole-matrix norms, the recipe's constants.
+    """What the published formula says of such a model.
+
+    It takes whole-matrix norms and the constants of the recipe.
 
     L_attention = w v (1 + 2 q k) / 3, each block (1 - a) + a L with a = 1 / (2 layers), here on
     measured norms; the feed-forward block is zero and the head has norm 1.
@@ -76,7 +84,10 @@ def published_claim(model: Any) -> float:
 
 
 def layered_gpt2(heads: int, layers: int, width: int = 48) -> Any:
-    """GPT-2 of any depth: `one_head_rows` in every attention, feed-forward parts zero, every norm 1 or 0."""
+    """A GPT-2 of any depth with `one_head_rows` in every attention.
+
+    Feed-forward parts are zero, and every norm is 1 or 0.
+    """
     model: Any = tiny(
         "gpt2", num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads
     )

@@ -1,4 +1,7 @@
-"""Models with floors under their norms: saved, generated with, released, wrapped, changed in mid-run."""
+"""Models with floors under their norms can be saved, released, wrapped and changed.
+
+They generate text, and change in mid-run.
+"""
 
 from __future__ import annotations
 

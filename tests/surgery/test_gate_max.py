@@ -1,4 +1,4 @@
-"""gate_max: both factors of a gated MLP capped entrywise, and what that does to bounds from caps."""
+"""gate_max caps both factors of a gated MLP entrywise, and so bounds from caps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def test_the_bound_holds_under_attack_and_the_graph_is_the_model(family: str) ->
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_no_entry_of_either_factor_exceeds_the_cap(family: str) -> None:
-    """Weights a hundred times too large: the product's entries still stay within the square of the cap."""
+    """No entry of either factor exceeds the cap.
+
+    Weights are a hundred times too large, and the product stays within the square of the cap.
+    """
     model = model_with(family, gate_max=2.0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -71,7 +74,10 @@ def test_no_entry_of_either_factor_exceeds_the_cap(family: str) -> None:
 
 
 def test_from_caps_the_factor_is_the_cap_and_no_longer_the_width() -> None:
-    """d = 32 and 128: without the cap the bound of one MLP grows like sqrt(d), with it not at all."""
+    """From caps the factor is the cap, whatever the width.
+
+    With d = 32 and 128, the bound of one MLP grows like sqrt(d) without the cap.
+    """
     constants: dict[float | None, list[float]] = {None: [], 2.0: []}
     for gate_max, found in constants.items():
         for d in (32, 128):

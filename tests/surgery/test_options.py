@@ -1,4 +1,7 @@
-"""Options that spend the bound better: attention by position, absolute values, two residual weights, logit scale."""
+"""Options that spend the bound better do what they say.
+
+They are attention by position, absolute values, two residual weights and the logit scale.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,10 @@ def test_no_attack_exceeds_the_certificate(family, name):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "nanogpt"])
 def test_biases_by_position_cost_nothing_whatever_they_are(family):
-    """A table of a thousand times random numbers: the same bound to the last digit, another function."""
+    """Biases by position change the function and no digit of the bound.
+
+    The table is a thousand times random numbers.
+    """
     model, x = with_options(family, "position alone").double(), inputs_for(family)
     before, logits = certify(model), logits_of(model, x)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Presets by name are fitted to every family, wherever a config may be given; an object is not."""
+"""A preset given by name is fitted to the family, and one given as an object is not.
+
+This holds wherever a config may be given.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Surgery: what is refused is left bit for bit as it was; what is reported is what was done."""
+"""What surgery refuses is left as it was bit for bit, and what it reports was done."""
 
 from __future__ import annotations
 
@@ -165,7 +165,10 @@ def test_a_tied_head_that_may_not_be_untied_is_refused(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_of_another_class_is_refused_before_anything_is_changed(family):
-    """A quantized or wrapped layer computes something else; so does a scaling embedding."""
+    """A layer of another class is refused before anything is changed.
+
+    A quantized or wrapped layer computes something else, and so does a scaling embedding.
+    """
 
     class Odd(nn.Linear):
         pass
@@ -291,7 +294,11 @@ def test_the_report_has_a_line_for_every_change_and_prints_as_a_table(family):
 
 
 def test_the_constants_are_those_of_the_telescoped_residual():
-    """c_k = (1-a)^k in the slots, a / c_(k+1) on the branches, 1/3 on attention, 1 / d_head on logits, last the scale."""
+    """The constants are those of the telescoped residual.
+
+    c_k = (1-a)^k stands in the slots, a / c_(k+1) on the branches, 1/3 on attention, 1 / d_head on
+    logits, and the scale comes last.
+    """
     model = tiny("gpt2", num_hidden_layers=3)
     retrofit(model)
     a, c = 1 / 6, [(5 / 6) ** k for k in range(7)]

@@ -1,4 +1,4 @@
-"""calibrate and own_caps: floors from data that change (almost) nothing, caps that change no bit."""
+"""calibrate gives floors that change almost nothing, and own_caps changes no bit."""
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ def test_padding_does_not_count() -> None:
 @pytest.mark.parametrize("tokens", [12, 3])
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "olmo2", "opt"])
 def test_padding_does_not_count_in_norms_of_heads(family: str, tokens: int) -> None:
-    """Heads before tokens or behind them; with 3 tokens and 1 of padding there are as many as heads."""
+    """Padding does not count in norms of heads.
+
+    Heads stand before tokens or behind them. With 3 tokens and 1 of padding there are as many as
+    heads.
+    """
     model, ids = lively(family), inputs_for(family, tokens=tokens)
     padded = torch.cat([ids, torch.full((len(ids), 1), 3)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(len(ids), 1, dtype=ids.dtype)], 1)
@@ -137,7 +141,11 @@ def test_of_many_tokens_some_are_looked_at_and_the_smallest_always(
 
 
 def test_attention_sinks_do_no_harm() -> None:
-    """A token far larger than all others, as trained transformers have: no one constant serves it and them, a floor does."""
+    """Attention sinks do no harm.
+
+    A token is far larger than all others, as in trained transformers. No one constant serves it and
+    them, and a floor does.
+    """
     model, ids = lively("bert"), inputs_for("bert")
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight[0] *= 40

@@ -1,4 +1,7 @@
-"""Killed at any moment a run ends where an unbroken one does; processes may come and go; a full disk costs nothing."""
+"""A run that is killed at any moment ends where an unbroken one does.
+
+Processes may come and go, and a full disk costs nothing.
+"""
 
 from __future__ import annotations
 

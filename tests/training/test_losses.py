@@ -1,4 +1,4 @@
-"""MarginLoss against its definition, in Trainer, and for what it is there: wider margins."""
+"""MarginLoss is what its definition says, works in Trainer, and widens margins."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def test_trainer_takes_it_and_its_eval_loss_is_the_plain_one(tmp_path):
 
 
 def test_training_with_a_margin_widens_margins():
-    """Of the smallest lead among right predictions, at the network's own scale, on data that can be learned."""
+    """Training with a margin widens margins, on data that can be learned.
+
+    The margin is the smallest lead among right predictions, at the network's own scale.
+    """
     leads = []
     ids = torch.tensor([row["input_ids"] for row in data_for("gpt2")])
     for margin in (0.0, 0.5):

@@ -1,4 +1,7 @@
-"""RetrofitSchedule: norms go and caps tighten while a pretrained model trains; in a loop, through the callback, and resumed."""
+"""Under a RetrofitSchedule norms go and caps tighten while a pretrained model trains.
+
+It works in a loop, through the callback, and resumed.
+"""
 
 from __future__ import annotations
 

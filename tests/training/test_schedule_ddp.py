@@ -1,4 +1,7 @@
-"""A schedule on two real processes (gloo): one set of constants, replicas equal to the bit, the same end."""
+"""A schedule on two real processes (gloo) has one set of constants and one end.
+
+Replicas are equal to the bit.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ _CLONED = 1 << 16  # entries up to which a buffer is copied, in case that it is 
 
 
 def _state(module: nn.Module) -> _Kept:
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    kinds = (bool, int, float, str, Tensor)
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, kinds)}
     buffers = dict(module._buffers)
     copies = {k: b.clone() for k, b in buffers.items() if b is not None and b.numel() <= _CLONED}
     return plain, buffers, copies

@@ -24,7 +24,8 @@ from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import INF, add, mul, root, to_float, up
 from lip_plugin.certificate.graph.inputs import refuse_odd_inputs
-from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.joint_attention import AttentionOut
+from lip_plugin.certificate.graph.joint_bounds import GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import (
     Activation,
     Gate,
@@ -38,6 +39,7 @@ from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.errors import CertificateError
 from lip_plugin.linalg.norms import row_rms_max_upper
+from lip_plugin.tables import table
 
 # The largest finite number of each format. Source of the two float8 formats: OCP 8-bit floating
 # point specification 1.0 (2023). That of bfloat16 is (2 - 2^-7) 2^127.
@@ -106,22 +108,19 @@ class ActivationReport:
         return all(row.proven <= FORMATS[dtype] for row in self.rows)
 
     def __str__(self) -> str:
+        head = ("activation", "what", "proven <=", "seen", "range proven to suffice")
+        rows = [(r.name, r.kind, r.proven, r.seen, (r.fits() or ("none",))[0]) for r in self.rows]
+        formats = ("<", "<10", "10.4g", "9.4g", "<")
+        seen = table(head, rows, formats, most=40, closed=True)
         width = min(max(len(r.name) for r in self.rows), 40)
-        head = (
-            f"{'activation':<{width}}  {'what':<10}  {'proven <=':>10}  {'seen':>9}  "
-            "range proven to suffice"
+        entropies = table(
+            None,
+            [(e.name, f"proven >= {e.proven:.4f}  seen {e.seen:.4f}") for e in self.entropies],
+            (f"<{width}", "<"),
+            most=width,
         )
-        lines = [
-            f"{r.name[-width:]:<{width}}  {r.kind:<10}  {r.proven:>10.4g}  {r.seen:>9.4g}  "
-            + ((r.fits() or ("none",))[0])
-            for r in self.rows
-        ]
-        lines += ["-" * len(head), f"attention entropy of the last of {self.tokens} tokens, nats"]
-        lines += [
-            f"{e.name[-width:]:<{width}}  proven >= {e.proven:.4f}  seen {e.seen:.4f}"
-            for e in self.entropies
-        ]
-        return "\n".join([head, "-" * len(head), *lines])
+        title = f"attention entropy of the last of {self.tokens} tokens, nats"
+        return "\n".join([seen, title, *entropies.splitlines()])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from lip_plugin.certificate.graph.decimals import (
     to_float,
     up,
 )
-from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.joint_attention import AttentionOut
+from lip_plugin.certificate.graph.joint_bounds import GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import (
     Activation,
     Gate,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import lip_plugin.certificate.drift.attention_rule  # noqa: F401 (registers the rule of attention)
 from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.drift.compatible import refuse_unlike_settings
 from lip_plugin.certificate.drift.rules import Sides, Streams, logit_step, rows_apart, step
@@ -34,6 +35,7 @@ from lip_plugin.certificate.weight_norms import (
 from lip_plugin.distributed.gather import has_shards, sharded_too
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.linalg.norms import row_rms_max_upper
+from lip_plugin.tables import table as layout
 
 # Relative rounding of a merged adapter weight W0 + s B A, and so of a difference with it, with some
 # room. It is computed in float64, which rounds each entry by one unit.
@@ -84,10 +86,8 @@ class Drift:
         )
 
     def __str__(self) -> str:
-        width = min(max([len(name) for name, _ in self.layers] + [5]), 44)
-        head = f"{'layer':<{width}}  {'apart by':>10}"
-        rows = [f"{name[-width:]:<{width}}  {delta:>10.4g}" for name, delta in self.layers]
-        return "\n".join([head, "-" * len(head), *rows, "-" * len(head), self.summary])
+        layers = layout(("layer", "apart by"), self.layers, ("<", "10.4g"), closed=True)
+        return f"{layers}\n{self.summary}"
 
 
 def drift(

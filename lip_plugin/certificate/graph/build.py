@@ -6,7 +6,6 @@ for each of them. Everything in a model that no rule covers is refused here by n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,43 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.graph.attention import Attention, HeadRows, Rotary
 from lip_plugin.certificate.graph.base import Node
+from lip_plugin.certificate.graph.branches import (
+    activation_of,
+    attention_branch,
+    config_of_root,
+    mlp_branch,
+    slot_of,
+)
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.entry import Entry, entry_of
-from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.joint_bounds import MlpResidual
 from lip_plugin.certificate.graph.nodes import (
     Activation,
-    Gate,
     Linear,
-    Norm,
     OneToken,
     Scale,
     Softcap,
 )
 from lip_plugin.certificate.graph.weights import (
     linear_of,
-    linears_of,
     maps_of,
     read_linear,
     refuse_computed,
 )
 from lip_plugin.errors import UnsupportedModelError
-from lip_plugin.model.activations import FunctionActivation, activation_kind
+from lip_plugin.model.activations import FunctionActivation
 from lip_plugin.model.architecture import Architecture, Family, find_family
-from lip_plugin.model.heads import head_dim
 from lip_plugin.model.layers import RowParameter, is_embedding, table_of
-from lip_plugin.model.normalization import Floored, norm_facts
 from lip_plugin.model.parts import (
-    BranchParts,
     LayerParts,
     Parts,
-    owner_of,
     parts,
     refuse_undescribed,
 )
-from lip_plugin.model.position import position_bias
-from lip_plugin.model.scales import ConstantScale, branch_scale, entry_cap, input_scale
 from lip_plugin.model.wrappers import unwrap
 from lip_plugin.surgery.state import find_retrofit, is_retrofitted
 
@@ -157,7 +153,7 @@ def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
     They are its two branches, one after the other, each with the norm behind its sum if there is
     one. In a family with parallel branches they are one node for both.
     """
-    chains = [_attention_branch(root, names, layer), _mlp_branch(root, names, layer)]
+    chains = [attention_branch(root, names, layer), mlp_branch(root, names, layer)]
     if names.architecture.parallel:
         yield Parallel(layer.name, chains)
         return
@@ -166,7 +162,7 @@ def _block(root: nn.Module, names: Parts, layer: LayerParts) -> Iterator[Node]:
     ):
         yield kind(branch.module, branch_chain)
         if branch.sum_norm:
-            yield _slot(root, branch.sum_norm)
+            yield slot_of(root, branch.sum_norm)
 
 
 _ONE_TOKEN = {"first": 0, "last": -1}  # index of the token that a classifier keeps
@@ -174,10 +170,10 @@ _ONE_TOKEN = {"first": 0, "last": -1}  # index of the token that a classifier ke
 
 def _readout(root: nn.Module, names: Parts) -> list[Node]:
     """The nodes from the last block to the logits."""
-    architecture, config = names.architecture, _config(root)
+    architecture, config = names.architecture, config_of_root(root)
     nodes: list[Node] = []
     if architecture.final_norm:
-        nodes.append(_slot(root, architecture.final_norm))
+        nodes.append(slot_of(root, architecture.final_norm))
     for kind, path in architecture.readout:
         if kind in _ONE_TOKEN:
             padding = _padding(root, architecture) if kind == "last" else None
@@ -188,9 +184,9 @@ def _readout(root: nn.Module, names: Parts) -> list[Node]:
         elif kind == "dense":
             nodes.append(linear_of(root, "dense", path))
         elif kind == "act":
-            nodes += _activation(root, path)
+            nodes += activation_of(root, path)
         else:
-            nodes.append(_slot(root, path))
+            nodes.append(slot_of(root, path))
     nodes.append(linear_of(root, "head", architecture.head))
     divisor = (
         float(getattr(config, architecture.logits_divisor)) if architecture.logits_divisor else 1.0
@@ -201,10 +197,6 @@ def _readout(root: nn.Module, names: Parts) -> list[Node]:
     if cap is not None:
         nodes.append(Softcap(str(architecture.softcap), float(cap)))
     return nodes
-
-
-def _config(root: nn.Module) -> Any:
-    return root.config
 
 
 def _padding(root: nn.Module, architecture: Architecture) -> int | None:
@@ -233,10 +225,10 @@ def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
 
 # The map from the model's inputs to what enters the first block.
 def _entry(root: nn.Module, names: Parts) -> Entry:
-    architecture, config = names.architecture, _config(root)
+    architecture, config = names.architecture, config_of_root(root)
     scale = _embedding_scale(root, architecture)
     tables = [(role, name, _known_table(root, name)) for role, name in names.tables()]
-    norm = _slot(root, architecture.entry_norm) if architecture.entry_norm else None
+    norm = slot_of(root, architecture.entry_norm) if architecture.entry_norm else None
     padding = _padding(root, architecture)
     first_position = (
         padding + 1 if architecture.positions_follow_padding and padding is not None else None
@@ -281,146 +273,3 @@ def _known_table(root: nn.Module, name: str) -> Any:
         "proven rule here. Merge adapters (merge_and_unload), or leave the embedding out of their "
         "target_modules."
     )
-
-
-def _slot(root: nn.Module, name: str) -> Node:
-    """The node of a norm slot: a constant if the norm was removed, else the norm."""
-    module: Any = root.get_submodule(name)
-    if isinstance(module, ConstantScale):
-        return Scale(name, module.scale)
-    refuse_computed(module, name)
-    facts = norm_facts(module, name)
-    weight: Any = getattr(module, "weight", None)
-    bias = getattr(module, "bias", None)
-    if facts.one_plus:
-        # 1 + w may be rounded towards zero. So it is formed in float64 and moved away from zero by
-        # one unit.
-        gain = 1.0 + weight.detach().double()
-        weight = gain + gain * 2**-52
-    floor = module.floor if isinstance(module, Floored) else 0.0
-    return Norm(name, module, facts.eps, facts.center, weight, bias, floor)
-
-
-def _branch(
-    root: nn.Module, names: Parts, layer: LayerParts, branch: BranchParts, nodes: list[Node]
-) -> Chain:
-    """One branch: the slot in front of f, the nodes of f, and the factors on its output."""
-    before = (
-        _slot(root, branch.norm)
-        if branch.norm
-        else Scale(branch.module, input_scale(root.get_submodule(branch.module)))
-    )
-    chain = [before, *nodes]
-    # If the factor sits on the activation's output (OPT), it is among the nodes of f already.
-    if branch.scale != branch.act:
-        chain.append(Scale(branch.scale, branch_scale(root.get_submodule(branch.scale))))
-    if branch.branch_norm:
-        chain.append(_slot(root, branch.branch_norm))
-    attribute = names.architecture.residual_scale
-    factor = float(getattr(root.get_submodule(layer.name), attribute)) if attribute else 1.0
-    if factor != 1.0:
-        chain.append(Scale(f"{layer.name}.{attribute}", factor))
-    return Chain(branch.module, chain)
-
-
-def _projections(
-    root: nn.Module, names: Parts, branch: BranchParts, d_head: int
-) -> dict[str, HeadRows]:
-    """q, k and v by role. Each is a linear map of its own, or some rows of a fused one."""
-    heads = {"q": names.n_heads, "k": names.n_kv_heads, "v": names.n_kv_heads}
-    if "qkv" not in branch.linears:
-        maps = {role: linear_of(root, role, branch.linears[role]) for role in heads}
-        return {r: HeadRows(r, maps[r], 0, count * d_head, count) for r, count in heads.items()}
-    interleaved = names.n_heads if names.architecture.attention.interleaved else None
-    fused, start, found = linear_of(root, "qkv", branch.linears["qkv"], interleaved), 0, {}
-    for role, count in heads.items():
-        found[role] = HeadRows(role, fused, start, start + count * d_head, count)
-        start += count * d_head
-    return found
-
-
-# The branch of a layer that holds attention and its output map.
-def _attention_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
-    described, branch = names.architecture.attention, layer.attention
-    module: Any = root.get_submodule(branch.module)
-    d_head = head_dim(root, layer, names)
-    projections = _projections(root, names, branch, d_head)
-    tau = 1.0 / math.sqrt(d_head)
-    if described.scaling:
-        owner, attribute = owner_of(root, branch.module, described.scaling)
-        tau = float(getattr(owner, attribute))
-    bias = position_bias(module)
-    if bias is not None and not bias.content:
-        tau = 0.0  # attention by position alone, without q.k
-    softcap = getattr(module, described.softcap) if described.softcap else None
-    if softcap is not None and not names.rotary:
-        raise UnsupportedModelError(
-            f"{branch.module} caps logits of unturned keys: no rule is proven for that."
-        )
-    if softcap is not None and bias is not None:
-        raise UnsupportedModelError(
-            f"{branch.module} caps logits and biases them: no rule is proven for that."
-        )
-    kind = getattr(module, described.layer_type) if described.layer_type else None
-    qk: list[Any] = [_slot(root, name) for name in branch.qk_norms] or [None, None]
-    widths = {n.weight.numel() for n in qk if isinstance(n, Norm) and n.weight is not None}
-    attention = Attention(
-        branch.module,
-        projections["q"],
-        projections["k"],
-        projections["v"],
-        tau=tau,
-        d_head=d_head,
-        d_in=projections["q"].linear.d_in,
-        q_norm=qk[0],
-        k_norm=qk[1],
-        rotary=Rotary(root.get_submodule(names.rotary), kind) if names.rotary else None,
-        whole_norms=bool(widths - {d_head}),
-        softcap=None if softcap is None else float(softcap),
-        causal=described.causal,
-        window=_window(root, module, described.window),
-        bias=bias,
-    )
-    out = linear_of(root, "out", branch.linears["out"])
-    return _branch(root, names, layer, branch, [AttentionOut(branch.module, [attention, out])])
-
-
-def _window(root: nn.Module, module: nn.Module, where: str | None) -> int | None:
-    """How many tokens a query sees, read where the forward reads it; None for all of them."""
-    if where is None:
-        return None
-    window = getattr(module if where == "module" else _config(root), "sliding_window", None)
-    return None if window is None else int(window)
-
-
-def _activation(root: nn.Module, name: str) -> list[Node]:
-    """The node of an activation, and that of the branch's factor if it sits on the output."""
-    module = root.get_submodule(name)
-    kind = activation_kind(module)
-    if kind is None:
-        raise UnsupportedModelError(f"{name} is {module}: no proven slope is known for it.")
-    nodes: list[Node] = [Activation(name, module, kind, entry_cap(module))]
-    if branch_scale(module) != 1.0:
-        nodes.append(Scale(name, branch_scale(module)))
-    return nodes
-
-
-# The branch of a layer that holds its MLP, gated or not.
-def _mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
-    branch, linears = layer.mlp, layer.mlp.linears
-    act, *scale = _activation(root, str(branch.act))
-    assert isinstance(act, Activation)
-    gated: list[Linear] | None = None
-    if "gate_up" in linears:
-        gated = linears_of(root, "gate_up", linears["gate_up"])
-    elif "gate" in linears:
-        gated = [linear_of(root, role, linears[role]) for role in ("gate", "up")]
-    down = linear_of(root, "down", linears["down"])
-    if gated is None:
-        return _branch(
-            root, names, layer, branch, [linear_of(root, "up", linears["up"]), act, *scale, down]
-        )
-    cap = entry_cap(root.get_submodule(linears.get("gate_up") or linears["up"]))
-    gate = Gate(branch.module, gated[0], gated[1], act, cap)
-    assert not scale
-    return _branch(root, names, layer, branch, [GatedMlp(branch.module, [gate, down])])

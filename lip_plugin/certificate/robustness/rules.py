@@ -22,7 +22,8 @@ from lip_plugin.certificate.graph.analysis import Analysis
 from lip_plugin.certificate.graph.base import largest
 from lip_plugin.certificate.graph.containers import Chain, Parallel, Residual
 from lip_plugin.certificate.graph.decimals import to_float
-from lip_plugin.certificate.graph.joint_bounds import AttentionOut, GatedMlp, MlpResidual
+from lip_plugin.certificate.graph.joint_attention import AttentionOut
+from lip_plugin.certificate.graph.joint_bounds import GatedMlp, MlpResidual
 from lip_plugin.certificate.graph.nodes import (
     Activation,
     Gate,

@@ -1,4 +1,4 @@
-"""A small GPT with nanoGPT's names: what the runner patches, and nothing that it does not touch."""
+"""A small GPT with the names of nanoGPT that the runner patches, and nothing else."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> GPT:
-        """Weights from elsewhere; here they are random, which is all that a test needs."""
+        """Weights from elsewhere, which are random here; a test needs no others."""
         model = GPT(GPTConfig(**(override_args or {})))
         expected = (
             GPTConfig.n_layer * 12 + 4 + 1

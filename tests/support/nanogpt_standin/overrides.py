@@ -1,4 +1,4 @@
-"""Settings from the command line: names of files to execute, and --key=value."""
+"""Settings from the command line, as names of files to execute and as --key=value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def overridden(settings: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
-    """The settings after all arguments, in order; a key that they do not have is an error."""
+    """The settings after all arguments, in order; an unknown key is an error."""
     settings = dict(settings)
     for argument in arguments:
         if not argument.startswith("--"):

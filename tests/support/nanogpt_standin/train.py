@@ -1,4 +1,4 @@
-"""Train the stand-in on data.txt: same stages, names and checkpoint as nanoGPT's script, in small."""
+"""Train the stand-in on data.txt, with the stages, names and checkpoint of nanoGPT's script."""
 
 from __future__ import annotations
 
