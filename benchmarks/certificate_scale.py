@@ -1,25 +1,29 @@
-"""Time and peak memory of a certificate: GPT-2 small in memory, and growing models streamed from files.
-
-Each case runs in a process of its own. Peak memory is its VmHWM (Linux; ru_maxrss elsewhere), the largest
-resident size, which counts pages of the mapped weight files too; "before" is the resident size once all is
-imported, "over" their difference. Wall time suffers from whatever else runs on the machine; processor time
-hardly does. Streamed models have GPT-2's architecture, retrofitted, and random bfloat16 weights, written
-layer by layer to sharded safetensors in a temporary folder (2.8 GB for the largest; deleted afterwards).
-The float64 singular values of all blocks that the certificate measures are timed on `--svd-layers` layers and
-on 4096 rows of the head, and extrapolated to all layers and rows, in proportion; these are transposed to
-tall, which LAPACK prefers. Beside them: whole weights as stored, which is what a plain loop would take.
+"""What does a certificate cost, in time and memory, as models grow?
 
     python benchmarks/certificate_scale.py            # about ten minutes on one core
     python benchmarks/certificate_scale.py --smoke    # seconds
+
+GPT-2 small is certified in memory, and growing models are streamed from files. Streamed models
+have the architecture of GPT-2, retrofitted, and random bfloat16 weights. These are written layer by
+layer to sharded safetensors in a temporary folder (2.8 GB for the largest), which is deleted
+afterwards.
+
+Each case runs in a process of its own. Its peak memory is VmHWM (Linux; ru_maxrss elsewhere), the
+largest resident size, which counts pages of the mapped weight files too. "before" is the resident
+size once all is imported, and "over" is their difference. Wall time suffers from whatever else runs
+on the machine, processor time hardly does.
+
+For comparison, float64 singular values of all blocks that the certificate measures are timed on
+`--svd-layers` layers and on 4096 rows of the head, and extrapolated in proportion to all layers and
+rows. These blocks are transposed to tall, which LAPACK prefers. Beside them are whole weights as
+stored, which is what a plain loop over the parameters would take.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,26 +31,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import MIB, Table, finish, headline, machine, output_of, parser
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lip_plugin import LipschitzConfig, certify, retrofit
 from lip_plugin.certificate.fingerprint import fingerprint, stored_tensors
-from lip_plugin.integrations.hf_checkpoint import certify_streamed
+from lip_plugin.integrations.huggingface.loading import certify_streamed
 from lip_plugin.linalg.norms import sigma_max_exact, sigma_max_upper
 
-SIZES = {"124M": (12, 768, 12), "355M": (24, 1024, 16), "1.3B": (24, 2048, 32)}  # layers, width, heads
+# (layers, width, heads)
+SIZES = {"124M": (12, 768, 12), "355M": (24, 1024, 16), "1.3B": (24, 2048, 32)}
 SMOKE = {"tiny": (2, 64, 4), "small": (6, 64, 4)}
-MIB = 1 << 20
 _HEAD_ROWS = 4096
 
 
 def config_of(layers: int, width: int, heads: int, vocabulary: int) -> GPT2Config:
-    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, n_positions=1024)
+    return GPT2Config(
+        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, n_positions=1024
+    )
 
 
 def memory(field: str) -> int:
-    """VmHWM (peak) or VmRSS (now) of this process in bytes; the peak, by getrusage, where there is no /proc."""
+    """VmHWM (peak) or VmRSS (now) of this process in bytes; the peak where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
@@ -55,7 +62,10 @@ def memory(field: str) -> int:
 
 
 def write_model(folder: Path, layers: int, width: int, heads: int, vocabulary: int) -> int:
-    """Random bfloat16 weights of a retrofitted GPT-2 in one shard a layer; returns the number of parameters."""
+    """Write random bfloat16 weights of a retrofitted GPT-2, one shard for each layer.
+
+    Returns the number of parameters.
+    """
     with torch.device("meta"):
         model = GPT2LMHeadModel(config_of(layers, width, heads, vocabulary))
     retrofit(model, LipschitzConfig(), _loading=True)  # a skeleton: its values come from the files
@@ -69,7 +79,8 @@ def write_model(folder: Path, layers: int, width: int, heads: int, vocabulary: i
     generator = torch.Generator().manual_seed(0)
     for file, names in shards.items():
         values = {
-            n: (torch.randn(tensors[n].shape, generator=generator) * 0.02).to(torch.bfloat16) for n in names
+            n: (torch.randn(tensors[n].shape, generator=generator) * 0.02).to(torch.bfloat16)
+            for n in names
         }
         save_file(values, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
@@ -78,7 +89,7 @@ def write_model(folder: Path, layers: int, width: int, heads: int, vocabulary: i
 
 
 def measured(call: Any) -> dict[str, Any]:
-    """Wall and processor seconds of a call, memory before and at its peak, and the bound that it gave."""
+    """Wall and processor seconds of a call, memory before and at its peak, and the bound."""
     before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     certificate = call()
     peak = memory("VmHWM")
@@ -93,7 +104,7 @@ def measured(call: Any) -> dict[str, Any]:
 
 
 def in_memory(shape: tuple[int, int, int], vocabulary: int) -> dict[str, Any]:
-    """certify() of a freshly built model: the first call (with the comparison), and a later one."""
+    """certify() of a fresh model: the first call, which also compares it, and a later one."""
     model = GPT2LMHeadModel(config_of(*shape, vocabulary))
     retrofit(model, LipschitzConfig())
     first = measured(lambda: certify(model))
@@ -110,7 +121,7 @@ def in_memory(shape: tuple[int, int, int], vocabulary: int) -> dict[str, Any]:
 
 
 def svdvals(shape: tuple[int, int, int], vocabulary: int, sample: int) -> dict[str, Any]:
-    """Processor seconds of float64 svdvals against proven bounds, for the same blocks, extrapolated."""
+    """Processor seconds of float64 svdvals and of proven bounds, same blocks, extrapolated."""
     layers, d, heads = shape
     blocks = {
         "heads": (3 * heads, d // heads, d),
@@ -131,7 +142,7 @@ def svdvals(shape: tuple[int, int, int], vocabulary: int, sample: int) -> dict[s
             found[name] = method(w)
             times[name] += weight * (time.process_time() - start)
         excess = max(excess, float((found["upper"] / found["exact"] - 1).max()))
-    stored = 0.0  # whole weights as GPT-2 stores them [d_in, d_out], as a plain loop over parameters would
+    stored = 0.0  # whole weights as GPT-2 stores them, [d_in, d_out]
     for size, weight in [
         *(((d, k * d), layers) for k in (3, 1, 4)),
         ((4 * d, d), layers),
@@ -155,13 +166,11 @@ def svdvals(shape: tuple[int, int, int], vocabulary: int, sample: int) -> dict[s
 def run_case(arguments: list[str]) -> dict[str, Any]:
     """The result of one case, from a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--case", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(result.stderr[-3000:])
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(output_of(command).splitlines()[-1])
 
 
 def case(arguments: list[str]) -> dict[str, Any]:
+    """What `run_case` asks the other process for."""
     kind = arguments[0]
     torch.set_num_threads(int(arguments[1]))
     if kind == "stream":
@@ -173,22 +182,24 @@ def case(arguments: list[str]) -> dict[str, Any]:
     return svdvals((layers, d, heads), vocabulary, int(arguments[6]))
 
 
-def show(name: str, row: dict[str, Any]) -> None:
-    shown = "".join(f"{row[k]:>12.1f}" for k in ("wall_s", "cpu_s", "before_mib", "peak_mib", "over_mib"))
-    print(f"{name:<22}{row['parameters'] / 1e6:>10.1f}M{shown}{row['log10_lipschitz']:>10.2f}", flush=True)
+def show(table: Table, name: str, row: dict[str, Any]) -> None:
+    """One line of the table."""
+    keys = ("wall_s", "cpu_s", "before_mib", "peak_mib", "over_mib", "log10_lipschitz")
+    table.row(name, f"{row['parameters'] / 1e6:.1f}M", *(row[key] for key in keys))
+
+
+def options() -> argparse.Namespace:
+    made = parser(__doc__, threads=1, svd_layers=(1, "layers whose singular values are timed"))
+    made.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of streamed models"
+    )
+    made.add_argument("--folder", help="where the temporary files go; default: the system's place")
+    made.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
+    return made.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--svd-layers", type=int, default=1, help="layers whose singular values are timed")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of streamed models")
-    parser.add_argument("--folder", help="where the temporary files go; default: the system's place")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, seconds")
-    parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = options()
     if args.case:
         print(json.dumps(case(args.case)))
         return
@@ -196,31 +207,36 @@ def main() -> None:
     streamed = {name: shape for name, shape in sizes.items() if args.smoke or name in args.sizes}
     first = next(iter(sizes))
     threads, plain = str(args.threads), [*(str(n) for n in sizes[first]), str(vocabulary)]
-    date = datetime.date.today().isoformat()
-    print(f"certificates at scale | cpu, {threads} threads | torch {torch.__version__} | {date}")
-    head = ("parameters", "wall s", "cpu s", "before MiB", "peak MiB", "over MiB")
-    print(f"{'case':<22}{head[0]:>11}" + "".join(f"{h:>12}" for h in head[1:]) + f"{'log10':>10}")
+    torch.set_num_threads(args.threads)
+    where = machine()
+    headline("certificates at scale", where)
+    table = Table(
+        *(("case", "<20"), ("parameters", "10"), ("wall s", "8.1f"), ("cpu s", "8.1f")),
+        *(("before MiB", "10.1f"), ("peak MiB", "10.1f"), ("over MiB", "10.1f")),
+        ("log10", "8.2f"),
+    )
     results: dict[str, Any] = {"memory": run_case(["memory", threads, *plain])}
-    show(f"in memory {first}", results["memory"])
+    show(table, f"in memory {first}", results["memory"])
     for name, shape in streamed.items():
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             parameters = write_model(Path(folder), *shape, vocabulary)
             layer = 12 * shape[1] ** 2 * 2 / MIB
-            row = {"parameters": parameters, "layer_mib": layer, **run_case(["stream", threads, folder])}
-        results[f"stream {name}"] = row
-        show(f"streamed {name}", row)
+            found = run_case(["stream", threads, folder])
+        row = results[f"stream {name}"] = {"parameters": parameters, "layer_mib": layer, **found}
+        show(table, f"streamed {name}", row)
     svd = results["svdvals"] = run_case(["svdvals", threads, *plain, str(args.svd_layers)])
     print(
-        f"float64 svdvals of all weights of {first} as stored {svd['stored_cpu_s']:.1f} s, of the blocks that are "
-        f"bounded, tall, {svd['svdvals_cpu_s']:.1f} s (extrapolated); proven bounds {svd['bounds_cpu_s']:.1f} s: "
-        f"{svd['stored_ratio']:.1f} and {svd['ratio']:.1f} times faster, at most {svd['excess']:.1e} too high"
+        f"float64 svdvals of all weights of {first} as stored {svd['stored_cpu_s']:.1f} s, of the "
+        f"blocks that are bounded, tall, {svd['svdvals_cpu_s']:.1f} s (extrapolated); "
+        f"proven bounds {svd['bounds_cpu_s']:.1f} s: {svd['stored_ratio']:.1f} and "
+        f"{svd['ratio']:.1f} times faster, at most {svd['excess']:.1e} too high"
     )
     memory_row = results["memory"]
     print(
-        f"{first} in memory: a later certificate {memory_row['again_cpu_s']:.2f} s, of which the fingerprint "
-        f"{memory_row['fingerprint_s']:.2f} s; from caps {memory_row['caps_s']:.2f} s"
+        f"{first} in memory: a later certificate {memory_row['again_cpu_s']:.2f} s, of which the "
+        f"fingerprint {memory_row['fingerprint_s']:.2f} s; from caps {memory_row['caps_s']:.2f} s"
     )
-    print(json.dumps({"benchmark": "certificate_scale", "torch": torch.__version__, "date": date, **results}))
+    finish("certificate_scale", where, **results)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,22 @@
-"""What the constraint costs on several processes: time of a step, and bytes on the wire against the least possible.
+"""What does the constraint cost on several processes, in time of a step and in bytes sent?
 
-    python benchmarks/distributed_step.py                       # gloo on this machine's CPU: 1, 2 and 4 processes
-    torchrun --nproc_per_node 8 benchmarks/distributed_step.py --worker   # any launcher, any device: prints from rank 0
-    python benchmarks/distributed_step.py --paper               # only the estimate for 64 GPUs and 7B parameters
+    python benchmarks/distributed_step.py                       # gloo, CPU: 1, 2 and 4 processes
+    torchrun --nproc_per_node 8 benchmarks/distributed_step.py --worker   # any launcher, any device
+    python benchmarks/distributed_step.py --paper               # only the estimate for 64 GPUs
     python benchmarks/distributed_step.py --smoke
 
-Three optimizers on one model, forward, backward and step, in turns in one process each: AdamW, AdamW with
-attach_projection, LipschitzMuon; for LipschitzMuon under DDP once more without sharing the work out. Ratios of medians to
-AdamW's step. Bytes are counted at the calls of torch.distributed that lip_plugin makes, for each process: what
-leaves it. The least possible: an update has to come to the owner of its matrix, and the weight back.
+Three optimizers take turns on one model, with forward pass, backward pass and step: AdamW, AdamW
+with attach_projection, and LipschitzMuon; under DDP also LipschitzMuon without sharing the work
+out. Ratios are of medians to the step of AdamW. Bytes are counted for each process where lip_plugin
+calls torch.distributed: what leaves the process. The least possible is that an update comes to the
+owner of its matrix and that the weight goes back. With --worker the first process prints.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,19 +24,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import (
+    MIB,
+    Table,
+    finish,
+    headline,
+    machine,
+    medians,
+    parsed,
+    parser,
+    ratios,
+    synchronize,
+    torchrun,
+)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, retrofit
-from lip_plugin import distributed as ours
+from lip_plugin.distributed import owners as ours
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 
 KINDS = ("AdamW", "AdamW, projection", "LipschitzMuon", "LipschitzMuon, not shared")
-# 7B: 32 layers of width 4096 with 32 heads, MLPs of 11008, a vocabulary of 32000. An H100's dense bf16 rate, of which
-# training reaches about 0.4; links of 50 GB/s for each GPU. Assumptions of the estimate, not measurements.
+SIZES = ("width", "layers", "vocabulary", "length", "batch", "repeats")
+# Assumptions of the estimate, not measurements. The model of 7B parameters has 32 layers of width
+# 4096 with 32 heads, MLPs of 11008 and a vocabulary of 32000. The rate is an H100's in dense bf16,
+# of which training reaches about 0.4. Links carry 50 GB/s for each GPU.
 PAPER = {
     "gpus": 64,
     "layers": 32,
@@ -54,6 +65,7 @@ RATE, REACHED, WIRE = 989e12, 0.4, 50e9
 
 
 def model_of(options: argparse.Namespace, device: str) -> nn.Module:
+    """A retrofitted llama, the same on every process."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=options.vocabulary,
@@ -69,6 +81,7 @@ def model_of(options: argparse.Namespace, device: str) -> nn.Module:
 
 
 def wrapped(model: nn.Module, how: str) -> nn.Module:
+    """The model under DDP or FSDP2, or as it is on one process."""
     if dist.get_world_size() == 1:
         return model
     if how == "ddp":
@@ -79,6 +92,7 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
 
 
 def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of one of KINDS."""
     if kind.startswith("LipschitzMuon"):
         made = LipschitzMuon(model, lr=0.02)
         if kind.endswith("not shared"):
@@ -100,7 +114,9 @@ class Counter:
     def watching(self) -> Iterator[None]:
         exchange, gather = dist.all_to_all_single, ours._all_gather
 
-        def counted_exchange(out: Any, into: Any, received: Any, sent: Any, group: Any = None) -> Any:
+        def counted_exchange(
+            out: Any, into: Any, received: Any, sent: Any, group: Any = None
+        ) -> Any:
             away = sum(sent) - sent[dist.get_rank(group)]
             self.bytes += away * into.element_size()
             return exchange(out, into, received, sent, group=group)
@@ -132,8 +148,7 @@ def measured(how: str, options: argparse.Namespace, device: str) -> dict[str, An
             with counters[kind].watching():
                 optimizers[kind].step()
             optimizers[kind].zero_grad()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            synchronize(device)
             dist.barrier()
             if repeat:
                 seconds[kind].append(time.perf_counter() - began)
@@ -145,20 +160,23 @@ def measured(how: str, options: argparse.Namespace, device: str) -> dict[str, An
         for n, p in models["AdamW"].named_parameters()
         if p.dim() == 2 and "embed_tokens" not in n
     )
-    share = (world - 1) / world * matrices / world if how == "fsdp" else (world - 1) * matrices / world
+    share = (
+        (world - 1) / world * matrices / world if how == "fsdp" else (world - 1) * matrices / world
+    )
     least = {"fsdp": 2 * share, "ddp": share}[how]
-    medians = {k: statistics.median(v) for k, v in seconds.items()}
+    median = medians(seconds)
     return {
         "how": how,
         "processes": world,
-        "seconds": medians,
-        "ratios": {k: v / medians["AdamW"] for k, v in medians.items()},
-        "mib_sent_per_process": {k: c.bytes / options.repeats / 2**20 for k, c in counters.items()},
-        "mib_least": least / 2**20,
+        "seconds": median,
+        "ratios": ratios(median, "AdamW"),
+        "mib_sent_per_process": {k: c.bytes / options.repeats / MIB for k, c in counters.items()},
+        "mib_least": least / MIB,
     }
 
 
 def worker(options: argparse.Namespace) -> None:
+    """What each process of a launcher does; the first one prints the rows."""
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -174,7 +192,10 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def paper() -> dict[str, float]:
-    """Seconds of a step of 7B parameters on 64 GPUs, each matrix stepped by one of them: computed, not measured."""
+    """Seconds of a step of 7B parameters on 64 GPUs, computed and not measured.
+
+    Each matrix is stepped by one of the GPUs.
+    """
     small = 16  # the operations of shapes a sixteenth as wide, times 16^3
     w, inner, head = (
         PAPER["width"] // small,
@@ -201,50 +222,27 @@ def paper() -> dict[str, float]:
 
 
 def launched(processes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
-    sizes = [
-        f"--{k}={getattr(options, k)}"
-        for k in ("width", "layers", "vocabulary", "length", "batch", "repeats")
-    ]
-    result = subprocess.run(
-        [*command, __file__, "--worker", *sizes],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("ROWS ")]
-    if result.returncode or not lines:
-        raise SystemExit(result.stderr[-3000:])
-    return json.loads(lines[0][5:])
+    """The rows that `worker` finds on so many processes of this machine."""
+    sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
+    printed = torchrun(processes, __file__, "--worker", *sizes)
+    return json.loads(next(x for x in printed.splitlines() if x.startswith("ROWS "))[5:])
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in (
-        ("width", 512),
-        ("layers", 4),
-        ("vocabulary", 2048),
-        ("length", 256),
-        ("batch", 2),
-        ("repeats", 7),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--worker", action="store_true", help="started by a launcher")
-    parser.add_argument("--paper", action="store_true", help="only the estimate")
-    parser.add_argument("--smoke", action="store_true")
-    options = parser.parse_args()
-    if options.smoke:
-        options.width, options.layers, options.vocabulary, options.length = 64, 1, 32, 16
-        options.repeats, options.processes = 1, [2]
-    return options
+    made = parser(
+        __doc__,
+        width=512,
+        layers=4,
+        vocabulary=2048,
+        length=256,
+        batch=(2, "sequences for each process"),
+        repeats=7,
+    )
+    made.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    made.add_argument("--worker", action="store_true", help="started by a launcher")
+    made.add_argument("--paper", action="store_true", help="only the estimate")
+    tiny = {"width": 64, "layers": 1, "vocabulary": 32, "length": 16}
+    return parsed(made, **tiny, repeats=1, processes=[2])
 
 
 def main() -> None:
@@ -252,31 +250,28 @@ def main() -> None:
     if options.worker:
         worker(options)
         return
-    rows = [] if options.paper else [row for n in options.processes for row in launched(n, options)]
-    if rows:
-        names = ("AdamW s", "+ projection", "LipschitzMuon", "not shared", "MiB sent", "least")
-        print(" " * 10 + "".join(f"{name:>15}" for name in names))
-    for row in rows:
-        ratio, sent = row["ratios"], row["mib_sent_per_process"]
-        alone = f"{ratio[KINDS[3]]:.2f}" if KINDS[3] in ratio else "-"
-        print(
-            f"{row['how']:<5} x {row['processes']:<2}{row['seconds']['AdamW']:>15.3f}{ratio[KINDS[1]]:>15.2f}"
-            f"{ratio[KINDS[2]]:>15.2f}{alone:>15}{sent[KINDS[2]]:>15.1f}{row['mib_least']:>15.1f}"
+    where = machine()
+    headline("a step on several processes", where)
+    rows: list[dict[str, Any]] = []
+    if not options.paper:
+        table = Table(
+            *(("how", "<8"), ("AdamW s", "8.3f"), ("+ projection", "8.2f")),
+            *(("LipschitzMuon", "8.2f"), ("not shared", "8.2f"), ("MiB sent", "8.1f")),
+            ("least", "8.1f"),
         )
+        for processes in options.processes:
+            for row in launched(processes, options):
+                ratio, sent = row["ratios"], row["mib_sent_per_process"][KINDS[2]]
+                times = (row["seconds"]["AdamW"], *(ratio.get(kind) for kind in KINDS[1:]))
+                table.row(f"{row['how']} x {row['processes']}", *times, sent, row["mib_least"])
+                rows.append(row)
     estimate = paper()
     print(
         "64 GPUs, 7B parameters, 4M tokens a step, computed (seconds): "
         + ", ".join(f"{k} {v:.3g}" for k, v in estimate.items() if k != "parameters")
     )
-    result = {
-        "benchmark": "distributed_step",
-        "rows": rows,
-        "paper": estimate,
-        "width": options.width,
-        "layers": options.layers,
-    }
-    result |= {"device": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    print(json.dumps({**result, "date": datetime.date.today().isoformat()}))
+    sizes = {"width": options.width, "layers": options.layers}
+    finish("distributed_step", where, rows=rows, paper=estimate, **sizes)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""The frontier: accuracy against the proven Lipschitz bound, method by method, optimizer by optimizer, cap by cap.
+"""What accuracy is there at which proven bound, by method, optimizer and cap?
 
-    python benchmarks/frontier.py --task mlp --budget small --seeds 2     # digits; the committed data
+    python benchmarks/frontier.py --task mlp --budget small --seeds 2     # digits, as committed
     python benchmarks/frontier.py --task mlp --dataset cifar10 --budget full
-    python benchmarks/frontier.py --task char --text FILE --budget small --only 'soft_cap/lipschitz_muon/*'
-    python benchmarks/frontier.py --task char --list                      # the runs, and which are done
+    python benchmarks/frontier.py --task char --text FILE --budget small --only 'soft_cap/adamw/*'
+    python benchmarks/frontier.py --task char --list                      # its runs
     python benchmarks/frontier.py --task mlp --figure docs/frontier.png   # from the file alone
-    python benchmarks/frontier.py --smoke                                 # a few steps of everything
+    python benchmarks/frontier.py --smoke
 
-Each run appends one JSON line to the results file; runs that are there already are skipped, so a run that was cut off
-goes on where it was. Of several learning rates the one of least loss (at the training temperature) on a part of the
-data kept for that is chosen on the first seed, and kept for the other seeds. Numbers are on held-out data.
+Each run appends one JSON line to the results file. Runs that are there already are skipped, so
+that an interrupted benchmark goes on where it was. Where a run has several learning rates, the
+first seed chooses the one of least loss (at the training temperature) on a part of the data that is
+kept for that, and the other seeds take it. Numbers are on held-out data.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import importlib
 import json
 import math
-import platform
 import tempfile
 import time
 from collections import deque
@@ -28,33 +27,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, finish, headline, machine, parser
 from frontier_tasks.runs import BUDGETS, Run, char_runs, mlp_runs
 from frontier_tasks.table import draw, table
 from tqdm.auto import tqdm
 
 TASKS = {"mlp": mlp_runs, "char": char_runs}
-DOCS = Path(__file__).parent.parent / "docs"
-RESULTS = {"mlp": DOCS / "frontier.jsonl", "char": DOCS / "frontier_char.jsonl"}
+RESULTS = {
+    "mlp": ROOT / "docs" / "frontier.jsonl",
+    "char": ROOT / "docs" / "frontier_char.jsonl",
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", choices=TASKS, default="mlp")
-    parser.add_argument("--budget", choices=("smoke", "quick", "small", "full"), default="small")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], help="names of runs, with * and ?; also for table and figure"
+    made = parser(__doc__, text=True)
+    made.add_argument("--task", choices=TASKS, default="mlp")
+    made.add_argument("--budget", choices=("smoke", "quick", "small", "full"), default="small")
+    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        help="names of runs, with * and ?; also for table and figure",
     )
-    parser.add_argument("--results", type=Path, help="the file of JSON lines; in docs/ without")
-    parser.add_argument("--dataset", help="mlp: an image data set of the hub; scikit-learn's digits without")
-    parser.add_argument("--text", help="char: a text file; the Python language reference without")
-    parser.add_argument("--list", action="store_true", help="names, and which seeds are done")
-    parser.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few steps of everything, into a temporary file"
+    made.add_argument("--results", type=Path, help="the file of JSON lines; in docs/ without")
+    made.add_argument(
+        "--dataset", help="mlp: an image data set of the hub; scikit-learn's digits without"
     )
-    parser.add_argument("--threads", type=int, help="of torch; all cores without")
-    options = parser.parse_args(arguments)
+    made.add_argument("--list", action="store_true", help="names, and which seeds are done")
+    made.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
+    made.add_argument("--threads", type=int, help="of torch; all cores without")
+    options = made.parse_args(arguments)
     options.results = options.results or RESULTS[options.task]
     return options
 
@@ -74,20 +78,24 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write((json.dumps(row) + "\n").encode())
 
 
-def done(rows: list[dict[str, Any]], options: argparse.Namespace, run: Run) -> dict[int, dict[str, Any]]:
+def done(
+    rows: list[dict[str, Any]], options: argparse.Namespace, run: Run
+) -> dict[int, dict[str, Any]]:
     """Rows of a run by seed. Raises SystemExit if the file holds another run of this name."""
     found = {}
     for row in rows:
         if (row["task"], row["budget"], row["data"], row["name"]) == (*_where(options), run.name):
             if row["run"] != run.plain():
                 raise SystemExit(
-                    f"{options.results}: {run.name} was run as {row['run']}. Rename one, or drop the line."
+                    f"{options.results}: {run.name} was run as {row['run']}. "
+                    "Rename one, or drop the line."
                 )
             found[row["seed"]] = row
     return found
 
 
 def _where(options: argparse.Namespace) -> tuple[str, str, str]:
+    """Task, budget and data, by which rows belong together."""
     given = options.dataset if options.task == "mlp" else options.text
     return options.task, options.budget, Path(given).name if given else "default"
 
@@ -110,7 +118,11 @@ def trained(
 def one(
     task: Any, run: Run, seed: int, options: argparse.Namespace, before: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Train, at the chosen rate or at the best of several, and prove; one row of the results."""
+    """Train and prove one row of the results.
+
+    Args:
+        before: the row of the first seed, whose rate is taken; None tries all rates of the run.
+    """
     began, chosen = time.perf_counter(), settings(options)
     split, steps = task.data(chosen, seed), run.steps or chosen.steps
     rates, tried, models = [before["lr"]] if before else list(run.rates), {}, {}
@@ -136,7 +148,8 @@ def one(
             "lr": lr,
         },
         "tried": {
-            f"{r:g}": round(loss, 5) if math.isfinite(loss) else "diverged" for r, loss in tried.items()
+            f"{r:g}": round(loss, 5) if math.isfinite(loss) else "diverged"
+            for r, loss in tried.items()
         },
         **{
             k: _rounded(v) if k in ("certified", "attacked", "accuracy", "loss") else v
@@ -148,7 +161,7 @@ def one(
             "seconds": round(between - began, 1),
             "seconds_proving": round(time.perf_counter() - between, 1),
         },
-        **_machine(),
+        **machine(DEVICE),
     }
 
 
@@ -156,18 +169,8 @@ def _rounded(value: Any) -> Any:
     return [round(v, 5) for v in value] if isinstance(value, list) else round(value, 5)
 
 
-def _machine() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def work(options: argparse.Namespace) -> None:
-    """Run whatever is not in the results file yet, the first seed of all before the second of any."""
+    """Run whatever is not in the results file yet: first all with one seed, then with the next."""
     runs = [run for run in TASKS[options.task]() if _wanted(run.name, options)]
     if not runs:
         raise SystemExit(f"--only {options.only!r} matches no run; --list shows their names.")
@@ -211,12 +214,16 @@ def main(arguments: list[str] | None = None) -> None:
     rows = rows_of(options)
     if options.figure:
         draw(rows, options.figure)
+    conclude(rows, options)
+
+
+def conclude(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print the table, and the JSON line."""
+    where = machine(DEVICE)
+    headline(f"frontier of {options.task}; each result names its own machine, this is", where)
     print(table(rows))
-    print(
-        json.dumps(
-            {"benchmark": "frontier", "task": options.task, "budget": options.budget, "rows": len(rows)}
-        )
-    )
+    about = {"task": options.task, "budget": options.budget, "rows": len(rows)}
+    finish("frontier", where, **about)
 
 
 def smoke(options: argparse.Namespace, folder: Path) -> None:
@@ -227,10 +234,7 @@ def smoke(options: argparse.Namespace, folder: Path) -> None:
         work(options)
         rows = rows_of(options)
         draw(rows, folder / f"{options.task}.png")
-        print(table(rows))
-        print(
-            json.dumps({"benchmark": "frontier", "task": options.task, "budget": "smoke", "rows": len(rows)})
-        )
+        conclude(rows, options)
 
 
 if __name__ == "__main__":

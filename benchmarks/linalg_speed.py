@@ -1,29 +1,26 @@
-"""Certified norms of GPT-2-small's matrices against float64 singular values: time and tightness.
-
-One number per block: 12 layers, c_attn as its 36 heads (64 x 768), attention c_proj 768 x 768, c_fc
-3072 x 768, MLP c_proj 768 x 3072; equal shapes in one batch. All alternate, and the medians of the same
-run are compared. LAPACK is slow for wide matrices, so svdvals is timed as stored and, as
-`sigma_max_exact` does it, transposed to tall; ratios to both are given. The weights are synthetic
-(no download): Gaussian, and with the dense flat top that training under a cap leaves.
+"""How fast are certified norms against float64 singular values, and how far above them?
 
     python benchmarks/linalg_speed.py            # a minute or two on two cores
     python benchmarks/linalg_speed.py --smoke    # one small layer, seconds
+
+The matrices have the shapes of GPT-2 small, with one norm for each block: 12 layers, c_attn as its
+36 heads (64 x 768), attention c_proj 768 x 768, c_fc 3072 x 768, MLP c_proj 768 x 3072. Equal
+shapes are one batch. All methods take turns, and the medians of the same run are compared. LAPACK
+is slow for wide matrices, so svdvals is timed as stored and, as `sigma_max_exact` does it,
+transposed to tall; ratios to both are given. The weights are synthetic, so that nothing is
+downloaded: Gaussian, and with the dense flat top that training under a cap leaves.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
+from common import Table, finish, headline, in_turns, machine, parsed, parser, wall
 from torch import Tensor
 
 from lip_plugin.linalg.norms import sigma_max_exact, sigma_max_upper
 from lip_plugin.linalg.projections import project
+
+TIMES = ("svdvals_s", "exact_s", "upper_s")
 
 
 def shapes(layers: int, d: int, heads: int) -> dict[str, tuple[int, int, int]]:
@@ -46,74 +43,49 @@ def weights(shape: tuple[int, int, int], kind: str) -> Tensor:
     return w
 
 
-def seconds(call: Callable[[], Tensor], device: str) -> float:
-    """Wall time of one call, device synchronized."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    start = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(w: Tensor, repeats: int, device: str) -> dict[str, float]:
-    """Medians of both, alternating, and how far the bound is above the truth at worst."""
+    """Median times of all methods, and how far the bound is above the truth at worst."""
     truth, upper = sigma_max_exact(w), sigma_max_upper(w)  # also warms up
     if not bool((upper >= truth * (1 - 1e-13)).all()):
         raise SystemExit("an upper bound lies below the singular value: please report this")
-    svdvals_s, exact_s, upper_s = [], [], []
-    for _ in range(repeats):
-        svdvals_s.append(seconds(lambda: torch.linalg.svdvals(w.double()), device))
-        exact_s.append(seconds(lambda: sigma_max_exact(w), device))
-        upper_s.append(seconds(lambda: sigma_max_upper(w), device))
-    return {
-        "svdvals_s": statistics.median(svdvals_s),
-        "exact_s": statistics.median(exact_s),
-        "upper_s": statistics.median(upper_s),
-        "excess": float((upper / truth - 1).max()),
+    calls = {
+        "svdvals_s": lambda: torch.linalg.svdvals(w.double()),
+        "exact_s": lambda: sigma_max_exact(w),
+        "upper_s": lambda: sigma_max_upper(w),
     }
+    seconds = wall(in_turns(calls, repeats, device, warm=0))
+    return {**seconds, "excess": float((upper / truth - 1).max())}
 
 
-def show(kind: str, matrix: str, blocks: str, row: dict[str, float]) -> None:
+def show(table: Table, kind: str, matrix: str, blocks: str, row: dict[str, float]) -> None:
     """One line of the table; `row` as from `measure`."""
-    times = "".join(f"{row[k]:10.3f}s" for k in ("svdvals_s", "exact_s", "upper_s"))
-    ratios = "".join(f"{row[k] / row['upper_s']:10.1f}x" for k in ("svdvals_s", "exact_s"))
-    print(f"{kind:10}{matrix:22}{blocks:>14}{times}{ratios}{row['excess']:11.1e}")
+    ratios = (row[key] / row["upper_s"] for key in TIMES[:2])
+    table.row(kind, matrix, blocks, *(row[key] for key in TIMES), *ratios, row["excess"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = parsed(parser(__doc__, device=True, repeats=3, layers=12), repeats=1, layers=1)
+    layers, repeats = args.layers, max(1, args.repeats)
+    d, heads = (128, 4) if args.smoke else (768, 12)
+    where = machine(args.device)
+    headline("certified norms against float64 svdvals", where)
+    table = Table(
+        *(("weights", "<8"), ("matrix", "<20"), ("blocks", "12"), ("svdvals s", "9.3f")),
+        *(("tall s", "9.3f"), ("certified s", "9.3f"), ("ratio", "7.1f"), ("to tall", "7.1f")),
+        ("excess", "8.1e"),
     )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="one layer, 128 wide, one repeat")
-    args = parser.parse_args()
-    layers, d, heads, repeats = args.layers, 768, 12, max(1, args.repeats)
-    if args.smoke:
-        layers, d, heads, repeats = 1, 128, 4, 1
-    name = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    )
-    date = datetime.date.today().isoformat()
-    print(f"certified norms against float64 svdvals | {name} | torch {torch.__version__} | {date}")
-    head = ("svdvals", "tall", "certified", "ratio", "to tall", "excess")
-    print(f"{'weights':10}{'matrix':22}{'blocks':>14}" + "".join(f"{h:>11}" for h in head))
     summary = {}
     for kind in ("gaussian", "capped"):
         rows: dict[str, dict[str, float]] = {}
         for matrix, shape in shapes(layers, d, heads).items():
             rows[matrix] = measure(weights(shape, kind).to(args.device), repeats, args.device)
-            show(kind, matrix, "x".join(map(str, shape)), rows[matrix])
-        total = {k: sum(r[k] for r in rows.values()) for k in ("svdvals_s", "exact_s", "upper_s")}
-        total["excess"] = max(r["excess"] for r in rows.values())
-        show(kind, "all", "", total)
-        ratios = {k: total[f"{k}_s"] / total["upper_s"] for k in ("svdvals", "exact")}
-        summary[kind] = {**total, "ratio": ratios["svdvals"], "ratio_to_tall": ratios["exact"]}
-    result = {"benchmark": "linalg_speed", "device": name, "torch": torch.__version__, "date": date}
-    print(json.dumps({**result, "layers": layers, "d": d, "repeats": repeats, **summary}))
+            show(table, kind, matrix, "x".join(map(str, shape)), rows[matrix])
+        total = {key: sum(row[key] for row in rows.values()) for key in TIMES}
+        total["excess"] = max(row["excess"] for row in rows.values())
+        show(table, kind, "all", "", total)
+        to_svdvals, to_tall = (total[key] / total["upper_s"] for key in TIMES[:2])
+        summary[kind] = {**total, "ratio": to_svdvals, "ratio_to_tall": to_tall}
+    finish("linalg_speed", where, layers=layers, d=d, repeats=repeats, **summary)
 
 
 if __name__ == "__main__":

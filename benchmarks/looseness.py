@@ -1,22 +1,18 @@
-"""Where a certificate is loose: proven over attained, node by node, on a trained model.
+"""Where is a certificate loose? Proven over attained, node by node, on a trained model.
 
-    python benchmarks/looseness.py --model runs/char_lm/model   # a folder that save_pretrained wrote
+    python benchmarks/looseness.py --model runs/char_lm/model   # a folder of save_pretrained
     python benchmarks/looseness.py                              # a small model, trained on the spot
     python benchmarks/looseness.py --smoke
 
-Every node (each sub-block, and inside it attention, matrices and activations) is attacked alone, on the
-ball that the certificate has for it: slopes and sizes are attained by an input that exists, but that the
-network before it may never produce. So a ratio near 1 says that the node's rule is tight on its ball; the
-last line, the whole model, also holds what composition loses.
+Every node (each sub-block, and inside it attention, matrices and activations) is attacked alone, on
+the ball that the certificate has for it. Slopes and sizes are attained by an input that exists, but
+the network before the node may never produce it. So a ratio near 1 says that the node's rule is
+tight on its ball. The last line, the whole model, also holds what composition loses.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -24,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Table, finish, headline, machine, parsed, parser
 from tqdm import tqdm
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
-from lip_plugin.certificate.build import Graph, build
+from lip_plugin.certificate.attack.falsify import falsify_node
+from lip_plugin.certificate.attack.starts import d_in_of
 from lip_plugin.certificate.certify import bound_of
-from lip_plugin.certificate.falsify import falsify_node
-from lip_plugin.certificate.graph import Norms, Residual
-from lip_plugin.certificate.measure import weight_norms
-from lip_plugin.certificate.radius import radius_of
-from lip_plugin.certificate.starts import d_in_of
-from lip_plugin.certificate.upper import add, to_float, up
+from lip_plugin.certificate.graph.base import ProvenNorms
+from lip_plugin.certificate.graph.build import Graph, build
+from lip_plugin.certificate.graph.containers import Residual
+from lip_plugin.certificate.graph.decimals import add, to_float, up
+from lip_plugin.certificate.input_radius import radius_of
+from lip_plugin.certificate.weight_norms import weight_norms
 from lip_plugin.linalg.norms import row_rms_max_upper
 from lip_plugin.optim.groups import param_groups
 
@@ -68,7 +66,7 @@ def train(steps: int) -> Any:
 
 
 def entries(graph: Graph) -> Iterator[tuple[str, Any, Decimal, int, Any]]:
-    """(label, node, radius in, width in, bound) of every node on the ball that the certificate has there."""
+    """(label, node, radius in, width in, bound) of every node on the certificate's ball there."""
     norms = weight_norms(graph)
     radius, width = up(to_float(radius_of(graph, "weights"))), d_in_of(graph.body)
     for node in graph.body.nodes:
@@ -84,13 +82,14 @@ def entries(graph: Graph) -> Iterator[tuple[str, Any, Decimal, int, Any]]:
 
 
 def width_out(node: Any, width: int) -> int:
+    """How wide what leaves a node is."""
     with torch.no_grad():
         x = torch.zeros(1, 1, width, dtype=torch.float64, device=device_of(node))
         return int(node.run(x).shape[-1])
 
 
 def device_of(node: Any) -> torch.device:
-    from lip_plugin.certificate.falsify import _device
+    from lip_plugin.certificate.attack.falsify import _device
 
     return _device(node)
 
@@ -100,6 +99,7 @@ def ratio(proven: float, attained: float) -> float:
 
 
 def measure(model: Any, restarts: int, steps: int) -> list[dict[str, Any]]:
+    """Attack every node, and then the whole model; a row each."""
     graph, rows = build(model), []
     for label, node, radius, width, bound in tqdm(list(entries(graph)), desc="nodes"):
         found = falsify_node(node, to_float(radius), width, (17, 1), restarts=restarts, steps=steps)
@@ -114,11 +114,14 @@ def measure(model: Any, restarts: int, steps: int) -> list[dict[str, Any]]:
 
 
 def by_rules(model: Any) -> dict[str, float]:
-    """log10 of the whole bound with fewer rules: single maps and largest rows of tables, then one by one."""
+    """log10 of the whole bound with fewer rules.
+
+    First every map is bounded alone and tables by their largest rows, then one rule more each time.
+    """
     with torch.no_grad():
         graph = build(model)
         norms = weight_norms(graph)
-        single = Norms(norms)
+        single = ProvenNorms(norms)
         tables = graph.entry.tables.values()
         apart = add(*(up(float(row_rms_max_upper(table.read()))) for table in tables))
         return {
@@ -129,30 +132,35 @@ def by_rules(model: Any) -> dict[str, float]:
 
 
 def row(name: str, radius: float, proven: float, attained: float) -> dict[str, Any]:
-    values = {"constant_proven": proven, "constant_attained": attained, "ratio": ratio(proven, attained)}
+    """One row of the results."""
+    values = {
+        "constant_proven": proven,
+        "constant_attained": attained,
+        "ratio": ratio(proven, attained),
+    }
     return {"name": name, "radius_in": radius, **values}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """The table of all rows; the whole model has no radius behind it."""
     titles = ("radius in", "proven", "attained", "ratio", "radius out", "attained", "ratio")
     keys = ("radius_in", "constant_proven", "constant_attained", "ratio")
     keys += ("radius_proven", "radius_attained", "radius_ratio")
     width = max(len(r["name"]) for r in rows)
-    print(f"{'node':<{width}}" + "".join(f"{t:>11}" for t in titles))
+    table = Table(("node", f"<{width}"), *((title, "9.4g") for title in titles))
     for r in rows:
-        print(f"{r['name']:<{width}}" + "".join(f"{r[k]:>11.4g}" if k in r else f"{'':>11}" for k in keys))
+        table.row(r["name"], *(r.get(key) for key in keys))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a folder written by save_pretrained; default: trained on the spot")
-    parser.add_argument("--restarts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", help="write the JSON line to this file as well")
-    options = parser.parse_args()
-    if options.smoke:
-        options.restarts, options.steps = 1, 4
+    made = parser(__doc__, restarts=8, steps=(60, "of each start"))
+    made.add_argument(
+        "--model", help="a folder written by save_pretrained; default: trained on the spot"
+    )
+    made.add_argument("--out", help="write the JSON line to this file as well")
+    options = parsed(made, restarts=1, steps=4)
+    where = machine()
+    headline("proven over attained, node by node", where)
     began = time.perf_counter()
     model = load(options.model) if options.model else train(20 if options.smoke else 300)
     rows = measure(model, options.restarts, options.steps)
@@ -160,24 +168,18 @@ def main() -> None:
     rules = by_rules(model)
     for name, value in rules.items():
         print(f"{name:<26} bound {10**value:>10.5g}")
-    line = json.dumps(
-        {
-            "benchmark": "looseness",
-            "model": Path(options.model).name if options.model else "trained on the spot",
-            "rows": rows,
-            "log10_by_rules": rules,
-            "restarts": options.restarts,
-            "steps": options.steps,
-            "seconds": time.perf_counter() - began,
-            "device": platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
+    line = finish(
+        "looseness",
+        where,
+        model=Path(options.model).name if options.model else "trained on the spot",
+        rows=rows,
+        log10_by_rules=rules,
+        restarts=options.restarts,
+        steps=options.steps,
+        seconds=time.perf_counter() - began,
     )
     if options.out:
         Path(options.out).write_text(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

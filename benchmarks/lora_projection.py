@@ -1,11 +1,12 @@
-"""Which feasible factors are best? Four ways to keep W0 + s B A within its caps, and two to keep a change within a budget.
+"""Which projection keeps LoRA's W0 + s B A within its caps, or s B A within a budget, at what loss?
 
-    python benchmarks/lora_projection.py [--seeds 3]       # minutes on a CPU; the text is Python's own, offline
+    python benchmarks/lora_projection.py [--seeds 3]       # minutes on a CPU, offline
     python benchmarks/lora_projection.py --smoke
 
-A small constrained GPT is trained on the Python language reference (English), then fine-tuned with LoRA r = 8 and AdamW
-on the source of the standard library, once with each way. `kept` is how much of the change that a step wanted is left,
-inner(got, wanted) / norm(wanted)^2, of the last step, all layers together.
+A small constrained GPT is trained on the Python language reference (English). Then it is fine-tuned
+with LoRA r = 8 and AdamW on the source of the standard library, once with each way. `kept` is how
+much of the change that a step wanted is left, inner(got, wanted) / norm(wanted)^2, in the last
+step, for all layers together.
 
     none      no constraint: what caps cost
     scale     the largest t in [0, 1] with norm(W0 + t s B A) <= cap, for every block
@@ -13,33 +14,39 @@ inner(got, wanted) / norm(wanted)^2, of the last step, all layers together.
     filter    ours: Z(l) of lip_plugin/linalg/low_rank.py
     nearest   Dykstra's projection with full SVDs: the best there is, at a price
     budget    singular values of s B A clipped at the budget, A as it is (ours)
-    balanced  the same product, both factors rebalanced: B = U sqrt(S), A = sqrt(S) V^T (as FedSVD re-factorizes)
+    balanced  the same product from rebalanced factors: B = U sqrt(S), A = sqrt(S) V^T (FedSVD's)
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import inspect
-import json
 import math
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pydoc_data import topics
 from typing import Any
 
 import peft
 import torch
-import transformers
+from common import (
+    Table,
+    character_gpt2,
+    encode,
+    finish,
+    headline,
+    machine,
+    parsed,
+    parser,
+    read_text,
+    timed,
+    windows,
+)
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, constrain_adapters, recap_, retrofit
-from lip_plugin.integrations.peft_layers import lora_layers, merged_weight
-from lip_plugin.integrations.peft_lora import merged_block_norms, project_adapters
+from lip_plugin import LipschitzConfig, LipschitzMuon, constrain_adapters, retrofit, set_caps_
+from lip_plugin.integrations.peft.enforce import merged_block_norms, project_adapters
+from lip_plugin.integrations.peft.layers import lora_layers, merged_weight
 
 LENGTH = 64
 
@@ -56,30 +63,25 @@ def sources() -> str:
     return "".join(inspect.getsource(m) for m in (a, b, c, d, e, f))
 
 
-def encode(text: str, vocabulary: str) -> Tensor:
-    index = {c: i for i, c in enumerate(vocabulary)}
-    return torch.tensor([index[c] for c in text if c in index])
-
-
 def batches(ids: Tensor, count: int, size: int, seed: int) -> Any:
+    """The same batches for every way with a seed."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        at = torch.randint(0, len(ids) - LENGTH, (size,), generator=generator)
-        yield torch.stack([ids[i : i + LENGTH] for i in at])
+        yield windows(ids, LENGTH, size, generator)
 
 
 def loss_of(model: Any, ids: Tensor) -> float:
+    """The mean loss on the same sequences for every model."""
     with torch.no_grad():
-        return statistics.mean(float(model(input_ids=b, labels=b).loss) for b in batches(ids, 8, 32, 99))
+        return statistics.mean(
+            float(model(input_ids=b, labels=b).loss) for b in batches(ids, 8, 32, 99)
+        )
 
 
 def pretrained(text: Tensor, args: argparse.Namespace, size: int) -> Any:
+    """A constrained model that was trained on a text."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=LENGTH)
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        setattr(config, name, 0.0)
-    config.bos_token_id = config.eos_token_id = None
-    model = GPT2LMHeadModel(config)
+    model = character_gpt2(size, 64, 2, LENGTH)
     retrofit(model, LipschitzConfig())
     optimizer = LipschitzMuon(model, lr=0.1)
     for step, batch in enumerate(batches(text, args.pretrain, 32, 1)):
@@ -92,7 +94,10 @@ def pretrained(text: Tensor, args: argparse.Namespace, size: int) -> Any:
 
 
 def changed_blocks(layer: Any) -> Any:
-    """(B's rows, W0's block, A, s) of every block of a layer with one adapter."""
+    """Every block of a layer with one adapter.
+
+    Gives the rows of B, the block of W0, A, B, s, and the cap as a spectral norm.
+    """
     base = layer.base_layer
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     matrix = base.layout.matrix(base.weight.detach())
@@ -110,6 +115,7 @@ def changed_blocks(layer: Any) -> Any:
 
 
 def scale(w: Tensor, change: Tensor, cap: float) -> Tensor:
+    """The way `scale`, by bisection."""
     low, high = 0.0, 1.0
     if float(torch.linalg.matrix_norm(w + change, 2)) <= cap:
         return change
@@ -121,11 +127,13 @@ def scale(w: Tensor, change: Tensor, cap: float) -> Tensor:
 
 
 def clip(w: Tensor, change: Tensor, cap: float) -> Tensor:
+    """The way `clip`."""
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     return (u * s.clamp(max=max(0.0, cap - float(torch.linalg.matrix_norm(w, 2))))) @ v
 
 
 def nearest(w: Tensor, change: Tensor, cap: float) -> Tensor:
+    """The way `nearest`."""
     if float(torch.linalg.matrix_norm(w + change, 2)) <= cap:
         return change
     q = torch.linalg.svd(change, full_matrices=False)[2][:16]
@@ -139,6 +147,8 @@ def nearest(w: Tensor, change: Tensor, cap: float) -> Tensor:
 
 @torch.no_grad()
 def by_svd(way: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Any], None]:
+    """A projection of all adapters, from a way to project the change of one block."""
+
     def project(model: Any) -> None:
         for _, layer in lora_layers(model):
             for rows, w, a, b, s, cap in changed_blocks(layer):
@@ -156,29 +166,38 @@ def balance(model: Any) -> None:
         u, sizes, v = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
         k = a.shape[0]
         if float(sizes[0]) > 0:
-            floor = sizes[:k].clamp_min(1e-4 * float(sizes[0])).sqrt()  # a zero factor would never move again
+            # A zero factor would never move again.
+            floor = sizes[:k].clamp_min(1e-4 * float(sizes[0])).sqrt()
             b.copy_(u[:, :k] * (sizes[:k] / floor))
             a.copy_(floor[:, None] * v[:k])
 
 
 def budgeted(model: Any, balanced: bool) -> None:
+    """The ways `budget` and `balanced`."""
     project_adapters(model)
     if balanced:
         balance(model)
 
 
 def run(
-    base: Any, way: str, w_max: float, text: Tensor, other: Tensor, seed: int, args: argparse.Namespace
+    base: Any,
+    way: str,
+    w_max: float,
+    text: Tensor,
+    other: Tensor,
+    seed: int,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
+    """Fine-tune the base in one way; a row of the table."""
     model = copy.deepcopy(base)
-    recap_(model, None, w_max=w_max)
+    set_caps_(model, None, w_max=w_max)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
     )
     model = peft.get_peft_model(model, config)
     if way in ("budget", "balanced"):
-        recap_(model, None, w_max=1e6)  # the budget alone
+        set_caps_(model, None, w_max=1e6)  # the budget alone
         constrain_adapters(model, args.budget)
     project = {
         "none": lambda m: None,
@@ -199,12 +218,12 @@ def run(
         optimizer.zero_grad()
         last = step == args.steps - 1
         wanted = changes(model) if last else []
-        began = time.perf_counter()
-        project(model)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(timed(lambda: project(model)).wall)
         if last:
             pairs = list(zip(changes(model), wanted, strict=True))
-            share = sum(float((g * w).sum()) for g, w in pairs) / sum(float((w * w).sum()) for _, w in pairs)
+            share = sum(float((g * w).sum()) for g, w in pairs) / sum(
+                float((w * w).sum()) for _, w in pairs
+            )
     norms = [b.worst_over_cap for b in merged_block_norms(model) if not b.name.endswith("(change)")]
     return {
         "way": way,
@@ -218,37 +237,37 @@ def run(
 
 
 def changes(model: Any) -> list[Tensor]:
+    """s B A of each layer."""
     return [
-        merged_weight(layer) - layer.base_layer.weight.detach().double() for _, layer in lora_layers(model)
+        merged_weight(layer) - layer.base_layer.weight.detach().double()
+        for _, layer in lora_layers(model)
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    made = parser(
+        __doc__,
+        pretrain=(1500, "steps on the first text"),
+        steps=(300, "steps with LoRA"),
+        lr=(3e-3, "of AdamW"),
+        budget=(0.3, "RMS->RMS norm that a block may change by"),
+        seeds=(1, "medians over so many runs"),
     )
-    parser.add_argument("--pretrain", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--budget", type=float, default=0.3)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
+    made.add_argument(
         "--ways", nargs="*", help="of those above; all by default (nearest takes most of the time)"
     )
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    if args.smoke:
-        args.pretrain, args.steps = 5, 2
-    english, python = "\n".join(topics.topics.values()), sources()
-    vocabulary = "".join(sorted(set(english)))
+    args = parsed(made, pretrain=5, steps=2)
+    where = machine("cpu", "peft")
+    headline("ways to keep LoRA within caps", where)
+    english, python = read_text(None), sources()
+    vocabulary = sorted(set(english))
     old, new = encode(english, vocabulary), encode(python, vocabulary)
     base = pretrained(old, args, len(vocabulary))
     start = {"new": loss_of(base, new), "old": loss_of(base, old)}
     print(f"base: loss {start['old']:.3f} on its own text, {start['new']:.3f} on the new one")
-    print(
-        "{:<9} {:>6} {:>9} {:>9} {:>7} {:>11} {:>9}".format(
-            "way", "cap", "new text", "old text", "kept", "worst norm", "ms/step"
-        )
+    table = Table(
+        *(("way", "<8"), ("cap", "5g"), ("new text", "8.3f"), ("old text", "8.3f")),
+        *(("kept", "6.3f"), ("worst norm", "10.3f"), ("ms/step", "8.1f")),
     )
     rows = []
     plans = [
@@ -264,24 +283,10 @@ def main() -> None:
             k: v if isinstance(v, str) else statistics.median(f[k] for f in found)
             for k, v in found[0].items()
         }
-        row["losses"] = [f["loss"] for f in found]
-        rows.append(row)
-        print(
-            f"{way:<9} {cap:>6g} {row['loss']:>9.3f} {row['old_loss']:>9.3f} {row['kept']:>7.3f} {row['worst_norm']:>11.3f} "
-            f"{row['ms']:>9.1f}",
-            flush=True,
-        )
-    record = {
-        "base": start,
-        "rows": rows,
-        "seeds": args.seeds,
-        "steps": args.steps,
-        "budget": args.budget,
-        "lr": args.lr,
-    }
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    record |= {"machine": platform.machine(), "date": datetime.date.today().isoformat(), "smoke": args.smoke}
-    print(json.dumps(record))
+        table.row(*row.values())
+        rows.append({**row, "losses": [f["loss"] for f in found]})
+    about = {key: getattr(args, key) for key in ("seeds", "steps", "budget", "lr", "smoke")}
+    finish("lora_projection", where, base=start, rows=rows, **about)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,46 @@
-"""What holding LoRA's weights costs: time of the constraint over LoRA's own step, and memory beyond LoRA's, on GPT-2 small.
+"""What does holding LoRA's weights cost, over LoRA's own step in time and memory, on GPT-2 small?
 
-    python benchmarks/lora_step.py                          # GPT-2 small's shapes, 1024 tokens: several minutes on a CPU
+    python benchmarks/lora_step.py                          # 1024 tokens: minutes on a CPU
     python benchmarks/lora_step.py --tokens 8192 --device cuda
     python benchmarks/lora_step.py --smoke
 
-One model, random weights of its own initialization; LoRA on the targets, AdamW. A step is forward, backward and
-optimizer; the constraint is what `attach_projection` does behind it, timed by itself in the same run. Four cases:
+One model has random weights of its own initialization, LoRA on the targets, and AdamW. A step is
+forward pass, backward pass and optimizer. The constraint is what `attach_projection` does behind
+it, timed by itself in the same run. There are three cases:
 
     budget      untouched base, constrain_adapters(budget): the change of every block clipped
     room        caps of twice the base's own norms: sizes of changes alone settle it
     at caps     caps at the base's own norms: every step leaves them, and is projected
-    start       at caps, the one projection that finds the eigenvectors of the frozen base (once in a run)
 
-Medians over the steps. Memory is what the constraint keeps between steps (norms and eigenvectors of the frozen base).
+`start` is the one projection that finds the eigenvectors of the frozen base, once in a run. Times
+are medians over the steps. Memory is what the constraint keeps between steps, which are norms and
+eigenvectors of the frozen base, beside the weights, gradients and moments of LoRA.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import time
 from typing import Any
 
 import peft
 import torch
-import transformers
+from common import MIB, Table, finish, headline, machine, parsed, parser, timed
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, constrain_adapters, retrofit
-from lip_plugin.blocks import ROW
-from lip_plugin.integrations import peft_blocks, peft_lora
+from lip_plugin import LipschitzConfig, constrain_adapters, retrofit, set_caps_
+from lip_plugin.integrations.peft import enforce as peft_lora
+from lip_plugin.integrations.peft import nearest as peft_blocks
 from lip_plugin.linalg.norms import rms_to_rms_upper
-from lip_plugin.modules import constrained_modules
-from lip_plugin.optim.projection import step_projection_
+from lip_plugin.model.layers import constrained_modules
+from lip_plugin.model.layout import ROW
+from lip_plugin.optim.enforce import keep_within_caps_, step_projection_
 
 TARGETS = {"attention": ["c_attn"], "all": ["c_attn", "c_proj", "c_fc"]}
 
 
 def model_for(case: str, targets: str, r: int, args: argparse.Namespace) -> Any:
+    """A GPT-2 with LoRA, under the constraint of a case."""
     torch.manual_seed(0)
     size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 97} if args.smoke else {}
     base = GPT2LMHeadModel(GPT2Config(**size, attn_implementation="sdpa"))
@@ -53,10 +53,10 @@ def model_for(case: str, targets: str, r: int, args: argparse.Namespace) -> Any:
                 own[name] = slack * max(
                     float(rms_to_rms_upper(v).max()) for _, v in m.layout.views(m.weight.detach())
                 )
-        from lip_plugin import recap_
-
-        recap_(base, None, overrides=own)
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS[targets], fan_in_fan_out=True)
+        set_caps_(base, None, overrides=own)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=TARGETS[targets], fan_in_fan_out=True
+    )
     model = peft.get_peft_model(base.to(args.device), config)
     if case == "budget":
         constrain_adapters(model, 0.05, relative=True)
@@ -64,55 +64,43 @@ def model_for(case: str, targets: str, r: int, args: argparse.Namespace) -> Any:
 
 
 def measure(case: str, targets: str, r: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A row of the table."""
     model = model_for(case, targets, r, args)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(
-        0, model.config.vocab_size, (max(1, args.tokens // 512), min(512, args.tokens)), device=args.device
+        0,
+        model.config.vocab_size,
+        (max(1, args.tokens // 512), min(512, args.tokens)),
+        device=args.device,
     )
-    began = time.perf_counter()
-    project_before(model)
-    first = time.perf_counter() - began
-    steps, constraints = [], []
-    for step in range(args.steps + 2):
-        began = time.perf_counter()
+
+    def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        sync(args.device)
-        middle = time.perf_counter()
+
+    def constrain() -> None:
         step_projection_(model, None, lr=1e-3)
-        sync(args.device)
-        if step >= 2:  # the first finds what is kept
-            steps.append(middle - began)
-            constraints.append(time.perf_counter() - middle)
-        else:
-            first = max(first, time.perf_counter() - middle)
-    own = (
-        sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) * 4
-    )  # weight, gradient, moments
+
+    # Two rounds find what is kept, after what attach_projection does when it is called.
+    start = timed(lambda: keep_within_caps_(model), args.device).wall
+    rounds = [
+        (timed(step, args.device).wall, timed(constrain, args.device).wall)
+        for _ in range(args.steps + 2)
+    ]
+    step_s, constraint_s = (statistics.median(times[2:]) for times in zip(*rounds, strict=True))
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {
         "case": case,
         "targets": targets,
         "r": r,
-        "step_s": statistics.median(steps),
-        "constraint_s": statistics.median(constraints),
-        "ratio": statistics.median(constraints) / statistics.median(steps),
-        "start_s": first,
-        "kept_mib": kept(model) / 2**20,
-        "lora_mib": own / 2**20,
+        "step_s": step_s,
+        "constraint_s": constraint_s,
+        "ratio": constraint_s / step_s,
+        "start_s": max(start, *(times[1] for times in rounds[:2])),
+        "kept_mib": kept(model) / MIB,
+        "lora_mib": 4 * trained / MIB,  # weight, gradient, two moments
     }
-
-
-def project_before(model: Any) -> None:
-    """As attach_projection does when it is called."""
-    from lip_plugin.optim.projection import keep_within_caps_
-
-    keep_within_caps_(model)
-
-
-def sync(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def kept(model: Any) -> int:
@@ -123,42 +111,34 @@ def kept(model: Any) -> int:
             total += norm.numel() * norm.element_size()
         for spectrum in peft_blocks._CACHE.get(layer, ((), []))[1]:
             total += sum(
-                t.numel() * t.element_size() for t in (spectrum.basis, spectrum.energy, spectrum.ceiling)
+                t.numel() * t.element_size()
+                for t in (spectrum.basis, spectrum.energy, spectrum.ceiling)
             )
     return total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    made = parser(__doc__, tokens=(1024, "of a step"), steps=(5, "steps that count"))
+    made.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64])
+    made.add_argument("--targets", nargs="*", default=["attention", "all"], choices=[*TARGETS])
+    made.add_argument("--cases", nargs="*", default=["budget", "room", "at caps"])
+    made.add_argument("--device", default="cpu")
+    args = parsed(made, tokens=64, steps=2, ranks=[4], targets=["all"])
+    where = machine(args.device, "peft")
+    headline("the constraint behind a step of LoRA", where)
+    table = Table(
+        *(("case", "<8"), ("targets", "<9"), ("r", "3"), ("LoRA step s", "8.3f")),
+        *(("constraint ms", "8.1f"), ("ratio", "6.3f"), ("start s", "7.2f")),
+        *(("kept MiB", "7.1f"), ("LoRA MiB", "7.1f")),
     )
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64])
-    parser.add_argument("--targets", nargs="*", default=["attention", "all"], choices=[*TARGETS])
-    parser.add_argument("--cases", nargs="*", default=["budget", "room", "at caps"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="seconds, a tiny model")
-    args = parser.parse_args()
-    if args.smoke:
-        args.tokens, args.steps, args.ranks, args.targets = 64, 2, [4], ["all"]
-    heads = ("case", "targets", "r", "LoRA step", "constraint", "ratio", "start", "kept", "LoRA")
-    print("{:<9} {:<10} {:>3} {:>10} {:>11} {:>7} {:>8} {:>10} {:>10}".format(*heads))
     rows = []
     for targets in args.targets:
         for r in args.ranks:
             for case in args.cases:
                 row = measure(case, targets, r, args)
                 rows.append(row)
-                print(
-                    f"{case:<9} {targets:<10} {r:>3} {row['step_s']:>9.3f}s {1e3 * row['constraint_s']:>9.1f}ms "
-                    f"{row['ratio']:>7.3f} {row['start_s']:>7.2f}s {row['kept_mib']:>6.1f} MiB {row['lora_mib']:>6.1f} MiB",
-                    flush=True,
-                )
-    record = {"rows": rows, "tokens": args.tokens, "device": args.device, "threads": torch.get_num_threads()}
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    record |= {"machine": platform.machine(), "date": datetime.date.today().isoformat(), "smoke": args.smoke}
-    print(json.dumps(record))
+                table.row(*{**row, "constraint_s": 1e3 * row["constraint_s"]}.values())
+    finish("lora_step", where, rows=rows, tokens=args.tokens, smoke=args.smoke)
 
 
 if __name__ == "__main__":

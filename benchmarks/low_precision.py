@@ -1,103 +1,115 @@
-"""What rounding the linear layers to float8 costs: a constrained character model against its unconstrained twin.
+"""What does rounding the linear layers to float8 cost, under caps and without?
 
-    python benchmarks/low_precision.py                # trains both on the Python language reference, then rounds
+    python benchmarks/low_precision.py                # on the Python language reference
     python benchmarks/low_precision.py --text FILE
     python benchmarks/low_precision.py --smoke
 
-Both twins are the same GPT-2 shape, trained for the same steps on the same batches: one retrofitted (no norms, caps)
-under LipschitzMuon, one stock (LayerNorm) under AdamW at the better of two learning rates. Then the weight and
-the input of every linear layer are rounded to a format, the product being exact in float32. Scale 1 casts them as they are, and
-saturates at the largest number of the format; amax divides each tensor by its largest entry first, which a
-real system has to measure at every step.
+Two twins of the same GPT-2 shape are trained for the same steps on the same batches of characters.
+One is retrofitted (no norms, caps) under LipschitzMuon. The other is stock (LayerNorm) under AdamW,
+at the better of two learning rates. Then the weight and the input of every linear layer are rounded
+to a format, while the product is exact in float32. Plain rounding casts numbers as they are, and
+saturates at the largest number of the format. `amax` first divides each tensor by its largest
+entry, which a real system has to measure at every step.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from pydoc_data import topics
+from typing import Any
 
 import torch
+from common import (
+    Table,
+    character_gpt2,
+    characters,
+    finish,
+    fit,
+    headline,
+    machine,
+    own_loss,
+    parsed,
+    parser,
+    windows,
+)
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, activation_report, certify, retrofit
 
-FORMATS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+FORMATS = {
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
 RATES = (1e-3, 3e-3)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", help="a text file; the Python language reference without")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
-    for name, default, text in (
-        ("steps", 300, "optimizer steps"),
-        ("length", 64, "characters in a sequence"),
-        ("width", 96, "of the model"),
-        ("layers", 3, "of the model"),
-        ("w-max", 2.0, "cap on every block, RMS->RMS norm"),
-        ("head-max", 8.0, "cap on the output head"),
-        ("attention-scale", 4.0, "attention logits are this times q.k / d_head"),
-        ("lr", 0.1, "RMS->RMS norm per step"),
-        ("sequences", 128, "validation sequences"),
-    ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    options = parser.parse_args()
-    if options.smoke:
-        options.steps, options.width, options.length, options.sequences = 5, 32, 16, 4
-    return options
+    made = parser(
+        __doc__,
+        text=True,
+        steps=300,
+        length=64,
+        width=96,
+        layers=3,
+        w_max=2.0,
+        head_max=(8.0, "cap on the output head"),
+        attention_scale=(4.0, "attention logits are this times q.k / d_head"),
+        lr=0.1,
+        sequences=(128, "validation sequences"),
+    )
+    return parsed(made, steps=5, width=32, length=16, sequences=4)
 
 
 def fresh(vocabulary: int, options: argparse.Namespace) -> GPT2LMHeadModel:
-    sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
-    nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    config = GPT2Config(vocab_size=vocabulary, **sizes, **nothing, tie_word_embeddings=False)
+    """The model before training, the same for both twins."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(config)
+    sizes = (vocabulary, options.width, options.layers, options.length)
+    model = character_gpt2(*sizes, tie_word_embeddings=False)
     model.loss_type = "ForCausalLM"  # said outright: the default warns
     return model
 
 
 def train(
-    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, ids: Tensor, options: argparse.Namespace
+    model: GPT2LMHeadModel,
+    optimizer: torch.optim.Optimizer,
+    ids: Tensor,
+    options: argparse.Namespace,
 ) -> GPT2LMHeadModel:
     """The same batches for every model; the rate falls to zero."""
     generator = torch.Generator().manual_seed(1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0 - s / options.steps)
-    for _ in range(options.steps):
-        at = torch.randint(len(ids) - options.length, (24,), generator=generator)
-        batch = torch.stack([ids[i : i + options.length] for i in at])
-        optimizer.zero_grad()
-        model(batch, labels=batch).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    return fit(
+        model,
+        optimizer,
+        options.steps,
+        lambda: windows(ids, options.length, 24, generator),
+        clip=1.0,
+    )
 
 
 @torch.no_grad()
 def loss_of(model: nn.Module, batches: list[Tensor]) -> float:
-    losses = [float(model(b, labels=b).loss) for b in batches]
+    losses = [float(own_loss(model, b)) for b in batches]
     return sum(losses) / len(losses)
 
 
 def rounded(x: Tensor, dtype: torch.dtype, amax: bool) -> Tensor:
-    """x as the format holds it, saturating, in x's own dtype; amax: after scaling its largest entry to the top."""
+    """x as the format holds it, saturating, in x's own dtype.
+
+    Args:
+        amax: scale its largest entry to the top of the format before, and back after.
+    """
     top = torch.finfo(dtype).max
     scale = x.abs().amax().clamp_min(1e-30) / top if amax else torch.ones(())
     return (x / scale).clamp(-top, top).to(dtype).to(x.dtype) * scale
 
 
 def linears(model: nn.Module) -> Iterator[nn.Module]:
+    """All linear layers of a model."""
     return (m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
@@ -105,7 +117,9 @@ def linears(model: nn.Module) -> Iterator[nn.Module]:
 def rounding(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within: every linear layer's weight and input pass through `cast`."""
     kept = [(m, m.weight.detach().clone()) for m in linears(model)]
-    handles = [m.register_forward_pre_hook(lambda m, args: (cast(args[0]), *args[1:])) for m, _ in kept]
+    handles = [
+        m.register_forward_pre_hook(lambda m, args: (cast(args[0]), *args[1:])) for m, _ in kept
+    ]
     try:
         with torch.no_grad():
             for module, weight in kept:
@@ -146,14 +160,14 @@ def increases(model: nn.Module, batches: list[Tensor]) -> tuple[float, dict[str,
 
 def main() -> None:
     options = parse()
+    where = machine()
+    headline("float8 under caps and without", where)
     began = time.perf_counter()
-    text = Path(options.text).read_text() if options.text else "\n".join(topics.topics.values())
-    index = {c: i for i, c in enumerate(sorted(set(text)))}
-    ids = torch.tensor([index[c] for c in text])
-    cut = int(0.9 * len(ids))
-    held_out = ids[cut : cut + options.sequences * options.length].view(-1, options.length).split(32)
-    batches = list(held_out)
-    constrained = fresh(len(index), options)
+    text = characters(options.text)
+    size = len(text.vocabulary)
+    held_out = text.held_out[: options.sequences * options.length].view(-1, options.length)
+    batches = list(held_out.split(32))
+    constrained = fresh(size, options)
     config = LipschitzConfig(
         w_max=options.w_max,
         overrides={"lm_head": options.head_max},
@@ -162,11 +176,12 @@ def main() -> None:
         attention_scale=options.attention_scale,
     )
     retrofit(constrained, config)
-    train(constrained, LipschitzMuon(constrained, lr=options.lr), ids[:cut], options)
+    train(constrained, LipschitzMuon(constrained, lr=options.lr), text.train, options)
     stock = []
     for rate in RATES:
-        model = fresh(len(index), options)
-        stock.append(train(model, torch.optim.AdamW(model.parameters(), lr=rate), ids[:cut], options))
+        model = fresh(size, options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        stock.append(train(model, optimizer, text.train, options))
     twins = {"constrained": constrained, "stock": min(stock, key=lambda m: loss_of(m, batches))}
     results = {}
     for name, model in twins.items():
@@ -179,31 +194,20 @@ def main() -> None:
             "largest_activation_proven": proven,
             "log10_lipschitz": certify(model).log10_lipschitz,
         }
-    report(results, options, time.perf_counter() - began)
+    show(results)
+    about = {k: v for k, v in vars(options).items() if k != "text"}
+    seconds = time.perf_counter() - began
+    finish("low_precision", where, options=about, results=results, seconds=seconds)
 
 
-def report(results: dict[str, dict], options: argparse.Namespace, seconds: float) -> None:
-    print(f"{'':<34}" + "".join(f"{name:>14}" for name in results))
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """The twins side by side."""
+    table = Table(("", "<34"), *((name, "12.4g") for name in results))
     for key in ("loss", "largest_input_seen", "largest_activation_proven", "log10_lipschitz"):
-        print(f"{key:<34}" + "".join(f"{r[key]:>14.4g}" for r in results.values()))
+        table.row(key, *(found[key] for found in results.values()))
     for key in next(iter(results.values()))["added"]:
-        print(
-            f"{'loss added by ' + key:<34}" + "".join(f"{r['added'][key]:>14.5f}" for r in results.values())
-        )
-    print(
-        json.dumps(
-            {
-                "benchmark": "low_precision",
-                "options": {k: v for k, v in vars(options).items() if k != "text"},
-                "results": results,
-                "seconds": seconds,
-                "device": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "date": datetime.date.today().isoformat(),
-            }
-        )
-    )
+        added = (f"{found['added'][key]:.5f}" for found in results.values())
+        table.row(f"loss added by {key}", *added)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
-"""One LipschitzMuon step with soft cap against one torch.optim.Muon step without any projection.
+"""What does a step of LipschitzMuon cost, over a step of torch.optim.Muon without any projection?
 
-    python benchmarks/muon_step.py                # GPT-2-small's 48 matrices (85 M parameters)
-    python benchmarks/muon_step.py --layers 3     # 12 of them: the same ratio, in a quarter of the time
-    python benchmarks/muon_step.py --peers        # with heavyball's and pytorch_optimizer's Muon, if installed
+    python benchmarks/muon_step.py                # GPT-2 small's 48 matrices (85 M parameters)
+    python benchmarks/muon_step.py --layers 3     # 12 of them: the same ratio, sooner
+    python benchmarks/muon_step.py --peers        # with heavyball's and pytorch_optimizer's Muon
     python benchmarks/muon_step.py --smoke
 
-All step the same matrices with the same gradients, alternately in one process; the figure is the
-ratio of the medians, of wall time and of this process's CPU time (which a busy machine disturbs less).
-Peak memory is measured in a process of its own for each. On CUDA also the share that orthogonalize and
-soft cap reach of the rate of an 8192^3 bf16 product measured in the same run.
+All optimizers step the same matrices with the same gradients, in turns in one process.
+LipschitzMuon projects by soft cap. The figure is the ratio of the medians, of wall time and of this
+process's CPU time, which a busy machine disturbs less. Peak memory is measured in a process of its
+own for each. On CUDA there is also the share that orthogonalize and soft cap reach of the rate of
+an 8192^3 bf16 product that is measured in the same run. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import importlib.util
-import json
-import multiprocessing
-import platform
 import resource
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -29,8 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import (
+    MIB,
+    Table,
+    cpu,
+    finish,
+    headline,
+    in_own_process,
+    in_turns,
+    machine,
+    parsed,
+    parser,
+    ratios,
+    wall,
+)
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, retrofit
@@ -42,6 +51,7 @@ NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def matrices(width: int, layers: int, device: str) -> GPT2LMHeadModel:
+    """A retrofitted GPT-2 of which only the matrices train, with gradients."""
     config = GPT2Config(
         n_embd=width,
         n_layer=layers,
@@ -87,7 +97,9 @@ def pytorch_optimizers(model: torch.nn.Module) -> Any:
 
 def pytorch_optimizers_gram(model: torch.nn.Module) -> Any:
     groups = [{"params": trainable(model), "use_muon": True}]
-    return importlib.import_module("pytorch_optimizer").Muon(groups, lr=0.02, ns_method="gram_newton_schulz")
+    return importlib.import_module("pytorch_optimizer").Muon(
+        groups, lr=0.02, ns_method="gram_newton_schulz"
+    )
 
 
 REFERENCE = "torch.optim.Muon, no projection"
@@ -124,7 +136,7 @@ class PeakMemory(threading.Thread):
     @staticmethod
     def now() -> float:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20
+        return pages * resource.getpagesize() / MIB
 
     def run(self) -> None:
         while self.running:
@@ -132,10 +144,8 @@ class PeakMemory(threading.Thread):
             time.sleep(0.002)
 
 
-def peak_mib(
-    name: str, peers: bool, width: int, layers: int, device: str, queue: multiprocessing.Queue
-) -> None:
-    """Put the MiB that a step needs beyond weights, gradients and momentum into the queue."""
+def peak_mib(name: str, peers: bool, width: int, layers: int, device: str) -> float:
+    """The MiB that a step needs beyond weights, gradients and momentum."""
     model = matrices(width, layers, device)
     optimizer = chosen(peers)[name](model)
     gradients = [p.grad for p in trainable(model)]
@@ -143,25 +153,24 @@ def peak_mib(
     restore(model, gradients)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
+        before = torch.cuda.memory_allocated() / MIB
         optimizer.step()
-        queue.put(torch.cuda.max_memory_allocated() / 2**20 - before)
-        return
-    before, watch = PeakMemory.now(), PeakMemory()
+        return torch.cuda.max_memory_allocated() / MIB - before
+    now, watch = PeakMemory.now(), PeakMemory()
     watch.start()
     optimizer.step()
     watch.running = False
-    queue.put(watch.peak - before)
+    return watch.peak - now
 
 
 def restore(model: torch.nn.Module, gradients: list[Any]) -> None:
-    """Some optimizers take the gradients away."""
+    """Give the gradients back, which some optimizers take away."""
     for p, gradient in zip(trainable(model), gradients, strict=True):
         p.grad = gradient
 
 
 def rate_of(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Floating-point operations of the matrix products in `call`, as executed, per second of CUDA time."""
+    """Floating-point operations of the matrix products in `call`, per second of CUDA time."""
     with FlopCounterMode(display=False) as counter:
         call()
     torch.cuda.synchronize()
@@ -173,7 +182,10 @@ def rate_of(call: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def shares_of_peak() -> dict[str, float]:
-    """Which share of a plain bf16 product's rate orthogonalize and soft cap reach on GPT-2-small's shapes; CUDA."""
+    """The share of a plain bf16 product's rate that orthogonalize and soft cap reach.
+
+    On the shapes of GPT-2 small, with CUDA.
+    """
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     peak = rate_of(lambda: square @ square)
     shares = {"peak TFLOP/s": peak / 1e12}
@@ -183,84 +195,57 @@ def shares_of_peak() -> dict[str, float]:
         shares[f"orthogonalize {shape}"] = (
             rate_of(lambda b=blocks: orthogonalize(b, steps=5, check_finite=False)) / peak
         )
-        shares[f"soft cap {shape}"] = rate_of(lambda b=blocks: project(b, 1.0, norm_upper=1.02)) / peak
+        shares[f"soft cap {shape}"] = (
+            rate_of(lambda b=blocks: project(b, 1.0, norm_upper=1.02)) / peak
+        )
     return shares
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--peers", action="store_true", help="compare peers that are installed, too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true")
-    options = parser.parse_args()
-    if options.smoke:
-        options.width, options.layers, options.repeats = 64, 1, 2
-    return options
-
-
-def timed(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each optimizer's steps, alternately."""
-    models = {n: matrices(options.width, options.layers, options.device) for n in chosen(options.peers)}
-    optimizers = {n: make(models[n]) for n, make in chosen(options.peers).items()}
-    gradients = {n: [p.grad for p in trainable(model)] for n, model in models.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in optimizers}
-    for repeat in tqdm(range(options.repeats + 1), desc="rounds", disable=options.smoke):
-        for name, optimizer in optimizers.items():
-            restore(models[name], gradients[name])
-            began, cpu = time.perf_counter(), time.process_time()
-            optimizer.step()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first is a warm-up
-                seconds[name].append((time.perf_counter() - began, time.process_time() - cpu))
-    return seconds
+    made = parser(__doc__, device=True, repeats=7, width=768, layers=12)
+    made.add_argument("--peers", action="store_true", help="compare peers that are installed, too")
+    return parsed(made, width=64, layers=1, repeats=2)
 
 
 def main() -> None:
     options = parse()
-    seconds = timed(options)
-    medians = {name: statistics.median(wall for wall, _ in values) for name, values in seconds.items()}
-    cpu = {name: statistics.median(used for _, used in values) for name, values in seconds.items()}
-    peaks = {}
-    context = multiprocessing.get_context("spawn")
-    for name in medians:
-        queue = context.Queue()
-        arguments = (name, options.peers, options.width, options.layers, options.device, queue)
-        child = context.Process(target=peak_mib, args=arguments)
-        child.start()
-        peaks[name] = queue.get()
-        child.join()
-    ratios = {name: medians[name] / medians[REFERENCE] for name in medians}
-    cpu_ratios = {name: cpu[name] / cpu[REFERENCE] for name in cpu}
-    print(
-        f"{'optimizer':<38} {'median s':>9} {'ratio':>6} {'CPU s':>7} {'ratio':>6} {'peak MiB beyond state':>22}"
+    where = machine(options.device)
+    headline("a step of LipschitzMuon", where)
+    shape = (options.width, options.layers, options.device)
+    models = {name: matrices(*shape) for name in chosen(options.peers)}
+    gradients = {name: [p.grad for p in trainable(model)] for name, model in models.items()}
+    steps = {name: make(models[name]).step for name, make in chosen(options.peers).items()}
+    times = in_turns(
+        steps,
+        options.repeats,
+        options.device,
+        before=lambda name: restore(models[name], gradients[name]),
+        title=None if options.smoke else "rounds",
     )
-    for name in medians:
-        print(
-            f"{name:<38} {medians[name]:>9.3f} {ratios[name]:>6.2f} {cpu[name]:>7.3f} {cpu_ratios[name]:>6.2f} "
-            f"{peaks[name]:>22.0f}"
-        )
+    seconds, used = wall(times), cpu(times)
+    wall_ratios, cpu_ratios = ratios(seconds, REFERENCE), ratios(used, REFERENCE)
+    peaks = {}
+    table = Table(
+        *(("optimizer", "<34"), ("median s", "8.3f"), ("ratio", "5.2f"), ("CPU s", "7.3f")),
+        *(("ratio", "5.2f"), ("peak MiB beyond state", ".0f")),
+    )
+    for name in times:
+        peaks[name] = in_own_process(peak_mib, name, options.peers, *shape)
+        row = (seconds[name], wall_ratios[name], used[name], cpu_ratios[name], peaks[name])
+        table.row(name, *row)
     print(f"ratios to {REFERENCE}: medians of {options.repeats} alternate steps")
     shares = shares_of_peak() if options.device == "cuda" else {}
     for name, share in shares.items():
         print(f"{name}: {share:.3f}")
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or 'cpu'}"
-    result = {
-        "benchmark": "muon_step",
-        "ratios": ratios,
-        "cpu_ratios": cpu_ratios,
-        "seconds": medians,
-        "peak_mib": peaks,
-        "shares_of_peak": shares,
-        "device": where,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    print(json.dumps(result))
+    finish(
+        "muon_step",
+        where,
+        ratios=wall_ratios,
+        cpu_ratios=cpu_ratios,
+        seconds=seconds,
+        peak_mib=peaks,
+        shares_of_peak=shares,
+    )
 
 
 if __name__ == "__main__":

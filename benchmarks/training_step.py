@@ -1,26 +1,23 @@
-"""A whole constrained training step through Trainer against the unconstrained one with the same optimizer.
+"""What does a whole constrained training step cost through Trainer, over the unconstrained one?
 
-    python benchmarks/training_step.py                      # GPT-2-small's width, 1 layer, few tokens: minutes on a CPU
+    python benchmarks/training_step.py                # one layer: minutes on a CPU
     python benchmarks/training_step.py --layers 12 --tokens 8192 --vocabulary 50257 --device cuda
     python benchmarks/training_step.py --smoke
 
-Constrained: LipschitzCallback, as the README shows (retrofit, LipschitzMuon, soft cap). Unconstrained: stock GPT-2
-with an untied head, which the retrofit unties as well, so that both have the same parameters; torch.optim.Muon for
-the matrices that the other constrains, AdamW for the rest. Two Trainers in one process take turns of a few steps,
-each in its own thread, of which one runs at a time; a step is timed from on_step_begin to on_step_end, so
-logging, certificates and data loading are left out. What a log entry with its certificate costs is given apart. Peak
-memory is that of one step, in separate processes. The optimizers cost the same at any number of tokens, so the
-ratio tends to that of the forward and backward passes as tokens grow.
+Both models have the width of GPT-2 small. The constrained run has LipschitzCallback, as the README
+shows (retrofit, LipschitzMuon, soft cap). The unconstrained run is stock GPT-2 with an untied head,
+which the retrofit unties as well, so that both have the same parameters. It has torch.optim.Muon
+for the matrices that the other one constrains, and AdamW for the rest. Two Trainers in one process
+take turns of a few steps, each in its own thread, of which one runs at a time. A step is timed from
+on_step_begin to on_step_end, so that logging, certificates and data loading are left out. What a
+log entry with its certificate costs is given apart. Peak memory is that of one step, in separate
+processes. The optimizers cost the same at any number of tokens, so the ratio tends to that of the
+forward and backward passes as tokens grow.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import multiprocessing
-import platform
-import statistics
 import tempfile
 import threading
 import time
@@ -28,6 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import (
+    MIB,
+    Seconds,
+    Table,
+    cpu,
+    finish,
+    headline,
+    in_own_process,
+    machine,
+    parsed,
+    parser,
+    ratios,
+    wall,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -37,7 +48,10 @@ KINDS = ("unconstrained", "constrained")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for matrices inside the blocks and for the head, AdamW for the rest, as one optimizer."""
+    """Two optimizers as one.
+
+    torch.optim.Muon steps the matrices inside the blocks and the head, AdamW steps the rest.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         named = list(model.named_parameters())
@@ -45,9 +59,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         rest = [p for _, p in named if all(p is not m for m in matrices)]
         super().__init__(matrices + rest, {"lr": 0.02})
         self.parts = (torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=1e-3))
-        self.param_groups = [
-            group for part in self.parts for group in part.param_groups
-        ]  # shared: schedulers
+        # The same objects, so that a scheduler reaches both.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
@@ -57,9 +70,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
 class Turns(TrainerCallback):
     """Lets one of two Trainers run at a time, `block` steps each, and times its steps."""
 
-    def __init__(self, number: int, block: int, turn: list[int], changed: threading.Condition) -> None:
+    def __init__(
+        self, number: int, block: int, turn: list[int], changed: threading.Condition
+    ) -> None:
         self.number, self.block, self.turn, self.changed = number, block, turn, changed
-        self.seconds: list[tuple[float, float]] = []
+        self.seconds: list[Seconds] = []
         self.began = (0.0, 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -70,8 +85,8 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - self.began[0], time.thread_time() - self.began[1]
-        self.seconds.append((wall, cpu))
+        now = time.perf_counter(), time.thread_time()
+        self.seconds.append(Seconds(now[0] - self.began[0], now[1] - self.began[1]))
         if state.global_step % self.block == 0:
             self.pass_on(1 - self.number)
 
@@ -79,13 +94,17 @@ class Turns(TrainerCallback):
         self.pass_on(1 - self.number)
 
     def pass_on(self, number: int) -> None:
+        """Let the other one run."""
         with self.changed:
             if self.turn[0] != -1:
                 self.turn[0] = number
             self.changed.notify_all()
 
 
-def trainer(kind: str, tokens: int, steps: int, options: argparse.Namespace, folder: str) -> Trainer:
+def trainer(
+    kind: str, tokens: int, steps: int, options: argparse.Namespace, folder: str
+) -> Trainer:
+    """The Trainer of one of KINDS, with fresh weights."""
     length = min(tokens, options.length)
     torch.manual_seed(0)
     config = GPT2Config(
@@ -99,7 +118,9 @@ def trainer(kind: str, tokens: int, steps: int, options: argparse.Namespace, fol
         eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
-    ids = torch.randint(options.vocabulary, (64, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        options.vocabulary, (64, length), generator=torch.Generator().manual_seed(0)
+    )
     data = [{"input_ids": row, "labels": row} for row in ids]
     args = TrainingArguments(
         folder,
@@ -120,10 +141,11 @@ def trainer(kind: str, tokens: int, steps: int, options: argparse.Namespace, fol
     return Trainer(model, args, train_dataset=data, optimizers=(MuonAndAdamW(model), None))
 
 
-def interleaved(
-    tokens: int, options: argparse.Namespace
-) -> tuple[dict[str, list[tuple[float, float]]], float]:
-    """((wall, CPU) seconds of each kind's steps, seconds of the constrained run's certificates for its one log entry)."""
+def interleaved(tokens: int, options: argparse.Namespace) -> tuple[dict[str, list[Seconds]], float]:
+    """The times of each kind's steps, and the seconds that the constrained run took to certify.
+
+    It certifies once, for its one log entry.
+    """
     turn, changed = [0], threading.Condition()
     steps = options.block * (options.rounds + 1)
     turns = [Turns(number, options.block, turn, changed) for number in range(2)]
@@ -149,13 +171,16 @@ def interleaved(
         if failures:
             raise failures[0]
     history = trainers[1].state.log_history
-    certifying = max((float(entry.get("lip/seconds_certifying", 0.0)) for entry in history), default=0.0)
-    # the first block is a warm-up
-    return {kind: its.seconds[options.block :] for kind, its in zip(KINDS, turns, strict=True)}, certifying
+    certifying = max(
+        (float(entry.get("lip/seconds_certifying", 0.0)) for entry in history), default=0.0
+    )
+    # The first block is a warm-up.
+    times = {kind: its.seconds[options.block :] for kind, its in zip(KINDS, turns, strict=True)}
+    return times, certifying
 
 
 class Peak(TrainerCallback):
-    """MiB that the last step takes at most: of the device (CUDA), or of the whole process (Linux)."""
+    """MiB that the last step takes at most, of the device (CUDA) or of the process (Linux)."""
 
     def __init__(self, on_device: bool) -> None:
         self.on_device, self.mib = on_device, 0.0
@@ -163,71 +188,58 @@ class Peak(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.on_device:
             torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        else:  # VmHWM starts again from what is resident now
+            Path("/proc/self/clear_refs").write_text("5")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.on_device:
-            self.mib = torch.cuda.max_memory_allocated() / 2**20
+            self.mib = torch.cuda.max_memory_allocated() / MIB
         else:
-            self.mib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+            status = Path("/proc/self/status").read_text()
+            self.mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def peak_mib(kind: str, tokens: int, options: argparse.Namespace, queue: multiprocessing.Queue) -> None:
-    """Put the MiB that the third step takes at most into the queue: not the retrofit, nor the certificate at the end."""
+def peak_mib(kind: str, tokens: int, options: argparse.Namespace) -> float:
+    """The MiB that the third step takes at most, without the retrofit and the last certificate."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         one, peak = trainer(kind, tokens, 3, options, folder), Peak(options.device == "cuda")
         one.args.logging_steps = 10**9
         one.add_callback(peak)
         one.train()
-    queue.put(peak.mib)
+    return peak.mib
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512], help="per step")
-    for name, default, text in (
-        ("width", 768, "of the model"),
-        ("layers", 1, "of the model"),
-        ("vocabulary", 512, "tokens; the head is a constrained matrix"),
-        ("length", 256, "tokens in a sequence, at most"),
-        ("block", 1, "steps in a turn"),
-        ("rounds", 5, "turns that count, of each"),
-        ("threads", torch.get_num_threads(), "of torch"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true")
-    options = parser.parse_args()
-    if options.smoke:
-        options.width, options.layers, options.vocabulary = 64, 1, 32
-        options.tokens, options.rounds, options.block = [16], 2, 1
-    return options
+    made = parser(
+        __doc__,
+        device=True,
+        width=768,
+        layers=1,
+        vocabulary=(512, "tokens; the head is a constrained matrix"),
+        length=(256, "tokens in a sequence, at most"),
+        block=(1, "steps in a turn"),
+        rounds=(5, "turns that count, of each"),
+        threads=torch.get_num_threads(),
+    )
+    made.add_argument("--tokens", type=int, nargs="+", default=[64, 512], help="per step")
+    made.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    return parsed(made, width=64, layers=1, vocabulary=32, tokens=[16], rounds=2, block=1)
 
 
 def measure(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Medians, ratios and peaks for one number of tokens."""
-    seconds, certifying = interleaved(tokens, options)
-    wall = {kind: statistics.median(w for w, _ in values) for kind, values in seconds.items()}
-    cpu = {kind: statistics.median(c for _, c in values) for kind, values in seconds.items()}
-    peaks = {}
-    context = multiprocessing.get_context("spawn")
-    for kind in KINDS:
-        queue = context.Queue()
-        child = context.Process(target=peak_mib, args=(kind, tokens, options, queue))
-        child.start()
-        peaks[kind] = queue.get()
-        child.join()
+    times, certifying = interleaved(tokens, options)
+    seconds, used = wall(times), cpu(times)
+    peaks = {kind: in_own_process(peak_mib, kind, tokens, options) for kind in KINDS}
     return {
         "tokens": tokens,
-        "seconds": wall,
-        "cpu_seconds": cpu,
-        "ratio": wall["constrained"] / wall["unconstrained"],
-        "cpu_ratio": cpu["constrained"] / cpu["unconstrained"],
+        "seconds": seconds,
+        "cpu_seconds": used,
+        "ratio": ratios(seconds, KINDS[0])[KINDS[1]],
+        "cpu_ratio": ratios(used, KINDS[0])[KINDS[1]],
         "peak_mib": peaks,
-        "memory_ratio": peaks["constrained"] / peaks["unconstrained"],
+        "memory_ratio": ratios(peaks, KINDS[0])[KINDS[1]],
         "seconds_certifying_per_log": certifying,
     }
 
@@ -235,28 +247,20 @@ def measure(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    rows = [measure(tokens, options) for tokens in options.tokens]
-    print(
-        f"{'tokens':>7} {'unconstrained s':>16} {'constrained s':>14} {'ratio':>6} {'CPU ratio':>10} {'memory ratio':>13}"
+    where = machine(options.device)
+    headline("a training step through Trainer", where)
+    table = Table(
+        *(("tokens", "6"), ("unconstrained s", ".3f"), ("constrained s", ".3f")),
+        *(("ratio", "6.3f"), ("CPU ratio", "6.3f"), ("memory ratio", "6.3f")),
     )
-    for row in rows:
-        free, held = (row["seconds"][kind] for kind in KINDS)
-        print(
-            f"{row['tokens']:>7} {free:>16.3f} {held:>14.3f} {row['ratio']:>6.3f} {row['cpu_ratio']:>10.3f} "
-            f"{row['memory_ratio']:>13.3f}"
-        )
-    result = {
-        "benchmark": "training_step",
-        "rows": rows,
-        "layers": options.layers,
-        "width": options.width,
-        "vocabulary": options.vocabulary,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    print(json.dumps(result))
+    rows = []
+    for tokens in options.tokens:
+        row = measure(tokens, options)
+        rows.append(row)
+        seconds = (row["seconds"][kind] for kind in KINDS)
+        table.row(tokens, *seconds, *(row[key] for key in ("ratio", "cpu_ratio", "memory_ratio")))
+    sizes = {key: getattr(options, key) for key in ("layers", "width", "vocabulary")}
+    finish("training_step", where, rows=rows, **sizes)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, load_checkpoint, retrofit, save_checkpoint
+from lip_plugin import (
+    LipschitzConfig,
+    LipschitzMuon,
+    certify,
+    load_checkpoint,
+    retrofit,
+    save_checkpoint,
+)
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--steps", type=int, default=300)
@@ -31,7 +38,9 @@ blocks = ids[: len(ids) // length * length].view(-1, length)
 loader = torch.utils.data.DataLoader(blocks, batch_size=8, shuffle=True, drop_last=True)
 
 sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": length}
-model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, bos_token_id=None, eos_token_id=None))
+model = GPT2LMHeadModel(
+    GPT2Config(vocab_size=len(vocabulary), **sizes, bos_token_id=None, eos_token_id=None)
+)
 retrofit(model, LipschitzConfig.preset("robust"))
 optimizer = LipschitzMuon(model, lr=0.1, embedding_lr=0.05)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -55,5 +64,7 @@ while step < steps:
     step += 1
     if step % max(1, steps // 6) == 0:
         save_checkpoint(options.out, step, model, optimizer, {"schedule": schedule.state_dict()})
-        accelerator.print(f"step {step}: loss {loss.item():.3f}, Lipschitz <= {certify(model).lipschitz:.4g}")
+        accelerator.print(
+            f"step {step}: loss {loss.item():.3f}, Lipschitz <= {certify(model).lipschitz:.4g}"
+        )
 accelerator.end_training()

@@ -1,11 +1,12 @@
 """Fine-tune a model with LoRA under a budget, and prove how far any logit can have moved.
 
-    python examples/finetune_lora.py                      # the base is trained here first; offline
-    python examples/finetune_lora.py --base FOLDER        # a constrained character model that train_char_lm.py left
+    python examples/finetune_lora.py                  # the base is trained here first; offline
+    python examples/finetune_lora.py --base FOLDER    # a run folder of train_char_lm.py
 
-The base reads English (the Python language reference); LoRA teaches it source code (the standard library's). Each budget is
-the share of the base's own norm that a block of weights may change by, kept after every step. The run folder holds the
-adapters, certificates, results.json and figure.png: what is learned and forgotten, and the drift, proven and attacked.
+The base reads English (the Python language reference). LoRA teaches it source code (the standard
+library's). Each budget is the share of the base's own norm that a block of weights may change by,
+kept after every step. The run folder holds the adapters, certificates, results.json and figure.png:
+what is learned and forgotten, and the drift, proven and attacked.
 """
 
 from __future__ import annotations
@@ -94,8 +95,13 @@ def base_of(options: argparse.Namespace, vocabulary: list[str], english: Dataset
     return model
 
 
-def tune(folder: Path, budget: float, new: Any, old: Any, options: argparse.Namespace) -> dict[str, float]:
-    """One budget: LoRA on the base that lies in `folder`, with its losses, its drift and its certificate."""
+def tune(
+    folder: Path, budget: float, new: Any, old: Any, options: argparse.Namespace
+) -> dict[str, float]:
+    """Train LoRA under one budget on the base that lies in `folder`.
+
+    Gives its losses, its drift and its certificate.
+    """
     set_seed(1)
     base = GPT2LMHeadModel.from_pretrained(folder)
     config = peft.LoraConfig(
@@ -147,11 +153,16 @@ def main() -> None:
     base = base_of(options, vocabulary, old[0])
     folder = Path(options.base or Path(options.out, "base"), "model")
     judge = Trainer(
-        base, TrainingArguments(str(options.out), report_to="none", use_cpu=not torch.cuda.is_available())
+        base,
+        TrainingArguments(
+            str(options.out), report_to="none", use_cpu=not torch.cuda.is_available()
+        ),
     )
     start = {"new": judge.evaluate(new[1])["eval_loss"], "old": judge.evaluate(old[1])["eval_loss"]}
     rows = [tune(folder, budget, new, old, options) for budget in options.budgets]
-    Path(options.out, "results.json").write_text(json.dumps({"before": start, "rows": rows}, indent=1))
+    Path(options.out, "results.json").write_text(
+        json.dumps({"before": start, "rows": rows}, indent=1)
+    )
     plot_budgets(rows, start, Path(options.out, "figure.png"))
     columns = ("budget", "new", "old", "drift_upper", "drift_lower", "certificate")
     print(" ".join(f"{c:>11}" for c in columns))

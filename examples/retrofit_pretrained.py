@@ -1,11 +1,13 @@
 """Turn a model that was trained with norms into a constrained one, without losing what it knows.
 
-    python examples/retrofit_pretrained.py                    # trains a small GPT-2 with norms first; offline
-    python examples/retrofit_pretrained.py --model FOLDER --text FILE     # characters, as that run left them
-    python examples/retrofit_pretrained.py --quantile 1 --w-max 1.5     # floors that all tokens are below: no norm is left
+    python examples/retrofit_pretrained.py     # trains a small GPT-2 with norms first; offline
+    python examples/retrofit_pretrained.py --model FOLDER --text FILE
+    python examples/retrofit_pretrained.py --quantile 1 --w-max 1.5
 
-A floor rises under what every norm divides by, to one that the text hardly meets (calibrate), and caps start at the weights'
-own norms and tighten, while the model trains on. The run folder holds model/, certificate.json, metrics.json and figure.png.
+The model of --model is one over characters, as an earlier run left it. A floor rises under what
+every norm divides by, to one that the text hardly meets (calibrate). Caps start at the weights' own
+norms and tighten while the model trains on. With --quantile 1 all tokens are below the floors, so
+that no norm is left. The run folder holds model/, certificate.json, metrics.json and figure.png.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from lip_plugin import (
 from lip_plugin.integrations.plots import plot_retrofit
 
 
-def trainer_of(model: Any, data: Any, folder: Path, steps: int, lr: float, callbacks: list[Any]) -> Trainer:
+def trainer_of(
+    model: Any, data: Any, folder: Path, steps: int, lr: float, callbacks: list[Any]
+) -> Trainer:
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -50,7 +54,9 @@ def trainer_of(model: Any, data: Any, folder: Path, steps: int, lr: float, callb
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    return Trainer(model=model, args=args, train_dataset=data[0], eval_dataset=data[1], callbacks=callbacks)
+    return Trainer(
+        model=model, args=args, train_dataset=data[0], eval_dataset=data[1], callbacks=callbacks
+    )
 
 
 def read(options: argparse.Namespace) -> tuple[list[str], tuple[Dataset, Dataset]]:
@@ -60,10 +66,15 @@ def read(options: argparse.Namespace) -> tuple[list[str], tuple[Dataset, Dataset
     vocabulary = json.loads(kept.read_text()) if kept else sorted(set(text))
     index = {c: i for i, c in enumerate(vocabulary)}
     ids = [index[c] for c in text if c in index]
-    rows = [ids[i : i + options.length] for i in range(0, len(ids) - options.length, options.length)]
+    rows = [
+        ids[i : i + options.length] for i in range(0, len(ids) - options.length, options.length)
+    ]
     cut = int(0.9 * len(rows))
     held = rows[cut : cut + (4 if options.smoke else 300)]
-    sets = [Dataset.from_dict({"input_ids": r, "labels": r}).with_format("torch") for r in (rows[:cut], held)]
+    sets = [
+        Dataset.from_dict({"input_ids": r, "labels": r}).with_format("torch")
+        for r in (rows[:cut], held)
+    ]
     return vocabulary, (sets[0], sets[1])
 
 
@@ -96,8 +107,9 @@ def main() -> None:
     )
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--order", default="together", choices=["last", "first", "together"])
-    parser.add_argument("--quantile", type=float, default=0.05, help="of what norms divide by: the floors")
+    parser.add_argument(
+        "--quantile", type=float, default=0.05, help="of what norms divide by: the floors"
+    )
     parser.add_argument("--w-max", type=float, default=2.0, help="where the caps go")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     options = parser.parse_args()
@@ -114,12 +126,14 @@ def main() -> None:
     own, floors = own_caps(model), calibrate(model, batches, quantile=options.quantile)
     for name, config in {
         "norms removed by the recipe": LipschitzConfig(norms="remove", init="keep", overrides=own),
-        "floors, not trained on": LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own),
+        "floors, not trained on": LipschitzConfig(
+            norms="calibrated", norm_floors=floors, overrides=own
+        ),
     }.items():
         twin = copy.deepcopy(model)
         retrofit(twin, config)
         marks[name] = loss_of(twin, data, out)
-    schedule = RetrofitSchedule(order=options.order, every=1 if options.smoke else 10)
+    schedule = RetrofitSchedule(every=1 if options.smoke else 10)
     config = LipschitzConfig(norms="calibrated", w_max=options.w_max, norm_floors=floors)
     trainer = trainer_of(
         model, data, out, options.steps, 1e-3, [LipschitzCallback(config, schedule=schedule)]

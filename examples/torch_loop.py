@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, load_checkpoint, retrofit, save_checkpoint
+from lip_plugin import (
+    LipschitzConfig,
+    LipschitzMuon,
+    certify,
+    load_checkpoint,
+    retrofit,
+    save_checkpoint,
+)
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--out", default="runs/torch_loop")
@@ -31,7 +38,9 @@ vocabulary = sorted(set(text))
 ids = torch.tensor([vocabulary.index(c) for c in text], device=device)
 torch.manual_seed(0)
 sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": length}
-model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, eos_token_id=None)).to(device)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, eos_token_id=None)).to(
+    device
+)
 retrofit(model, LipschitzConfig.preset("robust"))  # before the model is wrapped or sharded
 if many and options.fsdp:
     for block in model.transformer.h:
@@ -41,8 +50,12 @@ elif many:
     model = torch.nn.parallel.DistributedDataParallel(model)
 optimizer = LipschitzMuon(model, lr=0.1, embedding_lr=0.05)  # after
 for step in range(load_checkpoint(options.out, model, optimizer) or 0, steps):
-    torch.manual_seed(step * 1000 + (dist.get_rank() if many else 0))  # data of this step and process
-    batch = torch.stack([ids[i : i + length] for i in torch.randint(len(ids) - length, (8,)).tolist()])
+    torch.manual_seed(
+        step * 1000 + (dist.get_rank() if many else 0)
+    )  # data of this step and process
+    batch = torch.stack(
+        [ids[i : i + length] for i in torch.randint(len(ids) - length, (8,)).tolist()]
+    )
     for group in optimizer.param_groups:
         group["lr"] = 0.1 * (1 - step / steps)
     loss = model(input_ids=batch, labels=batch).loss
@@ -51,7 +64,9 @@ for step in range(load_checkpoint(options.out, model, optimizer) or 0, steps):
     optimizer.zero_grad()
     if (step + 1) % max(1, steps // 6) == 0:
         save_checkpoint(options.out, step + 1, model, optimizer)
-        bound = certify(model).lipschitz  # every process asks: of a sharded model they answer together
+        bound = certify(
+            model
+        ).lipschitz  # every process asks: of a sharded model they answer together
         if not many or dist.get_rank() == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}, Lipschitz <= {bound:.4g}")
 del model, optimizer  # before the process group that DDP holds on to

@@ -1,11 +1,12 @@
-"""Train a small GPT on real text under enforced Lipschitz constants, and leave a certificate behind.
+"""Train a small GPT on real text under enforced Lipschitz constants, with a certificate at the end.
 
     python examples/train_char_lm.py                       # the Python language reference; offline
     python examples/train_char_lm.py --text FILE           # any text file
-    python examples/train_char_lm.py --dataset HUB_ID      # any text dataset of the Hugging Face hub
+    python examples/train_char_lm.py --dataset HUB_ID      # any text dataset of the hub
     torchrun --nproc_per_node 2 examples/train_char_lm.py  # the same on two processes
 
-The model and the Trainer are stock. The run folder holds model/, certificate.json, metrics.json, figure.png.
+The model and the Trainer are stock. The run folder holds model/, certificate.json, metrics.json and
+figure.png.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from pydoc_data import topics
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from lip_plugin import LipschitzCallback, LipschitzConfig, certify, falsify
 from lip_plugin.integrations.plots import plot_run
@@ -33,7 +41,10 @@ def read_text(options: argparse.Namespace) -> str:
 
 
 def encode(text: str, length: int) -> tuple[Dataset, Dataset, list[str], str]:
-    """Train and validation blocks of `length` characters, the vocabulary, and the validation text."""
+    """Blocks of `length` characters to train and to validate on.
+
+    The vocabulary and the text of the validation come with them.
+    """
     vocabulary = sorted(set(text))
     index = {c: i for i, c in enumerate(vocabulary)}
     cut = int(0.9 * len(text))
@@ -46,7 +57,10 @@ def encode(text: str, length: int) -> tuple[Dataset, Dataset, list[str], str]:
 
 
 def bigram_accuracy(train: str, validation: str) -> float:
-    """Share of validation characters that the most frequent successor in the training text predicts."""
+    """The share of validation characters that a bigram model predicts.
+
+    It predicts the most frequent successor in the training text.
+    """
     counts: dict[str, Counter] = defaultdict(Counter)
     for a, b in zip(train, train[1:]):
         counts[a][b] += 1
@@ -55,7 +69,9 @@ def bigram_accuracy(train: str, validation: str) -> float:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())}
+    return {
+        "accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -86,7 +102,12 @@ def main() -> None:
     train, validation, vocabulary, held_out = encode(text, options.length)
     validation = validation.select(range(min(len(validation), 8 if options.smoke else 600)))
     bigram = bigram_accuracy(text[: -len(held_out)], held_out[: len(validation) * options.length])
-    sizes = {"n_embd": options.width, "n_layer": options.layers, "n_head": 4, "n_positions": options.length}
+    sizes = {
+        "n_embd": options.width,
+        "n_layer": options.layers,
+        "n_head": 4,
+        "n_positions": options.length,
+    }
     nothing = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, **nothing))
@@ -129,14 +150,17 @@ def finish(trainer: Trainer, out: Path, vocabulary: list[str], bigram: float, sm
     model.eval()
     start = torch.tensor([[vocabulary.index("\n")]], device=model.device)
     length = model.config.n_positions - 1
-    sample = model.generate(start, max_new_tokens=length, do_sample=True, top_k=None, pad_token_id=0)
+    sample = model.generate(
+        start, max_new_tokens=length, do_sample=True, top_k=None, pad_token_id=0
+    )
     certificate, attack = certify(model), falsify(model, restarts=4, steps=10 if smoke else 60)
     last = [row for row in history if "eval_accuracy" in row][-1]
     print("".join(vocabulary[i] for i in sample[0]))
     print(certificate)
     print(f"attained by an attack (a lower bound): {attack.lower_bound:.4g}")
     print(
-        f"from caps, for every step of the run:  10^{certify(model, 'caps').log10_lipschitz:.2f}; figure: {out}"
+        "from caps, for every step of the run:  "
+        f"10^{certify(model, 'caps').log10_lipschitz:.2f}; figure: {out}"
     )
     print(f"validation accuracy {last['eval_accuracy']:.1%}, a bigram model's {bigram:.1%}")
 

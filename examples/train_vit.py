@@ -1,11 +1,12 @@
-"""Train a small ViT on images under enforced Lipschitz constants, and prove its accuracy under pixel changes.
+"""Train a small ViT under enforced Lipschitz constants, and prove its accuracy under pixel changes.
 
     python examples/train_vit.py                     # scikit-learn's digits, 8 x 8; offline
     python examples/train_vit.py --dataset cifar10   # any image data set of the Hugging Face hub
 
-A twin of the same size is trained without constraints. For both the table says which share of held-out images is
-classified right (clean), provably so under every change of 2-norm eps (proven), and under an attack (attacked), in
-units of pixels in [-1, 1]. The run folder holds model/, table.json and figure.png.
+A twin of the same size is trained without constraints. For both, the table says which share of
+held-out images is classified right (clean), provably so under every change of 2-norm eps (proven),
+and under an attack (attacked), in units of pixels in [-1, 1]. The run folder holds model/,
+table.json and figure.png.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
-from lip_plugin import LipschitzCallback, LipschitzConfig, attacked_accuracy, certified_accuracy, certify
+from lip_plugin import (
+    LipschitzCallback,
+    LipschitzConfig,
+    attacked_accuracy,
+    certified_accuracy,
+    certify,
+)
 from lip_plugin.integrations.plots import plot_certified_accuracy
 
 EPS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -29,7 +36,9 @@ EPS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", help="an image data set of the hub; scikit-learn's digits without")
+    parser.add_argument(
+        "--dataset", help="an image data set of the hub; scikit-learn's digits without"
+    )
     parser.add_argument("--out", default="runs/vit", help="the run folder")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     for name, default, text in (
@@ -134,9 +143,15 @@ def main() -> None:
         parts = zip(held_out[: options.images].split(50), truth[: options.images].split(50))
         batches = [{"pixel_values": x.to(device), "labels": y.to(device)} for x, y in parts]
         proven = certified_accuracy(model, batches, EPS, norm="pixel_l2", refine=options.refine)
-        attacked = attacked_accuracy(model, batches, EPS, norm="pixel_l2", steps=options.attack_steps)
+        attacked = attacked_accuracy(
+            model, batches, EPS, norm="pixel_l2", steps=options.attack_steps
+        )
         curves[name] = proven, attacked
-        table[name] = {"clean": proven.clean, "proven": proven.accuracy, "attacked": attacked.accuracy}
+        table[name] = {
+            "clean": proven.clean,
+            "proven": proven.accuracy,
+            "attacked": attacked.accuracy,
+        }
         print(f"\n{name}: clean {proven.clean:.1%} of {proven.right.shape[1]} images")
         print(f"log10 of the proven Lipschitz bound {certify(model).log10_lipschitz:.2f}")
         print(f"{'eps':>6} {'proven':>9} {'attacked':>9}")

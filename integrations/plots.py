@@ -1,4 +1,4 @@
-"""Figures: a finished run, certified against attacked accuracy, adapters under budgets, a pretrained model under a schedule."""
+"""Figures of finished runs, of accuracies, of adapters under budgets, and of schedules."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.certificate.robustness import Accuracies
-from lip_plugin.optim.projection import block_norms
+from lip_plugin.certificate.robustness.accuracy import Accuracies
+from lip_plugin.surgery.block_norms import block_norms
 
 
 def plot_run(
@@ -17,12 +17,13 @@ def plot_run(
     path: str | Path,
     baselines: dict[str, float] | None = None,
 ) -> None:
-    """Draw a run into `path` (PNG, PDF or SVG by its suffix).
+    """Draw a run: losses and accuracy, the proven Lipschitz bound, and block norms over caps.
 
     Args:
         history: `trainer.state.log_history` of a run with LipschitzCallback.
-        model: the model as it ended, for its blocks' norms (proven, RMS->RMS) over their caps.
-        baselines: accuracies in [0, 1] to draw as dotted lines beside `eval_accuracy`.
+        model: the model at its end. Its block norms (proven, RMS->RMS) are drawn over their caps.
+        path: the file to write; its suffix says PNG, PDF or SVG.
+        baselines: accuracies in [0, 1] by name, drawn as dotted lines beside `eval_accuracy`.
     """
     import matplotlib
 
@@ -47,11 +48,15 @@ def plot_run(
     middle.plot(*series("lip/log10_certificate"), label="from the weights")
     middle.plot(*series("lip/log10_certificate_caps"), "--", label="from the caps")
     middle.set(
-        xlabel="step", ylabel="log10 of the bound", title="proven Lipschitz bound, embeddings to logits"
+        xlabel="step",
+        ylabel="log10 of the bound",
+        title="proven Lipschitz bound, embeddings to logits",
     )
     middle.legend(fontsize=8)
     norms = block_norms(model)
-    right.barh([n.name.removeprefix("transformer.") for n in norms], [n.worst_over_cap for n in norms])
+    right.barh(
+        [n.name.removeprefix("transformer.") for n in norms], [n.worst_over_cap for n in norms]
+    )
     right.axvline(1.0, color="tab:red", linestyle="--")
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=7)
@@ -67,12 +72,13 @@ def plot_certified_accuracy(
     *,
     changed: str = "RMS norm that every token's embedding may move by",
 ) -> None:
-    """Draw proven and surviving accuracy over eps into `path`; the truth lies between the two curves.
+    """Draw proven and surviving accuracy over eps. The truth lies between the two curves.
 
     Args:
-        curves: for each model's name its (`certified_accuracy`, `attacked_accuracy`).
-        baselines: accuracies in [0, 1] to draw as dotted lines.
-        changed: what eps is the size of.
+        curves: (`certified_accuracy`, `attacked_accuracy`) of each model, by the model's name.
+        path: the file to write.
+        baselines: accuracies in [0, 1] by name, drawn as dotted lines.
+        changed: a text that says what eps is the size of.
     """
     import matplotlib
 
@@ -83,12 +89,21 @@ def plot_certified_accuracy(
     for i, (name, (certified, attacked)) in enumerate(curves.items()):
         color, label = f"C{i}", f"{name}: " if name else ""
         axes.plot(certified.eps, certified.accuracy, "o-", color=color, label=f"{label}proven")
-        axes.plot(attacked.eps, attacked.accuracy, "s--", color=color, label=f"{label}survives the attack")
-        axes.axhline(
-            attacked.clean, color=color, alpha=0.4, linewidth=1, label=f"{label}clean {attacked.clean:.1%}"
+        axes.plot(
+            attacked.eps, attacked.accuracy, "s--", color=color, label=f"{label}survives the attack"
         )
-        if len(curves) == 1 and certified.eps == attacked.eps:  # of several the areas would hide each other
-            axes.fill_between(certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12)
+        axes.axhline(
+            attacked.clean,
+            color=color,
+            alpha=0.4,
+            linewidth=1,
+            label=f"{label}clean {attacked.clean:.1%}",
+        )
+        # With several models the areas would hide each other.
+        if len(curves) == 1 and certified.eps == attacked.eps:
+            axes.fill_between(
+                certified.eps, certified.accuracy, attacked.accuracy, color=color, alpha=0.12
+            )
     for name, value in (baselines or {}).items():
         axes.axhline(value, color="gray", linestyle=":", label=name)
     axes.set(
@@ -104,11 +119,15 @@ def plot_certified_accuracy(
 
 
 def plot_budgets(rows: list[dict[str, float]], start: dict[str, float], path: str | Path) -> None:
-    """Draw adapters under several budgets: losses on new and old data, and the drift of a logit, proven and attacked.
+    """Draw adapters under several budgets: losses on new and old data, and the drift of a logit.
+
+    The drift is drawn twice, as proven and as found by an attack.
 
     Args:
-        rows: one per budget: `budget`, `new` and `old` (losses), `drift_upper`, `drift_lower`.
-        start: the base's losses, `new` and `old`.
+        rows: for each budget a dictionary with `budget`, the losses `new` and `old`, `drift_upper`
+            and `drift_lower`.
+        start: the losses `new` and `old` of the base.
+        path: the file to write.
     """
     import matplotlib
 
@@ -120,9 +139,17 @@ def plot_budgets(rows: list[dict[str, float]], start: dict[str, float], path: st
     for key, colour in (("new", "tab:green"), ("old", "tab:blue")):
         left.plot(budgets, [row[key] for row in rows], "o-", color=colour, label=f"{key} text")
         left.axhline(start[key], color=colour, linestyle=":", label=f"{key} text, base")
-    left.set(xscale="log", xlabel="budget: share of the base's own norms", title="validation loss (nats)")
+    left.set(
+        xscale="log", xlabel="budget: share of the base's own norms", title="validation loss (nats)"
+    )
     right.plot(budgets, [row["drift_upper"] for row in rows], "o-", color="tab:red", label="proven")
-    right.plot(budgets, [row["drift_lower"] for row in rows], "s--", color="gray", label="found by an attack")
+    right.plot(
+        budgets,
+        [row["drift_lower"] for row in rows],
+        "s--",
+        color="gray",
+        label="found by an attack",
+    )
     right.set(
         xscale="log",
         yscale="log",
@@ -140,7 +167,9 @@ def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: 
 
     Args:
         history: `trainer.state.log_history` of a run with LipschitzCallback(schedule=...).
-        marks: losses to draw as lines, by name: with the norms, and after other ways of removing them.
+        marks: losses by name, drawn as dotted lines: with the norms, say, and after other ways of
+            removing them.
+        path: the file to write.
     """
     import matplotlib
 
@@ -153,7 +182,9 @@ def plot_retrofit(history: list[dict[str, Any]], marks: dict[str, float], path: 
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.plot(*series("eval_loss"), "o-", label="while floors rise and caps tighten")
-    for (name, value), colour in zip(marks.items(), ("black", "tab:red", "tab:orange"), strict=False):
+    for (name, value), colour in zip(
+        marks.items(), ("black", "tab:red", "tab:orange"), strict=False
+    ):
         left.axhline(value, color=colour, linestyle=":", label=f"{name}: {value:.2f}")
     left.set(xlabel="step", title="validation loss (nats)")
     left.legend(fontsize=8)

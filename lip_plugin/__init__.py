@@ -1,75 +1,51 @@
-"""lip_plugin: train existing PyTorch models under enforced Lipschitz constants, with a sound certificate.
+"""lip_plugin trains existing PyTorch models under Lipschitz constraints, and proves a bound.
 
-    retrofit(model, LipschitzConfig(w_max=1.0))            # constrain any known model, in place
-    optimizer = LipschitzMuon(model, lr=0.05)              # Muon, and a projection after every step
-    certify(model).lipschitz                               # proven upper bound, embeddings -> logits
+    retrofit(model, LipschitzConfig(w_max=1.0))      # constrain a model of a known family, in place
+    optimizer = LipschitzMuon(model, lr=0.05)        # Muon, and a projection after every step
+    certify(model).lipschitz                         # proven upper bound, embeddings -> logits
 
 With the Hugging Face Trainer one callback does all of it: `callbacks=[LipschitzCallback()]`.
-Importing this package imports torch; names that need transformers are loaded when first used.
+
+This file lists the public names. Importing it imports torch. Whatever needs transformers is
+imported when it is first used.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lip_plugin.integrations import register_all as _register_all
+from lip_plugin.certificate.attack.falsify import falsify
+from lip_plugin.certificate.certify import certify
+from lip_plugin.certificate.diagnostics.activation_report import activation_report
+from lip_plugin.certificate.diagnostics.rounding import forward_rounding_upper
+from lip_plugin.certificate.drift.drift import Drift, drift
+from lip_plugin.certificate.plan_caps import plan_caps
+from lip_plugin.certificate.result import Certificate
+from lip_plugin.certificate.robustness.accuracy import (
+    attacked_accuracy,
+    certified_accuracy,
+    certified_radius,
+)
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.integrations import register_all
+from lip_plugin.integrations.peft.budget import constrain_adapters, release_adapters
+from lip_plugin.integrations.peft.summary import adapter_summary, print_adapter_summary
+from lip_plugin.optim.enforce import attach_projection, project_
+from lip_plugin.optim.muon import LipschitzMuon
+from lip_plugin.surgery.retrofit import release, retrofit
+from lip_plugin.surgery.state import config_of
+from lip_plugin.training.calibration import calibrate, own_caps
+from lip_plugin.training.checkpoint import load_checkpoint, save_checkpoint
+from lip_plugin.training.limits import set_caps_, set_norm_floors_
+from lip_plugin.training.losses import MarginLoss
+from lip_plugin.training.schedule import RetrofitSchedule
 
 if TYPE_CHECKING:
-    from lip_plugin.calibration import calibrate, own_caps
-    from lip_plugin.certificate.activations import activation_report
-    from lip_plugin.certificate.certify import Certificate, certify
-    from lip_plugin.certificate.drift import Drift, drift
-    from lip_plugin.certificate.falsify import falsify
-    from lip_plugin.certificate.planning import plan_caps
-    from lip_plugin.certificate.robustness import attacked_accuracy, certified_accuracy, certified_radius
-    from lip_plugin.certificate.rounding import forward_rounding_upper
-    from lip_plugin.checkpoint import load_checkpoint, save_checkpoint
-    from lip_plugin.config import LipschitzConfig
-    from lip_plugin.integrations.hf_trainer import LipschitzCallback
-    from lip_plugin.integrations.peft_budget import constrain_adapters, release_adapters
-    from lip_plugin.integrations.peft_summary import adapter_summary, print_adapter_summary
-    from lip_plugin.losses import MarginLoss
-    from lip_plugin.optim.muon import LipschitzMuon
-    from lip_plugin.optim.projection import attach_projection, project_
-    from lip_plugin.recap import recap_
-    from lip_plugin.schedule import RetrofitSchedule, set_norm_floors_
-    from lip_plugin.surgery import release, retrofit
+    from lip_plugin.integrations.huggingface.trainer import LipschitzCallback
 
 __version__ = "0.1.0"
+recap_ = set_caps_  # the name of set_caps_ before version 0.1
 
-_HOMES = {
-    "LipschitzConfig": "lip_plugin.config",
-    "retrofit": "lip_plugin.surgery",
-    "release": "lip_plugin.surgery",
-    "project_": "lip_plugin.optim.projection",
-    "attach_projection": "lip_plugin.optim.projection",
-    "LipschitzMuon": "lip_plugin.optim.muon",
-    "certify": "lip_plugin.certificate.certify",
-    "Certificate": "lip_plugin.certificate.certify",
-    "drift": "lip_plugin.certificate.drift",
-    "Drift": "lip_plugin.certificate.drift",
-    "falsify": "lip_plugin.certificate.falsify",
-    "plan_caps": "lip_plugin.certificate.planning",
-    "forward_rounding_upper": "lip_plugin.certificate.rounding",
-    "certified_radius": "lip_plugin.certificate.robustness",
-    "certified_accuracy": "lip_plugin.certificate.robustness",
-    "attacked_accuracy": "lip_plugin.certificate.robustness",
-    "activation_report": "lip_plugin.certificate.activations",
-    "MarginLoss": "lip_plugin.losses",
-    "recap_": "lip_plugin.recap",
-    "calibrate": "lip_plugin.calibration",
-    "own_caps": "lip_plugin.calibration",
-    "RetrofitSchedule": "lip_plugin.schedule",
-    "set_norm_floors_": "lip_plugin.schedule",
-    "save_checkpoint": "lip_plugin.checkpoint",
-    "load_checkpoint": "lip_plugin.checkpoint",
-    "constrain_adapters": "lip_plugin.integrations.peft_budget",
-    "release_adapters": "lip_plugin.integrations.peft_budget",
-    "adapter_summary": "lip_plugin.integrations.peft_summary",
-    "print_adapter_summary": "lip_plugin.integrations.peft_summary",
-    "LipschitzCallback": "lip_plugin.integrations.hf_trainer",
-}
 __all__ = [
     "Certificate",
     "Drift",
@@ -86,6 +62,7 @@ __all__ = [
     "certified_accuracy",
     "certified_radius",
     "certify",
+    "config_of",
     "constrain_adapters",
     "drift",
     "falsify",
@@ -95,25 +72,22 @@ __all__ = [
     "plan_caps",
     "print_adapter_summary",
     "project_",
-    "recap_",
     "release",
     "release_adapters",
     "retrofit",
     "save_checkpoint",
+    "set_caps_",
     "set_norm_floors_",
 ]
 
 
+# Imports what needs transformers when it is first asked for.
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+    if name == "LipschitzCallback":
+        from lip_plugin.integrations.huggingface.trainer import LipschitzCallback
+
+        return LipschitzCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
-
-
-_register_all()
+register_all()

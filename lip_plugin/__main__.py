@@ -1,8 +1,8 @@
-"""python -m lip_plugin: the command line, see cli.py."""
+"""The command line, as `python -m lip_plugin`. Its commands are in lip_plugin/cli/commands.py."""
 
 import sys
 
-from lip_plugin.cli import main
+from lip_plugin.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,8 @@
-"""LipschitzConfig: every choice of a retrofit, frozen, validated, and JSON both ways."""
+"""LipschitzConfig: every option of a retrofit, in one frozen object.
+
+Open this file to see which options there are, what each one does and costs, and which combinations
+are refused. A config checks itself when it is made. It can be written as JSON and read back.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ METHOD_NAMES = (
     "spectral_weight_decay",
     "weight_decay",
 )
-LOGIT_SCALE = (
-    10.0  # see docs/LOG.md, 2026-11-24: between the best accuracy (40 and more) and the widest margins (3)
-)
+# The default factor on the logits. It lies between the factors that gave the best accuracy (40 and
+# more) and the widest margins (3): docs/LOG.md, 2026-11-24.
+LOGIT_SCALE = 10.0
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHOD_NAMES,
     "granularity": ("head", "matrix"),
@@ -32,9 +36,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "position_bias": (None, "learned", "alibi"),
     "activation": (None, "abs"),
 }
-
-
-# What a bound is best spent on, as measured in docs/LOG.md (2026-11-24); `LipschitzConfig.preset` gives them.
+# The options that give the most for their share of the bound, as measured in docs/LOG.md,
+# 2026-11-24. `LipschitzConfig.preset` hands them out.
 _POSITION: dict[str, Any] = {
     "position_bias": "learned",
     "attention_scale": 0.0,
@@ -48,59 +51,150 @@ PRESETS: dict[str, dict[str, Any]] = {
     "robust": {**_POSITION, "logit_scale": 5.0},
     "accurate": {**_POSITION, "logit_scale": 40.0},
 }
-
-FLOOR_MIN = 1e-12  # of a norm: gain / floor has to be a float32
+# The smallest floor under a norm besides 0: gain / floor has to be a float32.
+FLOOR_MIN = 1e-12
 
 
 @dataclass(frozen=True)
 class LipschitzConfig:
-    """What a retrofit does; caps are stated in the RMS->RMS norm.
+    """What `retrofit` does to a model: the caps, the recipe around them, and how training starts.
+
+    A cap is the largest RMS->RMS norm that a block may have. The RMS->RMS norm of W is
+    sigma_max(W) * sqrt(d_in / d_out). A block is a part of a weight that is capped on its own, such
+    as one attention head. The certificate is a proven bound on Lip(embeddings -> logits). "From
+    weights" means that it measures the weights as they are. "From caps" means that it uses the caps
+    alone, so that it holds for a whole training run.
+
+    `LipschitzConfig()` is the recipe of arXiv 2507.13338, with logits large enough to train on. In
+    what was measured, the presets "robust" and "accurate" gave more accuracy at a smaller bound.
+
+    Seven options belong to the recipe that removes norms. If norms are kept or calibrated,
+    `position_bias`, `activation` and `logit_scale` are refused, and `residual`, `attention_scale`,
+    `value_scale` and `gate_max` have no effect. The figures below are single measurements on small
+    models; docs/LOG.md has their commands, dates and settings.
 
     Args:
-        method: projection applied after every optimizer step (`lip_plugin.linalg.projections`).
-        w_max: the cap: largest RMS->RMS norm that a block may have.
-        overrides: caps of single layers, `{name: cap}`. A name is a module's full name or a dotted
-            suffix of it (`"mlp.c_fc"` means that layer in every block), as in peft's
-            `target_modules`. A name that matches nothing is an error.
-        granularity: `"head"` caps each head of q, k and v on its own, which the certificate
-            rewards; `"matrix"` caps each of q, k, v as a whole.
-        norms: `"remove"` (the recipe of arXiv 2507.13338: convex residual, no norm, no QK-norm) or
-            `"keep"` (caps only; the certificate stays honest and is usually astronomically large), or
-            `"calibrated"`: every norm divides by its root mean square or by a floor, whichever is larger, and all else stays
-            as it was. For pretrained models: with the floors of `calibrate` what they know survives, and no norm is steeper
-            than its gain (not trained then) over its floor. None means remove, but refuses a model whose weights were
-            loaded from somewhere, because a pretrained model is a function of its norms.
-        norm_floors: for norms="calibrated": the floor under every norm's divisor by the slot's full name, as
-            `calibrate(model, batches)` gives them, or higher, up to 1e12; 0 leaves a norm as it is, else 1e-12 and above. See
-            RetrofitSchedule, which raises them.
-        residual: a in x <- (1-a) x + a f(x), or one of attention and one of MLPs; None is the paper's 1/(2L) for L
-            layers, or 1/(L+1) where attention and MLP run in parallel and their mean is f.
-        attention_scale: attention logits are attention_scale * q.k / d_head. 0 leaves attention by position alone,
-            which needs `position_bias`; the weights of q and k are then not trained.
-        position_bias: add to every attention logit a bias that depends on head and offset only: `"learned"`, starting as
-            ALiBi, or `"alibi"`, fixed. It costs nothing in the certificate. Needs scaled_dot_product_attention.
-        value_scale: factor on the attention branch's output (the paper's 1/3).
-        embedding_max: bound on the token norm of what enters the first block; its tables (tokens,
-            learned positions, token types; of images patches and positions) share it equally.
-        pixel_max: bound on the absolute value of every entry of an image that the model is given
-            (so after normalization). The certificate takes it for granted and says so.
-        gate_max: c of c tanh(z / c) on every entry of both factors of a gated MLP (llama and its kin); None
-            leaves them as they are. Products of entries are what makes such an MLP steep: a bound from caps
-            then costs a factor of sqrt(d), with gate_max of 2 gate_max. Not with adapters on these layers.
-        activation: `"abs"`: the absolute value in place of the MLP's own activation. Its slopes are 1 and -1, so it
-            keeps the norm of what passes and of its gradient, where a gelu halves both. Not for gated MLPs.
-        logit_scale: factor on what enters the head, so on the logits, and on their bound: an inverse temperature that caps
-            keep the weights from learning. Predictions and certified radii do not depend on it, training does: a small
-            one makes for wide margins, a large one for accuracy. None takes LOGIT_SCALE where the family has a norm
-            slot behind its last block, and 1 elsewhere.
-        biases: `"keep"` (measured, and part of the certificate) or `"drop"` (fixed at zero).
-        untie_head: give a head that is tied to the embedding its own copy; the two have
-            different constraints, so False refuses such a model.
-        init: `"orthogonal"` (output projections zero, as in the paper), `"keep"`, or `"auto"`:
-            orthogonal when norms are removed from a model that was never loaded from anywhere.
+        method: The map that brings every block back within its cap after each optimizer step. The
+            default `"soft_cap"` costs a few matrix products and ends below the cap. `"hard_cap"`
+            and `"stiefel"` use the whole cap: in one comparison they predicted 2 points more, at a
+            bound of 1.00 instead of 0.69. `"hard_cap"` is the slowest of the seven. The others are
+            `"spectral_normalize"`, `"spectral_hammer"`, `"spectral_weight_decay"` and
+            `"weight_decay"`. See `lip_plugin.linalg.projections`.
+
+        w_max: The cap of every linear map that has no override. The default is 1. (Embedding tables
+            and patch embeddings follow `embedding_max` instead.) Raise it if the model does not
+            learn. The bound grows like a power of w_max, because every cap between embeddings and
+            logits enters it: with three layers, 1.2 gave 1.4 points of accuracy for five times the
+            bound. `plan_caps(model, bound)` finds the largest w_max for a given bound.
+
+        overrides: Caps of single layers, `{name: cap}`. The default is none. A name is the full
+            name of a module, or the end of one that starts after a dot: `"mlp.c_fc"` means that
+            layer in every block, as in peft's `target_modules`. The longest name that fits a layer
+            wins. A name that fits no layer is an error. For an embedding table the cap is one on
+            the RMS norm of each row. Use it for a head that needs a larger cap, or give it
+            `own_caps(model)`, which leaves all weights of a trained model as they are.
+
+        granularity: How q, k and v are cut into blocks. The default `"head"` caps every head on its
+            own, and then the whole matrix is within the same cap too. `"matrix"` caps each of q, k
+            and v as a whole. This leaves training more room, but one head may then be sqrt(number
+            of heads) times as large in sigma_max, which makes the bound from caps larger.
+            `"matrix"` is refused for fused maps whose rows are stored head by head (gpt_neox).
+
+        norms: What becomes of the model's norms (LayerNorm, RMSNorm). `"remove"` replaces them by
+            constants and the residual sums by convex combinations; this also takes QK-norms out.
+            Choose it for a model that is trained from scratch. `"calibrated"` keeps each norm but
+            divides by the root mean square or by a floor, whichever is larger, so that no norm is
+            steeper than its gain over its floor. Choose it for a pretrained model: with the floors
+            of `calibrate` it keeps what it knows. The gains are then not trained. `"keep"` only
+            caps the weights; its certificate is honest but usually astronomically large, because a
+            norm is steep near zero. The default None means `"remove"`, but refuses a model whose
+            weights were loaded from somewhere, because a pretrained model is a function of its
+            norms.
+
+        norm_floors: The floor under the divisor of every norm, as `{full name of the norm: floor}`.
+            Needed for norms="calibrated" and refused otherwise; the default is empty. Take what
+            `calibrate(model, batches)` gives, or larger values. Each is 0, which leaves that norm
+            as it is, or a number from 1e-12 to 1e12. A higher floor makes the bound smaller and
+            changes more tokens: those that lie below their floor come out shorter.
+            `RetrofitSchedule` raises floors during training.
+
+        residual: The step size a of the residual, x <- (1-a) x + a f(x). It is a number between 0
+            and 1, or a pair of them, for attention and for MLPs. The default None is the paper's
+            1/(2L) for L layers, or 1/(L+1) where attention and MLP run in parallel and their mean
+            is f; such a family takes one number only. The presets use (0.75, 0.9). If a branch has
+            a constant of at most 1, a large step costs nothing in the bound. It also widens
+            margins, which helps to prove single predictions. The price is numerical range: the
+            model carries x divided by the product of all 1-a, so use float32 or bfloat16 with large
+            steps, not float16. Steps that are too large for the depth of the model are refused.
+
+        attention_scale: Attention logits are attention_scale * q.k / d_head. The default is 1, as
+            in the paper. A larger value makes attention sharper, and what its scores add to the
+            bound grows in proportion. The value 0 leaves attention by position alone, which needs
+            `position_bias`; the weights of q and k are then not trained. In one comparison content
+            attention gave no accuracy beside learned position biases and doubled the bound.
+
+        position_bias: Adds a bias to every attention logit that depends only on the head and on the
+            offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409) and is
+            trained; `"alibi"` stays fixed. The default None adds nothing. A bias that does not
+            depend on the input costs nothing in the bound, and the learned one gave 15 points over
+            fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model of
+            tokens (not of images) that attends by torch's scaled_dot_product_attention.
+
+        value_scale: A factor on the output of every attention branch. The default is the paper's
+            1/3; the presets use 1. A larger value gives attention more influence, and multiplies
+            what attention adds to the bound.
+
+        embedding_max: The bound on the token norm of what enters the first block. (A patch bias,
+            and what a model with kept norms does before that block, can add to it.) The default is
+            1. The embedding tables (tokens, learned positions, token types; in an image model
+            patches and positions) share it equally: each of n tables gets the cap embedding_max / n
+            on its rows. A larger value makes given changes of embeddings smaller in comparison, but
+            attention and gated MLPs steeper, because their constants grow with this radius.
+
+        pixel_max: The bound on the absolute value of every entry of an image as the model receives
+            it, that is after normalization. It matters for image models only. The default is 1. Set
+            it to the largest value that your preprocessing can give. The certificate takes it for
+            granted and says so; it does not look at your images. A larger value costs a smaller cap
+            on the patch embedding.
+
+        gate_max: Limits both factors of a gated MLP (llama and its kin) to c tanh(z / c), entry by
+            entry, with c = gate_max. The default None leaves them as they are. Set it for gated
+            models with a certificate from caps: such an MLP multiplies entries with each other,
+            which costs that bound a factor of sqrt(d) for each MLP, and with gate_max twice
+            gate_max instead. The value 8 cost 0.002 nats and divided the bound from caps by 300 in
+            a model of two layers. Adapters on these layers are refused, because what they add would
+            come after the limit.
+
+        activation: `"abs"` puts the absolute value in the place of the MLP's own activation. Its
+            slopes are 1 and -1, so it keeps the norm of what passes and of its gradient, where a
+            gelu halves both; it gave 6 points over gelu. The default None keeps the model's own
+            activation, divided by its largest slope. Gated MLPs refuse it, because their products
+            need their own activation.
+
+        logit_scale: A factor on what enters the head, and so on the logits and on their bound. It
+            is an inverse temperature, which the weights cannot learn because they are capped.
+            Predictions and certified radii do not depend on it, but training does: a small value
+            gives wide margins, a large one accuracy. The default None is 10 if norms are removed
+            and the family has a norm behind its last block; elsewhere it is 1, and other values are
+            refused. The preset "robust" has 5 and "accurate" has 40.
+
+        biases: `"keep"`, the default, trains the biases. They have no cap: the certificate measures
+            them, and one from caps holds only while they are what they were. `"drop"` fixes the
+            biases of all linear maps at zero, as the presets "robust" and "accurate" do. Drop them
+            if a bound has to hold for a whole run.
+
+        untie_head: If the head is tied to the token embedding, give the head its own copy of the
+            weight. The default is True and costs the memory of one more table. The two have
+            different constraints (a matrix and a table of rows), so False refuses a tied model.
+
+        init: Where training starts. `"orthogonal"` makes every block orthogonal at norm min(1, cap)
+            and the output maps of attention and MLP zero, as in the paper; this overwrites the
+            weights. `"keep"` leaves them as they are. The default `"auto"` is orthogonal if norms
+            are removed from a model that was never loaded from anywhere, and keep otherwise.
 
     Raises:
-        ConfigError: a value outside its range; the message names it.
+        ConfigError: A value is outside its range, or two options contradict each other. The message
+            names the option.
     """
 
     method: str = "soft_cap"
@@ -127,7 +221,8 @@ class LipschitzConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(
-                    f"LipschitzConfig({name}={value!r}): choose one of {', '.join(map(repr, choices))}."
+                    f"LipschitzConfig({name}={value!r}): choose one of "
+                    f"{', '.join(map(repr, choices))}."
                 )
         for name in ("w_max", "value_scale", "embedding_max", "pixel_max"):
             _check_positive(name, getattr(self, name))
@@ -135,24 +230,30 @@ class LipschitzConfig:
             _check_positive("attention_scale", self.attention_scale)
         elif self.position_bias is None:
             raise ConfigError(
-                "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a position_bias, 'learned' or 'alibi'."
+                "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a "
+                "position_bias, 'learned' or 'alibi'."
             )
         chosen = [n for n in ("position_bias", "activation") if getattr(self, n) is not None]
         if self.logit_scale is not None:
             _check_positive("logit_scale", self.logit_scale)
         if self.norms in ("keep", "calibrated") and (chosen or self.logit_scale not in (None, 1)):
             raise ConfigError(
-                f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms={self.norms!r}): parts of the recipe that removes "
-                "norms; a model that keeps or calibrates them keeps its own attention, activations and logits."
+                f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms={self.norms!r}): "
+                "parts of the recipe that removes norms; a model that keeps or calibrates them "
+                "keeps its own attention, activations and logits."
             )
         self._check_floors()
         if not isinstance(self.overrides, Mapping):
             raise ConfigError("LipschitzConfig(overrides=...) takes a mapping {layer name: cap}.")
         if not isinstance(self.untie_head, bool):
-            raise ConfigError(f"LipschitzConfig(untie_head={self.untie_head!r}): must be True or False.")
+            raise ConfigError(
+                f"LipschitzConfig(untie_head={self.untie_head!r}): must be True or False."
+            )
         for layer, cap in self.overrides.items():
             if not isinstance(layer, str) or not layer:
-                raise ConfigError(f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer.")
+                raise ConfigError(
+                    f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer."
+                )
             _check_positive(f"overrides[{layer!r}]", cap)
         object.__setattr__(self, "overrides", dict(self.overrides))
         if self.gate_max is not None:
@@ -164,12 +265,15 @@ class LipschitzConfig:
 
     @property
     def recipe(self) -> bool:
-        """Whether norms are removed, and all that goes with it put in their place (once None is resolved)."""
+        """Whether the norms are removed, which None means as well."""
         return self.norms not in ("keep", "calibrated")
 
+    # Refuses floors that are no numbers, out of range, or not asked for.
     def _check_floors(self) -> None:
         if not isinstance(self.norm_floors, Mapping):
-            raise ConfigError("LipschitzConfig(norm_floors=...) takes a mapping {norm slot: number}.")
+            raise ConfigError(
+                "LipschitzConfig(norm_floors=...) takes a mapping {norm slot: number}."
+            )
         if self.norm_floors and self.norms != "calibrated":
             raise ConfigError(
                 f"LipschitzConfig(norm_floors=...) needs norms='calibrated', not {self.norms!r}."
@@ -179,25 +283,31 @@ class LipschitzConfig:
             number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
             if not number or not (floor == 0 or FLOOR_MIN <= floor <= 1.0 / FLOOR_MIN):
                 raise ConfigError(
-                    f"LipschitzConfig(norm_floors[{slot!r}]={floor!r}): 0, or a number from 1e-12 to 1e12, please."
+                    f"LipschitzConfig(norm_floors[{slot!r}]={floor!r}): 0, or a number from 1e-12 "
+                    "to 1e12, please."
                 )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LipschitzConfig:
-        """A named choice of options, with `changes` on top.
+        """A named choice of options that were measured together, with `changes` on top.
+
+        What a model's family has no place for is not left out here. `retrofit`, `LipschitzCallback`
+        and `plan_caps` do leave it out if they are given the name alone, as in `retrofit(model,
+        "robust")`. All figures are from text and models of 3 blocks (docs/LOG.md, 2026-11-24 and
+        2026-11-25). Deeper models are untried.
 
         Args:
-            name: `"robust"`: attention by position alone, absolute values, large steps of the residual, wide margins: many
-                predictions proven at perturbations of 1 % (at 3 and 10 % a logit_scale of 3.3 and 2 proves more). With
-                `MarginLoss(model, 0.5)` take logit_scale=20: as many proven, and more of them right (docs/LOG.md).
-                `"accurate"`: the same with a larger logit_scale, the most accuracy. `"paper"`: the recipe of arXiv
-                2507.13338 to the letter, its logits as small as its caps make them. Measured on text, 3 blocks deep
-                (docs/LOG.md); deeper is untried. Not every family has a place for all of it: give `retrofit`,
-                `LipschitzCallback` or `plan_caps` the name alone, and what has no place is left out.
-            changes: fields of LipschitzConfig.
+            name: A key of PRESETS. `"robust"` is for margins: attention by position alone, the
+                absolute value as activation, large steps of the residual. Many predictions are
+                proven at perturbations of 1 %. At 3 and 10 %, a logit_scale of 3.3 and 2 proves
+                more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many predictions are
+                proven, and more of them are right. `"accurate"` is the same with a larger
+                logit_scale, for the most accuracy. `"paper"` is the recipe of arXiv 2507.13338 to
+                the letter. Its logits are as small as its caps make them.
+            changes: Fields of LipschitzConfig that replace those of the preset.
 
         Raises:
-            ConfigError: an unknown name, or a change that is out of range.
+            ConfigError: The name is unknown, a change is no field, or a value is out of range.
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
@@ -207,38 +317,50 @@ class LipschitzConfig:
         unknown = sorted(set(changes) - known)
         if unknown:
             raise ConfigError(
-                f"LipschitzConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+                f"LipschitzConfig has no field {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(known))}."
             )
         return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary of JSON types."""
+        """The config as a dictionary of JSON types, which `from_dict` reads back."""
         values = dataclasses.asdict(self)
         if isinstance(self.residual, tuple):
             values["residual"] = list(self.residual)
         return values
 
     def to_json(self) -> str:
-        """JSON text that `from_json` reads back to an equal config."""
+        """The config as JSON text, which `from_json` reads back to an equal config."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LipschitzConfig:
-        """Inverse of `to_dict`; unknown keys raise ConfigError, so no setting is lost in silence."""
+        """The config that `to_dict` wrote.
+
+        Raises:
+            ConfigError: `values` is no mapping, or a value is out of range, or a key is unknown: no
+                setting is lost in silence.
+        """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"not a LipschitzConfig: expected a mapping, got {type(values).__name__}")
+            raise ConfigError(
+                f"not a LipschitzConfig: expected a mapping, got {type(values).__name__}"
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"LipschitzConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}. "
-                "Was this written by a newer lip_plugin?"
+                f"LipschitzConfig has no field {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(known))}. Was this written by a newer lip_plugin?"
             )
         return cls(**dict(values))
 
     @classmethod
     def from_json(cls, text: str) -> LipschitzConfig:
-        """Inverse of `to_json`; raises ConfigError on text that is not a JSON object."""
+        """The config that `to_json` wrote.
+
+        Raises:
+            ConfigError: The text is not a JSON object, or `from_dict` refuses what it holds.
+        """
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -246,19 +368,23 @@ class LipschitzConfig:
         return cls.from_dict(values)
 
 
+# Refuses anything but one number between 0 and 1, or a pair of them.
 def _check_residual(residual: Any) -> None:
     weights = residual if isinstance(residual, tuple) else (residual,)
     if isinstance(residual, tuple) and len(residual) != 2:
-        raise ConfigError(f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP).")
+        raise ConfigError(
+            f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP)."
+        )
     for a in weights:
         is_number = isinstance(a, (int, float)) and not isinstance(a, bool)
         if not is_number or not 0 < a < 1:
             raise ConfigError(
-                f"LipschitzConfig(residual={residual!r}): a in (1-a) x + a f(x) is a number between 0 and 1, "
-                "or a pair of them, of (attention, MLP)."
+                f"LipschitzConfig(residual={residual!r}): a in (1-a) x + a f(x) is a number "
+                "between 0 and 1, or a pair of them, of (attention, MLP)."
             )
 
 
+# Refuses anything but a finite number above 0.
 def _check_positive(name: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= sys.float_info.max:

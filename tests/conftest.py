@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 # Before any Hugging Face library is imported: nothing here may ask the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))  # `from families import tiny`, from any directory
 
 import pytest
 import torch
 
-# Tiny models: a second thread costs more than it brings, and other work on the machine makes it wait.
+# For tiny models a second thread costs more than it brings, and other work on the machine makes it
+# wait.
 torch.set_num_threads(1)
 
 

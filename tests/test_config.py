@@ -1,4 +1,4 @@
-"""LipschitzConfig: frozen, validated by name, and JSON both ways."""
+"""A LipschitzConfig is frozen, validated by name, and goes through JSON both ways."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_the_methods_a_config_accepts_are_those_that_exist():
 @given(
     method=st.sampled_from(METHOD_NAMES),
     w_max=st.floats(1e-300, 1e300),
-    overrides=st.dictionaries(st.text(min_size=1, max_size=8), st.floats(1e-300, 1e300), max_size=3),
+    overrides=st.dictionaries(
+        st.text(min_size=1, max_size=8), st.floats(1e-300, 1e300), max_size=3
+    ),
     granularity=st.sampled_from(["head", "matrix"]),
     norms=st.sampled_from([None, "remove", "keep"]),
     residual=st.none() | st.floats(1e-9, 0.999),
@@ -128,9 +130,9 @@ def test_a_config_error_is_both_ours_and_a_value_error():
 def test_presets_are_configs_that_changes_go_on_top_of():
     for name in PRESETS:
         assert LipschitzConfig.preset(name, w_max=1.5).w_max == 1.5
-        assert LipschitzConfig.from_json(LipschitzConfig.preset(name).to_json()) == LipschitzConfig.preset(
-            name
-        )
+        assert LipschitzConfig.from_json(
+            LipschitzConfig.preset(name).to_json()
+        ) == LipschitzConfig.preset(name)
     assert LipschitzConfig.preset("robust", activation=None).activation is None
     with pytest.raises(ConfigError, match="robust"):
         LipschitzConfig.preset("best")
@@ -141,5 +143,9 @@ def test_presets_are_configs_that_changes_go_on_top_of():
 def test_two_residual_weights_survive_json_as_a_pair():
     config = LipschitzConfig(residual=[0.5, 0.9])
     assert config.residual == (0.5, 0.9)
-    assert config == LipschitzConfig(residual=(0.5, 0.9)) == LipschitzConfig.from_json(config.to_json())
+    assert (
+        config
+        == LipschitzConfig(residual=(0.5, 0.9))
+        == LipschitzConfig.from_json(config.to_json())
+    )
     assert json.loads(config.to_json()) == config.to_dict()

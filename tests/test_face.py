@@ -1,4 +1,7 @@
-"""What users get wrong first: slips in arguments, things that are no config or model, other runs' states."""
+"""What users get wrong first is told in plain words.
+
+There are slips in arguments, things that are no config or model, and states of other runs.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import data_for, tiny
-from oracles import assert_unchanged, fingerprint
-from test_trainer import SMALL, arguments, trainer_of
 from transformers import Trainer
 
 from lip_plugin import (
@@ -23,14 +23,17 @@ from lip_plugin import (
     load_checkpoint,
     own_caps,
     plan_caps,
-    recap_,
     release,
     retrofit,
     save_checkpoint,
+    set_caps_,
 )
 from lip_plugin.errors import CheckpointError, ConfigError, TrainerError, UnsupportedModelError
 from lip_plugin.face import require_module
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery.state import find_retrofit
+from tests.integrations.test_trainer import SMALL, arguments, trainer_of
+from tests.support.families import data_for, tiny
+from tests.support.oracles import assert_unchanged, fingerprint
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,10 @@ def test_a_report_is_no_config_and_another_config_is_told_field_by_field() -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"w_max": 2}, "w_max is a field of LipschitzConfig: LipschitzCallback(LipschitzConfig(w_max=2))"),
+        (
+            {"w_max": 2},
+            "w_max is a field of LipschitzConfig: LipschitzCallback(LipschitzConfig(w_max=2))",
+        ),
         ({"config": "robust", "w_max": 2}, "LipschitzConfig.preset('robust', w_max=2)"),
         ({"confg": 3}, "no argument 'confg'. Did you mean 'config'"),
         ({"momentun": 0.9}, "Did you mean 'momentum'"),
@@ -101,7 +107,9 @@ def test_a_report_is_no_config_and_another_config_is_told_field_by_field() -> No
     ],
     ids=lambda v: repr(v)[:30],
 )
-def test_a_slip_in_the_callbacks_arguments_is_refused_where_it_is_made(given: dict, words: str) -> None:
+def test_a_slip_in_the_callbacks_arguments_is_refused_where_it_is_made(
+    given: dict, words: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         LipschitzCallback(**given)
 
@@ -127,7 +135,12 @@ def test_every_argument_of_muon_that_means_something_here_passes() -> None:
 def test_a_second_callback_and_one_that_comes_too_late_are_refused_with_the_cure(tmp_path) -> None:
     two = [LipschitzCallback(), LipschitzCallback()]
     with pytest.raises(TrainerError, match=r"LipschitzCallback already.*Keep one"):
-        Trainer(tiny("gpt2", **SMALL), arguments(tmp_path), train_dataset=data_for("gpt2"), callbacks=two)
+        Trainer(
+            tiny("gpt2", **SMALL),
+            arguments(tmp_path),
+            train_dataset=data_for("gpt2"),
+            callbacks=two,
+        )
     late = Trainer(tiny("gpt2", **SMALL), arguments(tmp_path), train_dataset=data_for("gpt2"))
     late.add_callback(LipschitzCallback())
     with pytest.raises(TrainerError, match=r"too late.*callbacks=\[LipschitzCallback\(\)\]"):
@@ -143,7 +156,10 @@ def test_the_class_itself_and_arguments_used_twice_are_no_mistake(tmp_path) -> N
 
 
 NO_MODELS: dict[str, tuple[Any, str]] = {
-    "report": (retrofit(tiny("gpt2")), r"retrofit\(\) changes the model in place and gives a report back"),
+    "report": (
+        retrofit(tiny("gpt2")),
+        r"retrofit\(\) changes the model in place and gives a report back",
+    ),
     "path": ("runs/model", "lip-plugin certify runs/model"),
     "number": (5, "of type int"),
     "config": (LipschitzConfig(), "The model comes first"),
@@ -160,7 +176,7 @@ CALLS = {
     "plan_caps": lambda x: plan_caps(x, 10.0),
     "save_checkpoint": lambda x: save_checkpoint("nowhere", 1, x, None),
     "load_checkpoint": lambda x: load_checkpoint("nowhere", x, None),
-    "recap_": lambda x: recap_(x, None, w_max=1.0),
+    "set_caps_": lambda x: set_caps_(x, None, w_max=1.0),
     "constrain_adapters": lambda x: constrain_adapters(x, 0.1),
 }
 
@@ -196,7 +212,9 @@ def test_steps_and_batches_of_another_type_are_refused() -> None:
         RetrofitSchedule().begin_(tiny("gpt2"), "robust")  # type: ignore[arg-type]
 
 
-def test_a_state_of_another_config_is_refused_with_both_and_the_cure_before_anything_changes() -> None:
+def test_a_state_of_another_config_is_refused_with_both_and_the_cure_before_anything_changes() -> (
+    None
+):
     models = [tiny("gpt2"), tiny("gpt2")]
     retrofit(models[0])
     retrofit(models[1], LipschitzConfig(biases="drop"))
@@ -207,7 +225,9 @@ def test_a_state_of_another_config_is_refused_with_both_and_the_cure_before_anyt
     kinds = ", ".join(f"{g['kind']}: {len(g['params'])}" for g in old.param_groups)
     assert "adamw" in kinds
     assert "adamw" not in {g["kind"] for g in optimizer.param_groups}
-    with pytest.raises(CheckpointError, match=re.escape(kinds) + r".*another LipschitzConfig.*config\.json"):
+    with pytest.raises(
+        CheckpointError, match=re.escape(kinds) + r".*another LipschitzConfig.*config\.json"
+    ):
         optimizer.load_state_dict(state)
     assert [g["lr"] for g in optimizer.param_groups] == rates
     plain = torch.optim.AdamW([p for p in models[1].parameters() if p.requires_grad])

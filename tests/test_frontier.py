@@ -1,4 +1,7 @@
-"""The frontier's runner: its MLP's bound is a bound, its caps hold, and a run that was cut off goes on where it was."""
+"""The frontier's bound of an MLP is a bound, and its caps hold.
+
+A run that was cut off goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from frontier_tasks import char as frontier_char
 from frontier_tasks import mlp as frontier_mlp
 from frontier_tasks.runs import BUDGETS, RATES, Run, char_runs, mlp_runs
 from frontier_tasks.table import draw, front, points, table
-from oracles import CAP_TOLERANCE
 
 from lip_plugin import LipschitzConfig, certify
 from lip_plugin.config import METHOD_NAMES
+from tests.support.oracles import CAP_TOLERANCE
 
 pytest.importorskip("sklearn")
 METHODS_BY_OPTIMIZER = list(itertools.product(METHOD_NAMES, RATES))
@@ -41,7 +44,9 @@ def trained(run: Run, steps: int = 6) -> frontier_mlp.Images:
 def worst_norm(model: frontier_mlp.Images) -> float:
     """Largest RMS->RMS norm of its matrices, by a float64 SVD."""
     weights = [m.weight.detach().double() for m in model.maps]
-    return max(float(torch.linalg.svdvals(w)[0]) * math.sqrt(w.shape[1] / w.shape[0]) for w in weights)
+    return max(
+        float(torch.linalg.svdvals(w)[0]) * math.sqrt(w.shape[1] / w.shape[0]) for w in weights
+    )
 
 
 @pytest.mark.parametrize(("method", "optimizer"), METHODS_BY_OPTIMIZER)
@@ -64,14 +69,18 @@ def test_the_graph_is_the_mlp_and_its_bounds_hold() -> None:
     split = frontier_mlp.data(chosen, 0)
     x = split.held_out[0].double()
     graph, twin = frontier_mlp.graph_of(model), model.double()
-    assert torch.allclose(graph.body.run(x[:, None])[:, 0], twin(x), rtol=0, atol=1e-12)  # float64 roundings
+    assert torch.allclose(
+        graph.body.run(x[:, None])[:, 0], twin(x), rtol=0, atol=1e-12
+    )  # float64 roundings
     bound = frontier_mlp.evaluate(model.float(), split, chosen)["bound"]
     exact = math.prod(
         float(torch.linalg.svdvals(m.weight.detach().double())[0])
         * math.sqrt(m.weight.shape[1] / m.weight.shape[0])
         for m in model.maps
     )
-    assert exact <= bound["weights"] <= exact * 1.002  # a norm is proven to 0.1 %, and there are two
+    assert (
+        exact <= bound["weights"] <= exact * 1.002
+    )  # a norm is proven to 0.1 %, and there are two
     assert bound["weights"] <= bound["caps"]
     jacobians = torch.func.vmap(torch.func.jacrev(model.double()))(x).detach()
     steepest = float(torch.linalg.svdvals(jacobians).max()) * math.sqrt(x.shape[1] / 10)
@@ -94,7 +103,9 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
     frontier.work(chosen)
     whole = chosen.results.read_text()
     rows = frontier.read(chosen.results)
-    assert [(r["name"], r["seed"]) for r in rows] == [(f"soft_cap/{o}/1", s) for s in (0, 1) for o in RATES]
+    assert [(r["name"], r["seed"]) for r in rows] == [
+        (f"soft_cap/{o}/1", s) for s in (0, 1) for o in RATES
+    ]
     frontier.work(chosen)
     assert chosen.results.read_text() == whole  # nothing is run twice
     chosen.results.write_text(whole[:-40])
@@ -150,7 +161,9 @@ def test_the_character_model_of_the_larger_budgets_is_the_papers() -> None:
         assert (BUDGETS["char"][budget]["width"], BUDGETS["char"][budget]["length"]) == (256, 256)
     small = BUDGETS["char"]["small"]
     assert small["steps"] * small["batch"] * small["length"] == 3_072_000
-    split = frontier_char.data(frontier.settings(frontier.parse(["--task", "char", "--budget", "smoke"])), 0)
+    split = frontier_char.data(
+        frontier.settings(frontier.parse(["--task", "char", "--budget", "smoke"])), 0
+    )
     run = Run("", {"biases": "drop"}, "lipschitz_muon", (0.1,))
     chosen = frontier.settings(frontier.parse(["--task", "char", "--budget", "smoke"]))
     model = list(frontier_char.train(run, 0.1, 0, split, chosen, 1))[-1]
@@ -176,7 +189,9 @@ def test_the_committed_data_are_of_the_table_and_consistent(tmp_path: Path) -> N
     runs = {"mlp": {r.name: r for r in mlp_runs()}, "char": {r.name: r for r in char_runs()}}
     for row in rows:
         assert row["run"] == runs[row["task"]][row["name"]].plain(), row["name"]
-        assert all(a <= b for a, b in zip(row["certified"], row["attacked"], strict=True)), row["name"]
+        assert all(a <= b for a, b in zip(row["certified"], row["attacked"], strict=True)), row[
+            "name"
+        ]
         if "caps" in row["bound"]:
             assert row["bound"]["weights"] <= row["bound"]["caps"], row["name"]
     mlp = [row for row in rows if row["task"] == "mlp"]
@@ -191,4 +206,6 @@ def test_the_front_is_what_nothing_else_beats() -> None:
     for p in found:
         beaten = any(q.bound <= p.bound and q.accuracy >= p.accuracy and q is not p for q in found)
         assert (p in kept) or beaten
-        assert not (p in kept and any(q.bound <= p.bound and q.accuracy > p.accuracy for q in found))
+        assert not (
+            p in kept and any(q.bound <= p.bound and q.accuracy > p.accuracy for q in found)
+        )

@@ -21,18 +21,6 @@ PUBLIC = {
     *("certify", "falsify", "Certificate", "LipschitzCallback"),
 }
 # One direction: a package may import those to its left (and itself).
-ORDER = (
-    "errors",
-    "config",
-    "blocks",
-    "linalg",
-    "modules",
-    "architecture",
-    "checks",
-    "surgery",
-    "optim",
-    "certificate",
-)
 BLOCKER = """
 import sys
 class Blocker:
@@ -47,7 +35,9 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess:
     """A fresh interpreter, in a folder that is not the repository, with warnings as errors."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, "-W", "error", "-c", code]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_every_public_name_resolves_and_none_is_missing():
@@ -66,20 +56,29 @@ def test_every_error_is_a_lipschitz_error():
 
 
 def test_importing_the_package_does_not_import_transformers(tmp_path):
-    code = "import sys, lip_plugin; lip_plugin.retrofit; lip_plugin.LipschitzMuon; lip_plugin.certify\n"
-    code += "heavy = {'transformers', 'accelerate', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+    code = (
+        "import sys, lip_plugin; lip_plugin.retrofit; lip_plugin.LipschitzMuon; "
+        "lip_plugin.certify\n"
+    )
+    code += (
+        "heavy = {'transformers', 'accelerate', 'peft', 'datasets', 'matplotlib'} "
+        "& set(sys.modules)\n"
+    )
     result = run(code + "assert not heavy, heavy", tmp_path)
     assert result.returncode == 0, result.stderr
 
 
 def test_without_transformers_the_core_works_on_a_nanogpt(tmp_path):
-    """Retrofit, train, project and certify where neither transformers nor accelerate can be imported."""
+    """The core works where neither transformers nor accelerate can be imported.
+
+    It retrofits, trains, projects and certifies a nanoGPT.
+    """
     code = f"""{BLOCKER}
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
-from families import tiny
-from oracles import loss_of, worst_over_cap
+from tests.support.families import tiny
+from tests.support.oracles import loss_of, worst_over_cap
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, project_, release, retrofit
 from lip_plugin import attach_projection, falsify
 import lip_plugin.linalg.norms, lip_plugin.linalg.polar, lip_plugin.linalg.projections
@@ -117,12 +116,17 @@ def test_the_package_says_that_it_is_typed():
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(module, at import time) of every import statement; those for type checkers only are left out."""
+    """Every import statement, as the module and whether it runs at import time.
+
+    Those for type checkers only are left out.
+    """
     found = []
 
     def visit(node: ast.AST, top: bool) -> None:
         for child in ast.iter_child_nodes(node):
-            inside = top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            inside = top and not isinstance(
+                child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+            )
             if isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
                 continue
             if isinstance(child, ast.Import):
@@ -149,36 +153,33 @@ def test_the_core_never_imports_the_integrations_nor_what_they_plug_into():
     assert len(core_files()) > 15
     for path in core_files():
         for name, _ in imports_of(path):
-            assert name.partition(".")[0] not in ("transformers", "accelerate", "peft", "datasets"), path
-            if path != ROOT / "__init__.py" and path.name != "cli.py":
+            assert name.partition(".")[0] not in (
+                "transformers",
+                "accelerate",
+                "peft",
+                "datasets",
+            ), path
+            if path != ROOT / "__init__.py" and path.parent.name != "cli":
                 assert not name.startswith("lip_plugin.integrations"), path
 
 
-def test_imports_point_in_one_direction():
+def test_the_library_imports_nothing_but_its_dependencies():
+    allowed = {"torch", "tqdm", "lip_plugin", *sys.stdlib_module_names}
     for path in core_files():
-        relative = path.relative_to(ROOT).parts
-        own = relative[0].removesuffix(".py")
-        if own not in ORDER:
-            continue
-        for name, top in imports_of(path):
-            package, _, rest = name.partition(".")
-            target = rest.partition(".")[0]
-            if package == "lip_plugin" and target in ORDER and top:
-                assert ORDER.index(target) <= ORDER.index(own), f"{path.name} imports {name}"
-
-
-def test_the_library_imports_nothing_but_torch_and_the_standard_library():
-    allowed = {"torch", "lip_plugin", *sys.stdlib_module_names}
-    for path in core_files():
+        extra = {"matplotlib"} if path.name == "charts.py" else set()  # with the extra "plots"
         for name, _ in imports_of(path):
-            assert name.partition(".")[0] in allowed, f"{path.name} imports {name}"
+            assert name.partition(".")[0] in allowed | extra, f"{path.name} imports {name}"
 
 
 def test_the_library_logs_and_never_prints():
-    for path in [*core_files(), *INTEGRATIONS.glob("hf_*.py")]:
-        if path.name == "cli.py":
+    for path in [*core_files(), *INTEGRATIONS.glob("huggingface/*.py")]:
+        if path.parent.name == "cli":
             continue
-        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        calls = [
+            n
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call)
+        ]
         assert not any(getattr(c.func, "id", "") == "print" for c in calls), path
 
 
@@ -193,7 +194,7 @@ def test_saved_models_load_in_any_order_of_imports(first, tmp_path):
     """The loader registers whether it, transformers, or lip_plugin is imported first, and once."""
     code = f"""
 import {first}
-import lip_plugin.integrations.hf_persistence as ours
+import lip_plugin.integrations.huggingface.saving as ours
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert AUTO_QUANTIZER_MAPPING[ours.METHOD] is ours.LipschitzLoader
 """

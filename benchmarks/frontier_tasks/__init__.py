@@ -1,1 +1,1 @@
-"""What benchmarks/frontier.py runs: the table of runs, the two tasks, table and figure."""
+"""What benchmarks/frontier.py needs: the runs, two tasks, and the table and figure of results."""

@@ -1,7 +1,8 @@
-"""Task char: the character transformer of arXiv 2507.13338 (a GPT-2 of 3 blocks, 4 heads, width 256, length 256) on a text.
+"""Task char: the character transformer of arXiv 2507.13338 on a text.
 
-Without a constraint it is the plain GPT-2, norms and biases and all. Bounds are between token norms of the embeddings
-and of the logits; eps is the RMS norm by which every token's embedding may move, all at once.
+It is a GPT-2 of 3 blocks, 4 heads, width 256 and length 256. Without a constraint it is the plain
+GPT-2, with its norms and biases. Bounds are from the token norm of the embeddings to the token norm
+of the logits. eps is the RMS norm by which the embedding of every token may move, all at once.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import torch
+from common import character_gpt2, characters, windows
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, certify, retrofit
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.surgery.state import find_retrofit
 
 EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 _SCORED = 220  # sequences in each half of the validation text that are scored at most
@@ -28,7 +28,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Split:
-    """Ids: the first nine tenths; of the rest one half to choose rates by, the other for the results [n, length]."""
+    """Ids of a text.
+
+    Attributes:
+        train: the first nine tenths of it.
+        choose: sequences [n, length] of the second half of the rest, to choose learning rates by.
+        held_out: sequences [n, length] of the first half of the rest, for the results.
+        vocabulary: how many characters there are.
+    """
 
     train: Tensor
     choose: Tensor
@@ -43,15 +50,12 @@ def data(options: Any, seed: int) -> Split:
 
 @cache
 def _data(path: str | None, length: int) -> Split:
-    text = Path(path).read_text() if path else "\n".join(topics.topics.values())
-    vocabulary = sorted(set(text))
-    index = {c: i for i, c in enumerate(vocabulary)}
-    ids = torch.tensor([index[c] for c in text], device=DEVICE)
-    cut = int(0.9 * len(ids))
-    rest = ids[cut:]
+    text = characters(path)
+    rest = text.held_out.to(DEVICE)
     blocks = rest[: len(rest) // length * length].view(-1, length)
     held_out, choose = blocks.chunk(2)
-    return Split(ids[:cut], choose[:_SCORED], held_out[:_SCORED], len(vocabulary))
+    train, size = text.train.to(DEVICE), len(text.vocabulary)
+    return Split(train, choose[:_SCORED], held_out[:_SCORED], size)
 
 
 def train(
@@ -59,17 +63,13 @@ def train(
 ) -> Iterator[GPT2LMHeadModel]:
     """Yields the model after every step (the same object)."""
     torch.manual_seed(seed)
-    nothing: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    sizes = {"n_embd": options.width, "n_layer": 3, "n_head": 4, "n_positions": options.length}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=split.vocabulary, **sizes, **nothing)).to(DEVICE)
+    model = character_gpt2(split.vocabulary, options.width, 3, options.length).to(DEVICE)
     if run.config is not None:
         retrofit(model, LipschitzConfig(**run.config))
     stepping = Steps(run, model, lr, steps)
     model.train()
     for _ in range(steps):
-        at = torch.randint(len(split.train) - options.length, (options.batch,)).tolist()
-        batch = torch.stack([split.train[i : i + options.length] for i in at])
+        batch = windows(split.train, options.length, options.batch)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=getattr(options, "autocast", False)):
             logits = model(batch).logits
         stepping.take(_training_loss(logits.float(), batch, run))
@@ -103,7 +103,7 @@ def score(model: GPT2LMHeadModel, blocks: Tensor, temperature: float = 1.0) -> d
 
 
 def choose(model: GPT2LMHeadModel, split: Split, temperature: float) -> dict[str, float]:
-    """Scores at the training temperature on the half of the text that learning rates are chosen by."""
+    """Scores at the training temperature on the text that learning rates are chosen by."""
     return score(model, split.choose, temperature)
 
 

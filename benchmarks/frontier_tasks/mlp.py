@@ -1,7 +1,8 @@
 """Task mlp: an MLP on images, under caps or not, as a graph that the certificate's own rules bound.
 
-Images are flattened, pixels in [-1, 1]; scikit-learn's digits (8 x 8, offline), or any image data set of the hub.
-Bounds are between RMS norms of the input and of the logits; eps is the 2-norm of an image's change.
+Images are flattened and have pixels in [-1, 1]. They are scikit-learn's digits (8 x 8, offline), or
+any image data set of the hub. Bounds are from the RMS norm of the input to the RMS norm of the
+logits. eps is the 2-norm of an image's change.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ from torch import Tensor, nn
 
 from frontier_tasks.runs import Run, Steps
 from lip_plugin import LipschitzConfig
-from lip_plugin.architecture import Architecture, Attention, Family, Mlp
-from lip_plugin.blocks import whole
-from lip_plugin.certificate.build import Graph
 from lip_plugin.certificate.certify import bound_of
-from lip_plugin.certificate.entry import Entry
-from lip_plugin.certificate.graph import Activation, Linear, Norms
-from lip_plugin.certificate.margins import Certifier
-from lip_plugin.certificate.measure import cap_norms, weight_norms
-from lip_plugin.certificate.movement import Local, Movement
-from lip_plugin.certificate.pgd import attack
-from lip_plugin.initial import init_orthogonal_
-from lip_plugin.modules import constrain_, constrained_modules
-from lip_plugin.parts import Parts
-from lip_plugin.surgery import RetrofitState, cap_of
+from lip_plugin.certificate.graph.base import ProvenNorms
+from lip_plugin.certificate.graph.build import Graph
+from lip_plugin.certificate.graph.entry import Entry
+from lip_plugin.certificate.graph.nodes import Activation, Linear
+from lip_plugin.certificate.robustness.attack import attack
+from lip_plugin.certificate.robustness.margins import Certifier
+from lip_plugin.certificate.robustness.movement import Local, Movement
+from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
+from lip_plugin.model.architecture import Architecture, Attention, Family, Mlp
+from lip_plugin.model.layers import constrain_, constrained_modules
+from lip_plugin.model.layout import one_block
+from lip_plugin.model.parts import Parts
+from lip_plugin.surgery.caps import cap_of
+from lip_plugin.surgery.orthogonal_init import init_orthogonal_
+from lip_plugin.surgery.state import RetrofitState
 
 EPS = (0.1, 0.2, 0.5, 1.0, 1.5)
 _NOTHING = {"module": "", "act": "", "down": ""}
 
 
 class Images(nn.Module):
-    """x [batch, widths[0]] -> logits [batch, widths[-1]]: linear maps without biases, ReLU between them."""
+    """Linear maps without biases and ReLU between them.
+
+    Maps x [batch, widths[0]] to logits [batch, widths[-1]].
+    """
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -56,14 +62,19 @@ class Images(nn.Module):
 
 
 def constrain(model: Images, config: LipschitzConfig, *, capped: bool = True) -> None:
-    """What `retrofit` does for the families it knows: caps, the orthogonal start, and the mark of a retrofit.
+    """Do what `retrofit` does for known families: caps, orthogonal start, mark of a retrofit.
 
-    capped=False keeps the same start and drops the caps: a baseline that every optimizer here accepts.
+    Args:
+        capped: False keeps the same start and drops the caps, which makes a baseline that every
+            optimizer here accepts.
     """
 
     def give(on: bool) -> None:
         for name, linear in zip(model.names(), model.maps, strict=True):
-            constrain_(linear, whole("dense", linear.weight.shape[0], cap_of(name, config) if on else None))
+            constrain_(
+                linear,
+                one_block("dense", linear.weight.shape[0], cap_of(name, config) if on else None),
+            )
 
     give(True)
     init_orthogonal_(model)
@@ -91,12 +102,15 @@ def graph_of(model: Images) -> Graph:
         nodes.append(Activation("act", model.act, "relu"))
     family = Family(architecture, matches=lambda m: m is model)
     found = Parts(architecture, layers=(), knobs=(), n_heads=1, n_kv_heads=1)
-    # no tables, no patches, no layers: all of it is what comes behind them
-    return Graph(model, model, family, found, Entry({}), (), tuple(nodes[:-1]))
+    # No tables and no patches enter, no blocks follow, and the last activation is none.
+    return Graph(model, model, family, found, Entry({}), blocks=(), readout=tuple(nodes[:-1]))
 
 
 class InputBall:
-    """Changes of the flattened image [batch, 1, d] of 2-norm at most eps; what certificate/balls.py has for ViT."""
+    """Changes of the flattened image [batch, 1, d] of 2-norm at most eps.
+
+    certificate/robustness/balls.py has the same for ViT.
+    """
 
     name = "pixel_l2"
 
@@ -112,7 +126,7 @@ class InputBall:
     def movement(self, point: Tensor, x: Tensor, eps: Tensor, local: Local) -> Movement:
         return Movement.ball((eps[:, None, None] * (1 + 1e-12)).expand(-1, *x.shape[:2]))
 
-    def token_norm(self, eps: float, norms: Norms) -> float:
+    def token_norm(self, eps: float, norms: ProvenNorms) -> float:
         return eps / self.width**0.5 * (1 + 1e-12)
 
     def dual(self, gradient: Tensor) -> Tensor:
@@ -124,7 +138,7 @@ class InputBall:
 
 @dataclass(frozen=True)
 class Split:
-    """Images [n, d] and labels: to train on, to choose a learning rate by, and held out for the results."""
+    """Images [n, d] and labels: to train on, to choose a learning rate by, and for the results."""
 
     train: tuple[Tensor, Tensor]
     choose: tuple[Tensor, Tensor]
@@ -137,7 +151,10 @@ def data(options: Any, seed: int) -> Split:
 
 @cache
 def _data(dataset: str | None, seed: int, images: int) -> Split:
-    """Three fifths, one fifth and one fifth of the digits, cut by the seed; of a hub's data its test split is held out."""
+    """Three fifths, one fifth and one fifth of the digits, cut by the seed.
+
+    Of a data set of the hub, the results are on its test split.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     if dataset is None:
         from sklearn.datasets import load_digits
@@ -165,7 +182,9 @@ def _hub(dataset: str, split: str) -> tuple[Tensor, Tensor]:
     return pixels.flatten(1).float() / 127.5 - 1.0, torch.tensor(found[label])
 
 
-def train(run: Run, lr: float, seed: int, split: Split, options: Any, steps: int) -> Iterator[Images]:
+def train(
+    run: Run, lr: float, seed: int, split: Split, options: Any, steps: int
+) -> Iterator[Images]:
     """Yields the model after every step (the same object)."""
     torch.manual_seed(seed)
     x, y = split.train

@@ -1,6 +1,7 @@
 """The runs of the frontier as a plain table, and the optimizers that they name.
 
-A run is data: add one by adding a Run to `mlp_runs` or `char_runs`. Names are keys of the results file.
+A run is data. To add one, add a Run to `mlp_runs` or `char_runs`. Its name is its key in the
+results file.
 """
 
 from __future__ import annotations
@@ -14,80 +15,52 @@ from torch import nn
 
 from lip_plugin import LipschitzMuon, attach_projection
 from lip_plugin.config import METHOD_NAMES
+from lip_plugin.model.position import OffsetBias
 from lip_plugin.optim.groups import POSITION_RATE
-from lip_plugin.position import OffsetBias
 
 CAPS = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
-# The learning rates that are tried: LipschitzMuon's in RMS->RMS norm per step, torch.optim.Muon's in spectral norm.
-RATES = {"lipschitz_muon": (0.02, 0.06, 0.2), "muon": (0.02, 0.06, 0.2), "adamw": (1e-3, 4e-3, 1.6e-2)}
-# What a budget is, task by task. `quick` of char is 0.41 M characters, in bf16 autocast (scored and proven in float32):
-# two minutes a run, for maps of many. `small` of char is 3.07 M characters. `full` of char has the batch and the model of
-# arXiv 2507.13338's released Shakespeare sweeps (batch 64, length 256); 2000 steps are 32.8 M characters.
+# The learning rates that are tried. LipschitzMuon's are in RMS->RMS norm per step, those of
+# torch.optim.Muon in spectral norm.
+RATES = {
+    "lipschitz_muon": (0.02, 0.06, 0.2),
+    "muon": (0.02, 0.06, 0.2),
+    "adamw": (1e-3, 4e-3, 1.6e-2),
+}
+# What a budget is, task by task. For char, `quick` is 0.41 M characters in bf16 autocast (scored
+# and proven in float32) and takes two minutes a run, for maps of many. `small` is 3.07 M
+# characters. `full` has the batch and the model of the Shakespeare sweeps that arXiv 2507.13338
+# released (batch 64, length 256); its 2000 steps are 32.8 M characters.
+_MLP = {"batch": 128, "widths": (128, 128), "examples": 360, "refine": 4, "attack": (2, 20)}
+_CHAR = {"width": 256, "length": 256}
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {
-        "smoke": {"steps": 3, "batch": 32, "widths": (16,), "examples": 20, "refine": 1, "attack": (1, 3)},
-        "quick": {
-            "steps": 40,
-            "batch": 128,
-            "widths": (128, 128),
-            "examples": 360,
-            "refine": 4,
-            "attack": (2, 20),
+        "smoke": {
+            **{"steps": 3, "batch": 32, "widths": (16,)},
+            **{"examples": 20, "refine": 1, "attack": (1, 3)},
         },
-        "small": {
-            "steps": 120,
-            "batch": 128,
-            "widths": (128, 128),
-            "examples": 360,
-            "refine": 4,
-            "attack": (2, 20),
-        },
+        "quick": {"steps": 40, **_MLP},
+        "small": {"steps": 120, **_MLP},
         "full": {
-            "steps": 3000,
-            "batch": 512,
-            "widths": (256, 256),
-            "examples": 2000,
-            "refine": 9,
-            "attack": (4, 40),
+            **{"steps": 3000, "batch": 512, "widths": (256, 256)},
+            **{"examples": 2000, "refine": 9, "attack": (4, 40)},
         },
     },
     "char": {
         "smoke": {
-            "steps": 2,
-            "batch": 2,
-            "width": 32,
-            "length": 16,
-            "examples": 2,
-            "refine": 0,
-            "attack": (1, 2),
+            **{"steps": 2, "batch": 2, "width": 32, "length": 16},
+            **{"examples": 2, "refine": 0, "attack": (1, 2)},
         },
         "quick": {
-            "steps": 200,
-            "batch": 8,
-            "width": 256,
-            "length": 256,
-            "examples": 2,
-            "refine": 1,
-            "attack": (1, 6),
-            "autocast": True,
+            **{"steps": 200, "batch": 8, **_CHAR, "autocast": True},
+            **{"examples": 2, "refine": 1, "attack": (1, 6)},
         },
         "small": {
-            "steps": 1500,
-            "batch": 8,
-            "width": 256,
-            "length": 256,
-            "examples": 8,
-            "refine": 8,
-            "attack": (3, 20),
+            **{"steps": 1500, "batch": 8, **_CHAR},
+            **{"examples": 8, "refine": 8, "attack": (3, 20)},
         },
         "full": {
-            "steps": 2000,
-            "batch": 64,
-            "width": 256,
-            "length": 256,
-            "examples": 32,
-            "refine": 4,
-            "attack": (4, 40),
+            **{"steps": 2000, "batch": 64, **_CHAR},
+            **{"examples": 32, "refine": 4, "attack": (4, 40)},
         },
     },
 }
@@ -105,7 +78,8 @@ class Run:
         steps: optimizer steps; None takes the budget's.
         temperature: logits are divided by it in the training loss, and nowhere else.
         options: more arguments of the optimizer.
-        loss: of task char: `margin`, taken from the right logit before the temperature divides, and `label_smoothing`.
+        loss: for task char: `label_smoothing`, and `margin`, which is taken from the right logit
+            before the temperature divides.
     """
 
     name: str
@@ -119,7 +93,11 @@ class Run:
 
     def plain(self) -> dict[str, Any]:
         """JSON types, as a results file holds them; the plain loss is left out."""
-        values = {**vars(self), "config": self.config and dict(self.config), "options": dict(self.options)}
+        values = {
+            **vars(self),
+            "config": self.config and dict(self.config),
+            "options": dict(self.options),
+        }
         values["loss"] = dict(self.loss)
         if not self.loss:
             del values["loss"]
@@ -127,7 +105,11 @@ class Run:
 
 
 def mlp_runs() -> list[Run]:
-    """Baselines, every method with every optimizer at every cap, and one method at another temperature."""
+    """The runs of task mlp.
+
+    They are baselines, every method with every optimizer at every cap, and one method at another
+    temperature.
+    """
     runs = [Run(f"unconstrained/{o}", None, o, RATES[o]) for o in RATES]
     for method in METHOD_NAMES:
         for optimizer, rates in RATES.items():
@@ -143,13 +125,18 @@ def mlp_runs() -> list[Run]:
 
 
 _OFFSET_RATE = POSITION_RATE * 0.1
-# AdamW's step is a number for each entry: 4e-3, which an MLP likes, is a step of norm 1 for a 256-wide matrix, and with
-# soft_cap or spectral_normalize it then learns nothing (docs/LOG.md, 2026-11-25).
+# AdamW's step is a number for each entry. A rate of 4e-3, which an MLP likes, is a step of norm 1
+# for a matrix of width 256. With soft_cap or spectral_normalize the matrix then learns nothing
+# (docs/LOG.md, 2026-11-25).
 _CHAR_RATES = {"lipschitz_muon": (0.1,), "muon": (0.06,), "adamw": (5e-4, 2e-3)}
 
 
 def char_runs() -> list[Run]:
-    """Baselines with norms and biases; the paper's recipe, and position alone, by method, optimizer and cap."""
+    """The runs of task char.
+
+    They are baselines with norms and biases, and by method, optimizer and cap the paper's recipe
+    and attention by position alone.
+    """
     runs = [
         Run("unconstrained/adamw", None, "adamw", (1e-3, 4e-3)),
         Run("unconstrained/muon", None, "muon", (0.02, 0.06)),
@@ -170,15 +157,20 @@ POSITION: dict[str, Any] = {
     "residual": [0.75, 0.9],
     "activation": "abs",
     "biases": "drop",
-    "logit_scale": 1.0,  # the training temperature does it, so that bounds are at the network's own scale
+    "logit_scale": 1.0,  # the training temperature does it: bounds are at the network's own scale
 }
 
 
 def position_runs() -> list[Run]:
-    """Attention by position alone, absolute values: by training temperature, then one choice undone at a time."""
+    """Attention by position alone, absolute values as activation.
+
+    There is one run for each training temperature, then one for each choice that is undone.
+    """
     options = {"embedding_lr": 0.05}
 
-    def run(name: str, temperature: float, loss: Mapping[str, float] | None = None, **changes: Any) -> Run:
+    def run(
+        name: str, temperature: float, loss: Mapping[str, float] | None = None, **changes: Any
+    ) -> Run:
         config = {**POSITION, **changes}
         key = f"position, {name}/lipschitz_muon/{config.get('w_max', 1.0):g}"
         return Run(key, config, "lipschitz_muon", (0.1,), None, temperature, options, loss or {})
@@ -197,11 +189,13 @@ def position_runs() -> list[Run]:
         "margin 0.5": {"loss": {"margin": 0.5}},
         "margin 1": {"loss": {"margin": 1.0}},
     }
-    return runs + [run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()]
+    return runs + [
+        run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()
+    ]
 
 
 def position_map() -> list[Run]:
-    """Attention by position alone at temperature 0.1: every method with every optimizer at two caps."""
+    """Attention by position alone at temperature 0.1, by method, optimizer and two caps."""
     runs = []
     for method in METHOD_NAMES:
         for optimizer, rates in _CHAR_RATES.items():
@@ -219,7 +213,8 @@ class Steps:
     def __init__(self, run: Run, model: nn.Module, lr: float, steps: int) -> None:
         self.optimizers = _optimizers(run, model, lr)
         self.schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda s: max(0.0, 1.0 - s / steps)) for o in self.optimizers
+            torch.optim.lr_scheduler.LambdaLR(o, lambda s: max(0.0, 1.0 - s / steps))
+            for o in self.optimizers
         ]
 
     def take(self, loss: torch.Tensor) -> None:
@@ -236,10 +231,11 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
     """Each projects what it has moved."""
     options = dict(run.options)
     if run.optimizer == "lipschitz_muon":
-        return [
-            LipschitzMuon(model, lr=lr, **options)
-        ]  # projects by itself, and knows the rate of position tables
-    offsets = [m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad]
+        # It projects by itself, and knows the rate of position tables.
+        return [LipschitzMuon(model, lr=lr, **options)]
+    offsets = [
+        m.weight for m in model.modules() if isinstance(m, OffsetBias) and m.weight.requires_grad
+    ]
     named = [
         (n, p)
         for n, p in model.named_parameters()
@@ -248,7 +244,9 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
     if run.optimizer == "adamw":
         found: list[Any] = [
             torch.optim.AdamW(
-                [p for _, p in named], lr=lr, **{"weight_decay": 0.0, "betas": (0.9, 0.99), **options}
+                [p for _, p in named],
+                lr=lr,
+                **{"weight_decay": 0.0, "betas": (0.9, 0.99), **options},
             )
         ]
     elif run.optimizer == "muon":
@@ -256,14 +254,22 @@ def _optimizers(run: Run, model: nn.Module, lr: float) -> list[Any]:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         matrices = [p for _, p in named if p.dim() == 2 and id(p) not in tables]
         rest = [p for _, p in named if p.dim() != 2 or id(p) in tables]
-        found = [torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.99))] if rest else []
+        found = (
+            [torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0, betas=(0.9, 0.99))]
+            if rest
+            else []
+        )
         found.append(
-            torch.optim.Muon(matrices, lr=lr, **{"weight_decay": 0.0, "adjust_lr_fn": "original", **options})
+            torch.optim.Muon(
+                matrices, lr=lr, **{"weight_decay": 0.0, "adjust_lr_fn": "original", **options}
+            )
         )
     else:
         raise ValueError(f"optimizer {run.optimizer!r}: choose one of {', '.join(RATES)}")
     if offsets:  # at the rate that LipschitzMuon gives them in these runs
-        found.insert(0, torch.optim.AdamW(offsets, lr=_OFFSET_RATE, weight_decay=0.0, betas=(0.9, 0.99)))
+        found.insert(
+            0, torch.optim.AdamW(offsets, lr=_OFFSET_RATE, weight_decay=0.0, betas=(0.9, 0.99))
+        )
     if run.config is not None:
         attach_projection(found, model)
     return found

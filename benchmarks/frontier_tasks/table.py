@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lip_plugin.tables import table as layout
+
 COLORS = {"lipschitz_muon": "tab:blue", "muon": "tab:green", "adamw": "tab:red"}
 MARKERS = "o^sDvPX<>*"
 LIMITS = (0.3, 1.1, 2.0, 5.0, 20.0, 100.0)
-# Many bounds are the same product of caps: drawn this much to the right, so as not to hide each other.
 _FEW = 8  # runs that one panel can show all of
+# Many bounds are the same product of caps. They are drawn this much to the right, so as not to hide
+# each other.
 ASIDE = {"lipschitz_muon": 1.0, "muon": 1.12, "adamw": 1.25}
 
 
@@ -48,7 +51,7 @@ class Point:
 
 
 def points(rows: Iterable[dict[str, Any]]) -> list[Point]:
-    """Means over seeds; of bounds the largest, so that what is stated holds for each seed."""
+    """The mean over seeds for each run. Of bounds it is the largest, which holds for each seed."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["name"], []).append(row)
@@ -62,10 +65,14 @@ def _point(name: str, rows: list[dict[str, Any]]) -> Point:
         return sum(r[key] for r in rows) / len(rows)
 
     def means(key: str) -> tuple[float, ...]:
-        return tuple(sum(values) / len(rows) for values in zip(*(r[key] for r in rows), strict=True))
+        return tuple(
+            sum(values) / len(rows) for values in zip(*(r[key] for r in rows), strict=True)
+        )
 
     def bound(source: str) -> float:
-        stated = [r.get("log10_bound") or {k: math.log10(v) for k, v in r["bound"].items()} for r in rows]
+        stated = [
+            r.get("log10_bound") or {k: math.log10(v) for k, v in r["bound"].items()} for r in rows
+        ]
         return max(s.get(source, math.nan) for s in stated)
 
     return Point(
@@ -85,47 +92,55 @@ def _point(name: str, rows: list[dict[str, Any]]) -> Point:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of each method and optimizer: the best accuracy under a bound, and the best certified accuracy at eps."""
+    """The best accuracy under a bound, and the best certified accuracy at each eps.
+
+    There is one line for each method and optimizer.
+    """
     if not rows:
         return "no results yet"
     found = points(rows)
     eps = found[0].eps
-    first, last = f"{'method':<28} {'optimizer':<14}", "".join(f"{'c ' + format(e, 'g'):>8}" for e in eps)
-    lines = [
-        "best accuracy (%) at a proven bound, from weights, of at most ...; best certified accuracy (%) at eps (c ...)",
-        first + "".join(f"{limit:>7g}" for limit in LIMITS) + f"{'any':>7}" + last,
-    ]
-    for method, optimizer in dict.fromkeys((p.method, p.optimizer) for p in found):
-        mine = [p for p in found if (p.method, p.optimizer) == (method, optimizer)]
-        cells = [_best(p.accuracy for p in mine if p.bound <= math.log10(limit)) for limit in LIMITS]
-        cells.append(_best(p.accuracy for p in mine))
+    head = ("method", "optimizer", *(f"{limit:g}" for limit in LIMITS), "any")
+    body = []
+    for method, optimizer, mine in _grouped(found):
+        at = [_best(p.accuracy for p in mine if p.bound <= math.log10(limit)) for limit in LIMITS]
         proven = [_best(p.certified[i] for p in mine) for i in range(len(eps))]
-        lines.append(
-            f"{_short(method)} {optimizer:<14}"
-            + "".join(f"{c:>7}" for c in cells)
-            + "".join(f"{c:>8}" for c in proven)
-        )
-    return "\n".join([*lines, "", *_by_cap(found), f"{len(found)} runs, seeds: {_seeds(found)}"])
+        body.append([_short(method), optimizer, *at, _best(p.accuracy for p in mine), *proven])
+    title = "best accuracy (%) at a proven bound, from weights, of at most ...; "
+    title += "best certified accuracy (%) at eps (c ...)"
+    best = layout([*head, *(f"c {e:g}" for e in eps)], body, ["<", "<", *["5"] * len(head + eps)])
+    return "\n".join(
+        [title, best, "", _by_cap(found), f"{len(found)} runs, seeds: {_seeds(found)}"]
+    )
+
+
+def _grouped(found: Iterable[Point]) -> Iterator[tuple[str, str, list[Point]]]:
+    """The points of each method and optimizer."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for p in found:
+        groups.setdefault((p.method, p.optimizer), []).append(p)
+    for (method, optimizer), mine in groups.items():
+        yield method, optimizer, mine
 
 
 def _short(method: str) -> str:
-    return f"{method.replace('temperature ', 'T ')[:28]:<28}"
+    return method.replace("temperature ", "T ")[:28]
 
 
-def _by_cap(found: list[Point]) -> list[str]:
-    """Accuracy and certified accuracy at the middle eps at each cap, so at nearly the same bound from caps."""
+def _by_cap(found: list[Point]) -> str:
+    """Accuracy and certified accuracy at the middle eps for each cap.
+
+    At the same cap the bounds from caps are nearly the same.
+    """
     middle = len(found[0].eps) // 2
     caps = sorted({p.cap for p in found if p.constrained}, key=float)
-    lines = [
-        f"accuracy / certified accuracy at eps {found[0].eps[middle]:g} (%), by cap",
-        f"{'method':<28} {'optimizer':<14}" + "".join(f"{cap:>13}" for cap in caps),
-    ]
-    for method, optimizer in dict.fromkeys((p.method, p.optimizer) for p in found if p.constrained):
-        at = {p.cap: p for p in found if (p.method, p.optimizer) == (method, optimizer)}
-        cells = [f"{100 * p.accuracy:.1f} /{100 * p.certified[middle]:5.1f}" for p in at.values()]
-        by_cap = dict(zip(at, cells, strict=True))
-        lines.append(f"{_short(method)} {optimizer:<14}" + "".join(f"{by_cap.get(c, '-'):>13}" for c in caps))
-    return lines
+    body = []
+    for method, optimizer, mine in _grouped(p for p in found if p.constrained):
+        at = {p.cap: f"{100 * p.accuracy:.1f} /{100 * p.certified[middle]:5.1f}" for p in mine}
+        body.append([_short(method), optimizer, *(at.get(cap, "-") for cap in caps)])
+    title = f"accuracy / certified accuracy at eps {found[0].eps[middle]:g} (%), by cap"
+    head = ["method", "optimizer", *caps]
+    return f"{title}\n{layout(head, body, ['<', '<', *['11'] * len(caps)])}"
 
 
 def _seeds(found: list[Point]) -> str:
@@ -139,7 +154,7 @@ def _best(values: Iterable[float]) -> str:
 
 
 def front(found: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in both bound and accuracy, by bound."""
+    """The points that no other one beats in both bound and accuracy, in the order of bounds."""
     kept: list[Point] = []
     for p in sorted(found, key=lambda p: (p.bound, -p.accuracy)):
         if not kept or p.accuracy > kept[-1].accuracy:
@@ -148,7 +163,11 @@ def front(found: Iterable[Point]) -> list[Point]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy and loss against the proven bound, certified and attacked accuracy against eps, into `path`."""
+    """Draw the figure into `path`.
+
+    It shows accuracy and loss against the proven bound, and certified and attacked accuracy
+    against eps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,7 +180,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         _scatter(axis, found, what, edge)
     _curves(axes[2], found)
     first = rows[0]
-    budget = f"{first['task']}, budget {first['budget']} ({first['steps']} steps), {_seeds(found)} seed(s)"
+    budget = f"{first['task']}, budget {first['budget']} ({first['steps']} steps)"
+    budget += f", {_seeds(found)} seed(s)"
     where = f"{first['device']}, torch {first['torch']}, {first['date']}"
     figure.suptitle(f"{budget}; {where}", fontsize=9)
     figure.savefig(path, dpi=110)
@@ -169,7 +189,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
-    """Filled from weights, hollow from caps; unconstrained ones as stars, beyond the edge at the edge."""
+    """Draw filled points for bounds from weights, and hollow ones for bounds from caps.
+
+    Unconstrained runs are stars, which stand at the edge if they are beyond it.
+    """
     methods = list(dict.fromkeys(p.projection for p in found if p.constrained))
     for p in found:
         y, color = getattr(p, what), COLORS[p.optimizer]
@@ -178,17 +201,25 @@ def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
             axis.plot(10**x, y, "*", color=color, markersize=15, markeredgecolor="black", zorder=4)
             if p.bound > edge:
                 label = f"10^{p.bound:.1f} $\\rightarrow$"
-                axis.annotate(label, (10**x, y), (-8, -3), textcoords="offset points", fontsize=7, ha="right")
+                axis.annotate(
+                    label, (10**x, y), (-8, -3), textcoords="offset points", fontsize=7, ha="right"
+                )
             continue
         marker = MARKERS[methods.index(p.projection) % len(MARKERS)]
         aside = ASIDE[p.optimizer]
         axis.plot(10**p.bound * aside, y, marker, color=color, markersize=5, alpha=0.8)
-        axis.plot(10**p.caps * aside, y, marker, color=color, markersize=8, alpha=0.4, fillstyle="none")
+        axis.plot(
+            10**p.caps * aside, y, marker, color=color, markersize=8, alpha=0.4, fillstyle="none"
+        )
     if what == "accuracy":
         for optimizer, color in COLORS.items():
             line = front(p for p in found if p.constrained and p.optimizer == optimizer)
             axis.step(
-                [10**p.bound for p in line], [p.accuracy for p in line], color=color, where="post", alpha=0.6
+                [10**p.bound for p in line],
+                [p.accuracy for p in line],
+                color=color,
+                where="post",
+                alpha=0.6,
             )
         _stretch(axis, max(p.accuracy for p in found))
     handles = [axis.plot([], [], "o", color=c, label=o)[0] for o, c in COLORS.items()]
@@ -197,19 +228,29 @@ def _scatter(axis: Any, found: list[Point], what: str, edge: float) -> None:
         for i, m in enumerate(methods)
     ]
     handles += [
-        axis.plot([], [], "*", color="white", markeredgecolor="black", markersize=12, label="no constraint")[
-            0
-        ]
+        axis.plot(
+            [],
+            [],
+            "*",
+            color="white",
+            markeredgecolor="black",
+            markersize=12,
+            label="no constraint",
+        )[0]
     ]
     handles += [
-        axis.plot([], [], "o", color="gray", fillstyle="none", label="from caps (filled: from weights)")[0]
+        axis.plot(
+            [], [], "o", color="gray", fillstyle="none", label="from caps (filled: from weights)"
+        )[0]
     ]
     if what == "loss":
         axis.set_yscale("log")
         axis.legend(handles=handles, fontsize=7)
     shifted = ", ".join(f"{o} x {by:g}" for o, by in ASIDE.items() if by != 1)
     axis.set(xscale="log", ylabel=what)
-    axis.set_xlabel(f"proven Lipschitz bound, RMS norm to RMS norm\n(points drawn to the right: {shifted})")
+    axis.set_xlabel(
+        f"proven Lipschitz bound, RMS norm to RMS norm\n(points drawn to the right: {shifted})"
+    )
     axis.set_title(f"held-out {what} against the proven bound")
 
 
@@ -219,7 +260,9 @@ def _stretch(axis: Any, best: float) -> None:
         axis.set_ylim(0.0, best * 1.1)
         return
     room = 1.01  # so that 1 is on the axis
-    axis.set_yscale("function", functions=(lambda y: -_log10(room - y), lambda v: room - 10.0 ** (-v)))
+    axis.set_yscale(
+        "function", functions=(lambda y: -_log10(room - y), lambda v: room - 10.0 ** (-v))
+    )
     axis.set_ylim(0.5, 0.997)
     ticks = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99]
     axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -232,7 +275,10 @@ def _log10(values: Any) -> Any:
 
 
 def _curves(axis: Any, found: list[Point]) -> None:
-    """Certified (solid) and attacked (dotted) accuracy: of all of a few runs, else of each optimizer's best."""
+    """Draw certified (solid) and attacked (dotted) accuracy.
+
+    Of a few runs all are drawn, of many the best of each optimizer.
+    """
     eps = found[0].eps
     groups = [[p for p in found if p.constrained and p.optimizer == o] for o in COLORS]
     groups.append([p for p in found if not p.constrained])
@@ -247,7 +293,9 @@ def _curves(axis: Any, found: list[Point]) -> None:
         color = COLORS[p.optimizer] if p.constrained else "black"
         color = f"C{index}" if len(found) <= _FEW else color
         marker = MARKERS[index % len(MARKERS)]
-        axis.plot(eps, p.certified, f"{marker}-", color=color, label=p.name, alpha=0.85, markersize=5)
+        axis.plot(
+            eps, p.certified, f"{marker}-", color=color, label=p.name, alpha=0.85, markersize=5
+        )
         axis.plot(eps, p.attacked, f"{marker}:", color=color, alpha=0.5, markersize=4)
     axis.set(
         xscale="log",

@@ -1,1 +1,1 @@
-"""What benchmarks/pretrained.py compares: tasks with models that were trained, and ways to take their norms."""
+"""What benchmarks/pretrained.py compares: tasks with trained models, and ways to treat norms."""

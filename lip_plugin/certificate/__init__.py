@@ -1,1 +1,5 @@
-"""Proofs about a model: an executable graph, upper bounds from it, and attacks on them from below."""
+"""Proofs about a model.
+
+This package turns a model into an executable graph, proves upper bounds from that graph, and
+attacks them from below. `certify.py` is the place to start reading.
+"""

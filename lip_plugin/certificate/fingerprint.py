@@ -1,10 +1,14 @@
-"""Which weights and which settings a certificate belongs to.
+"""The fingerprint and the settings that tell which model a certificate belongs to.
 
-A fingerprint is a sha256 over the name, dtype, shape and bytes of every parameter and persistent buffer.
-It does not depend on device, process or order, and is the same for a model in memory and for its
-safetensors file. A certificate from caps belongs to a structure and not to weights, so there the bytes of
-capped blocks are replaced by their caps; what has no cap (biases, gains of kept norms) counts as it is,
-because it enters the bound as it is. Settings are what the model's config says about its function.
+A fingerprint is a sha256 over the name, dtype, shape and bytes of every parameter and persistent
+buffer. It does not depend on device, process or order. It is the same for a model in memory and for
+the safetensors file of that model.
+
+A certificate from caps belongs to a structure and not to weights. Its fingerprint therefore takes
+the caps of capped weights in place of their bytes. Tensors without a cap (biases, gains of kept
+norms) count with their bytes there too, because they enter the bound as they are.
+
+The settings are what the model's config says about the function that the model computes.
 """
 
 from __future__ import annotations
@@ -12,31 +16,24 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lip_plugin.certificate.build import build
-from lip_plugin.certificate.compare import check_graph
-from lip_plugin.certificate.function import function_of
-from lip_plugin.certificate.measure import CAP_SLACK
+from lip_plugin.certificate.function_facts import buffers_of, function_of
+from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.config import LipschitzConfig
-from lip_plugin.errors import CertificateError, NotRetrofittedError, UnsupportedModelError
-from lip_plugin.modules import RowParameter, constrained_modules
-from lip_plugin.optim.batches import refuse_sharded
-from lip_plugin.optim.projection import BlockNorms, block_norms
-from lip_plugin.saved_names import recorded
-from lip_plugin.slots import Floored
-from lip_plugin.surgery import find_retrofit
+from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.model.batches import refuse_sharded
+from lip_plugin.model.layers import RowParameter, constrained_modules
+from lip_plugin.model.normalization import Floored
+from lip_plugin.model.saved_names import recorded
+from lip_plugin.surgery.state import find_retrofit
 
-if TYPE_CHECKING:
-    from lip_plugin.certificate.certify import Certificate
-
-# Fields of a model's config that do not change the function that is certified (eval mode, real
-# arithmetic, ids to logits). vocab_size is in the shapes of the weights already.
+# Fields of a model's config that do not change the function that is certified. That function goes
+# from ids to logits, in eval mode and in real arithmetic. vocab_size is left out as well, because
+# the shapes of the weights tell it already.
 _NO_EFFECT = frozenset(
     {
         *(
@@ -47,34 +44,52 @@ _NO_EFFECT = frozenset(
             "quantization_config",
             "vocab_size",
         ),
-        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
-        *("id2label", "label2id", "problem_type", "task_specific_params", "initializer_range", "auto_map"),
+        *(
+            "use_cache",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict",
+            "chunk_size_feed_forward",
+        ),
+        *(
+            "id2label",
+            "label2id",
+            "problem_type",
+            "task_specific_params",
+            "initializer_range",
+            "auto_map",
+        ),
         *("dropout", "keys_to_ignore_at_inference"),
     }
 )
 _NO_EFFECT_ENDINGS = ("_token_id", "_dropout", "_pdrop", "_dropout_prob")
-# By how much the log10 of a recomputed bound may exceed the stated one: this, and this share of it. Norms are
-# 0.1 % loose, and otherwise so on another machine, and a bound is a product of many of them. What is stated
-# below that was not computed from these weights by these rules.
-_REPRODUCED = 0.01
 
 
 class Fingerprint:
-    """Collects tensors one by one, in any order; `value()` is their fingerprint so far."""
+    """Collects tensors one by one, in any order.
+
+    `value()` gives the fingerprint of all tensors that were added so far.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[str, list[int], str]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor with its values; one that is stored under several names is added under each."""
+        """Add a tensor with its values. If it has several names, add it under each of them."""
         self._entries[name] = (str(tensor.dtype), list(tensor.shape), _digest(name, tensor))
 
     def add_alias(self, name: str, other: str) -> None:
-        """Add `name` for the tensor that is there as `other`."""
+        """Add `name` as a further name of the tensor that was added as `other`."""
         self._entries[name] = self._entries[other]
 
     def add_capped(self, name: str, tensor: Tensor, layout: tuple) -> None:
-        """Add a tensor by its caps instead of its values (see Layout.to_plain); may be on the meta device."""
+        """Add a tensor with its caps in place of its values.
+
+        Args:
+            name: the tensor's name.
+            tensor: the tensor. Only its dtype and shape are read, so it may be on the meta device.
+            layout: the blocks and their caps, as `Layout.to_plain` gives them.
+        """
         self._entries[name] = (str(tensor.dtype), list(tensor.shape), json.dumps(layout))
 
     def value(self) -> str:
@@ -83,12 +98,12 @@ class Fingerprint:
 
 
 def _digest(name: str, tensor: Tensor) -> str:
-    """sha256 of the tensor's bytes, row-major, in its own dtype (little-endian, as in safetensors)."""
+    """sha256 of the tensor's bytes: row-major, own dtype, little-endian as in safetensors."""
     refuse_sharded(tensor)
     if tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
         raise UnsupportedModelError(
-            f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own: nothing to "
-            "fingerprint. Load the model, plain and unquantized, then certify."
+            f"{name} is a {type(tensor).__name__} on {tensor.device} without values of its own: "
+            "nothing to fingerprint. Load the model, plain and unquantized, then certify."
         )
     plain = tensor.detach().cpu().contiguous()
     size = plain.numel() * plain.element_size()
@@ -97,17 +112,35 @@ def _digest(name: str, tensor: Tensor) -> str:
 
 
 def stored_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by its name; a shared one under each of its names."""
-    return {k: v for k, v in root.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    """Every parameter and persistent buffer by its name. A shared one is there under each name."""
+    found: dict[str, Tensor] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        kept = [
+            (n, b)
+            for n, b in module._buffers.items()
+            if n not in module._non_persistent_buffers_set
+        ]
+        for leaf, tensor in (*module._parameters.items(), *kept):
+            if tensor is not None:
+                found[f"{name}.{leaf}" if name else leaf] = tensor
+    # A library may store more (the states of quantized weights). What a hook takes out stays in.
+    stored = root.state_dict(keep_vars=True)
+    return {**{k: v for k, v in stored.items() if isinstance(v, Tensor)}, **found}
 
 
 def fingerprint(root: nn.Module, source: str = "weights") -> str:
-    """`"sha256:..."` of the weights, or, for source `"caps"`, of the caps and of what has none.
+    """The fingerprint of a model's parameters and persistent buffers, as `"sha256:..."`.
 
-    Raises UnsupportedModelError for sharded tensors and those without values (meta device).
+    Args:
+        root: the model of a known family, without wrappers.
+        source: `"weights"` takes the bytes of all tensors. `"caps"` takes the caps of capped
+            weights, and the bytes of all other tensors.
+
+    Raises:
+        UnsupportedModelError: a tensor is sharded, or has no values (on the meta device).
     """
     found = Fingerprint()
-    caps = capped(root) if source == "caps" else {}
+    caps = capped_weights(root) if source == "caps" else {}
     names: dict[int, str] = {}
     for name, tensor in stored_tensors(root).items():
         if name in caps:
@@ -120,8 +153,8 @@ def fingerprint(root: nn.Module, source: str = "weights") -> str:
     return found.value()
 
 
-def capped(root: nn.Module) -> dict[str, tuple]:
-    """Names of the weights whose blocks are capped, with their layouts as plain data."""
+def capped_weights(root: nn.Module) -> dict[str, tuple]:
+    """The layout of every weight whose blocks are capped, as plain data, by the weight's name."""
     return {
         name if isinstance(module, RowParameter) else f"{name}.weight": module.layout.to_plain()
         for name, module in constrained_modules(root)
@@ -129,7 +162,11 @@ def capped(root: nn.Module) -> dict[str, tuple]:
 
 
 def settings_of(root: nn.Module) -> dict[str, Any]:
-    """What the model's config (and its LipschitzConfig, if it has one) says about its function; JSON types."""
+    """What the model's config says about its function, in types that JSON has.
+
+    Of a retrofitted model its LipschitzConfig is included, as "lipschitz". Floors under norms are
+    included as "floors".
+    """
     config: Any = root.config
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     kept = {
@@ -140,7 +177,8 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
     state = find_retrofit(root)
     if state is not None:
         kept["lipschitz"] = state[1].config.to_dict()
-    # floors under norms change no weight, and stay when a model is released
+    # Floors under norms are listed on their own: they change no weight, and they stay when
+    # `release` takes the LipschitzConfig off a model.
     floors = {n: m.floor for n, m in root.named_modules() if isinstance(m, Floored) and m.floor}
     if floors:
         kept["floors"] = floors
@@ -148,14 +186,22 @@ def settings_of(root: nn.Module) -> dict[str, Any]:
     return json.loads(text, parse_constant=str)
 
 
-def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line per setting in `stated` that is another in `found`.
+def settings_with_function(graph: Graph) -> dict[str, Any]:
+    """What a certificate records of a model besides its weights: settings, function, buffers."""
+    function, buffers = function_of(graph), buffers_of(graph.root)
+    return {**settings_of(graph.root), "function": function, "buffers": buffers}
 
-    What only `found` has is newer than `stated`: a field of a library's config is ignored, an option of the retrofit
-    must be at its default, which leaves a model as it was before there was the option.
+
+def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """One line for every setting of a certificate (`stated`) that is another in a model (`found`).
+
+    A setting that only `found` has is newer than the certificate. If it is a field of a library's
+    config, it is ignored. If it is an option of the retrofit, it must be at its default, because
+    the default leaves a model as it was before the option existed.
     """
     now, before = {"floors": {}, **found}, {"floors": {}, **stated}
     functions = [side.pop("function", None) for side in (now, before)]
+    buffers = [side.pop("buffers", None) or {} for side in (now, before)]
     retrofitted, was = now.pop("lipschitz", None), before.pop("lipschitz", None)
     pairs = [(key, now.get(key), value) for key, value in sorted(before.items())]
     if retrofitted is not None and was is not None:
@@ -166,106 +212,11 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
         ]
     elif retrofitted != was:
         pairs.append(("lipschitz", retrofitted, was))
-    if functions[0] is not None and functions[1] is not None:  # certificates of before had none
+    # older certificates carry no "function", and then there is nothing to compare
+    if functions[0] is not None and functions[1] is not None:
         places = sorted({*functions[0], *functions[1]})
         pairs += [(place, functions[0].get(place), functions[1].get(place)) for place in places]
+    # A model that is streamed has no values in these, so only what both have is compared.
+    shared = sorted(buffers[0].keys() & buffers[1].keys())
+    pairs += [(f"buffer {name}", buffers[0][name], buffers[1][name]) for name in shared]
     return [f"{key} is {a!r} and was {b!r}" for key, a, b in pairs if a != b]
-
-
-def check_settings(certificate: Certificate, settings: Mapping[str, Any]) -> None:
-    """Raise CertificateError, naming the fields, if a certificate was computed under other settings."""
-    wrong = differences(certificate.settings, settings)
-    if wrong:
-        raise CertificateError(
-            f"the certificate belongs to a model with other settings: {'; '.join(wrong[:5])}. The config was changed "
-            "after it was written: restore the config, or certify again if the change was meant."
-        )
-
-
-def check_belongs(certificate: Certificate, model: nn.Module) -> None:
-    """Raise CertificateError unless the certificate was computed from this very model.
-
-    From weights: the same bytes in every parameter and persistent buffer, the same settings. From caps: the
-    same structure, caps and uncapped tensors, and every block within its cap now.
-    """
-    with torch.no_grad():
-        graph = build(model)
-        check_settings(certificate, {**settings_of(graph.root), "function": function_of(graph)})
-        check_fingerprint(certificate, fingerprint(graph.root, certificate.source))
-        check_graph(graph)
-        if certificate.source == "caps":
-            check_within_caps(graph.root)
-
-
-def check_within_caps(root: nn.Module, norms: Iterable[BlockNorms] | None = None) -> None:
-    """Raise CertificateError unless every block is within its cap now: `norms` if they were measured already."""
-    try:
-        measured = block_norms(root) if norms is None else list(norms)
-    except NotRetrofittedError as error:
-        raise CertificateError(
-            "This model has no caps, so nothing can be said from caps alone. Use source='weights', or retrofit(model)."
-        ) from error
-    # of an adapter's change: its budget bounds a drift, and is no cap
-    capped_blocks = [b for b in measured if not b.name.endswith(" (change)")]
-    worst = max(capped_blocks, key=lambda b: b.worst_over_cap, default=None)
-    if worst is not None and not worst.worst_over_cap <= float(CAP_SLACK):
-        raise CertificateError(
-            f"{worst.name} is {worst.worst_over_cap:.4g} times its cap now, so a bound from caps is not about this model. "
-            "Call project_(model) first, or certify from the weights."
-        )
-
-
-def check_fingerprint(certificate: Certificate, found: str) -> None:
-    """Raise CertificateError if the certificate carries another fingerprint than `found`."""
-    if certificate.weights != found:
-        what = "weights" if certificate.source == "weights" else "caps, biases or structure"
-        raise CertificateError(
-            f"the certificate belongs to other {what}: it carries {certificate.weights[:23] or 'no fingerprint'}..., "
-            f"the model has {found[:23]}... . Restore what it was computed from, or certify again."
-        )
-
-
-def check_same(stated: Certificate, fresh: Certificate) -> None:
-    """Raise CertificateError unless a stated certificate is of the same model as a fresh one, and not below it."""
-    check_settings(stated, fresh.settings)
-    check_fingerprint(stated, fresh.weights)
-    if _kept(stated) != _kept(fresh):
-        raise CertificateError(
-            f"it speaks of {_kept(stated)}, and the model's is of {_kept(fresh)}: it was edited, or made by other rules."
-        )
-    pairs = [
-        ("lipschitz (log10)", stated.log10_lipschitz, fresh.log10_lipschitz),
-        ("lipschitz", _log10(stated.lipschitz), _log10(fresh.lipschitz)),
-        ("logit_difference", _log10(stated.logit_difference), _log10(fresh.logit_difference)),
-        ("attention_logit", _log10(stated.attention_logit), _log10(fresh.attention_logit)),
-    ]
-    for a, b in zip(stated.layers, fresh.layers, strict=True):
-        pairs.append((f"{a.name}, radius", _log10(a.radius), _log10(b.radius)))
-        pairs.append((f"{a.name}, lipschitz", _log10(a.lipschitz), _log10(b.lipschitz)))
-        pairs.append((f"{a.name}, total", a.log10_total, b.log10_total))
-    wrong = next(((name, a, b) for name, a, b in pairs if _below(a, b)), None)
-    if wrong is not None:
-        raise CertificateError(
-            f"it states 10^{wrong[1]:.4g} for {wrong[0]}, and only 10^{wrong[2]:.4g} can be proven: it was edited, or made "
-            "by other rules."
-        )
-    if stated.radius < fresh.radius * (1 - 1e-9):
-        raise CertificateError(
-            f"it states radius {stated.radius:.4g}, and inputs reach {fresh.radius:.4g}, for which {fresh.lipschitz:.6g} can be "
-            "proven: it was edited, or made by other rules."
-        )
-
-
-def _kept(certificate: Certificate) -> tuple[Any, ...]:
-    """What rounding cannot change."""
-    c = certificate
-    return c.norm, c.source, c.d_in, c.d_out, tuple(layer.name for layer in c.layers)
-
-
-def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else -math.inf
-
-
-def _below(stated: float, fresh: float) -> bool:
-    """Whether a stated logarithm lies below the recomputed one by more than rounding may cause."""
-    return fresh - stated > (_REPRODUCED * (1 + abs(stated)) if math.isfinite(stated) else 0.0)

@@ -1,1 +1,1 @@
-"""Batched matrix tools: norms with a proven side, orthogonalization, projections onto a cap."""
+"""Batched matrix tools: proven norms, orthogonalization, and projections onto a cap."""

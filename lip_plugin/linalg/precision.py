@@ -1,4 +1,7 @@
-"""Computing in the precision that was asked for, also inside somebody's torch.autocast."""
+"""A decorator for functions that must compute in the precision that was asked for.
+
+Inside a user's torch.autocast, products of float32 matrices would be computed in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def without_autocast(fn: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Run `fn(blocks, ...)` with autocast off: it would compute float32 products in bfloat16.
+def without_autocast(
+    fn: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """Decorate `fn(blocks, ...)` so that it runs with autocast switched off.
 
-    Measured without it, on an `optimizer.step()` inside torch.autocast("cpu", torch.bfloat16): weights became inf.
+    Measured without it, on an `optimizer.step()` inside torch.autocast("cpu", torch.bfloat16):
+    weights became inf.
     """
 
     @wraps(fn)

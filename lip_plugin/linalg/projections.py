@@ -1,9 +1,14 @@
-"""The seven maps (blocks, cap) -> blocks within the cap. Norm: RMS->RMS; maps act on sigma / cap.
+"""The seven projections: maps that bring blocks within a cap in the RMS->RMS norm.
 
-Each map returns (factor, correction): the new block is factor * W + correction. So a block that
-needs nothing is returned to the last bit, and a correction is added to the master weight, never
-the other way round. `project` catches what a map leaves above the cap by a proven bound: the cap
-is a guarantee.
+`project` is the function to call, and `METHODS` lists the maps. All of them act on the singular
+values, in units of the cap: s = sigma / (the sigma that the cap allows).
+
+Each map returns (factor, correction), and the new block is factor * W + correction. So a block that
+needs nothing keeps every bit, and a correction is added to the master weight, never the other way
+round. What a map leaves above the cap is found by a proven bound and divided by it, so the cap is a
+guarantee.
+
+Source: the methods are those of arXiv 2507.13338. docs/maths.md, section 8, says why the caps hold.
 """
 
 from __future__ import annotations
@@ -17,31 +22,34 @@ import torch
 from torch import Tensor
 
 from lip_plugin.errors import ConfigError
-from lip_plugin.linalg.norms import refuse_non_finite, sigma_max_upper, sigma_max_within
+from lip_plugin.linalg.norms import refuse_non_finite_blocks, sigma_max_upper, sigma_max_within
 from lip_plugin.linalg.polar import largest_entry, orthogonalize
 from lip_plugin.linalg.precision import without_autocast
 from lip_plugin.linalg.spectrum import top_singular_triple
 from lip_plugin.linalg.symmetric import product, symmetric_product
 
-# Relative overshoot of the cap that rounding may leave, by storage dtype. bf16 and fp16 lose up to
-# 0.24 % when an orthogonal 1024 x 1024 is stored, so there the stored block is what is checked.
+# By how much rounding may leave a block above its cap, relative to the cap, by storage dtype.
+# Storing an orthogonal 1024 x 1024 matrix in bf16 or fp16 moves its norm by up to 0.24 %, so there
+# it is the stored block that is checked.
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 )
-# p(x) = x (1 - 3 y^2 + 3 y^3 - y^4), y = alpha x^2, has its one maximum at y = 1/3, where the
-# bracket is 62/81. So an interval [0, x_max] can be mapped onto [0, 1] monotonically up to x_max =
-# 81/62, with alpha = (1/3) / x_max^2 = 0.19530 there.
+# The soft cap p(x) = x (1 - 3 y^2 + 3 y^3 - y^4), with y = alpha x^2, has its one maximum at
+# y = 1/3, where the bracket is 62/81. So an interval [0, x_max] can be mapped onto [0, 1]
+# monotonically up to x_max = 81/62. There alpha = (1/3) / x_max^2 = 0.19530.
 SOFT_CAP_MAX_INPUT = 81.0 / 62.0
-_SLACK = 1e-5  # on bounds the caller knows: so one step's rounding cannot add to the next one's
+# Added to bounds that the caller knows, so that the rounding of one step cannot add to the next
+# one's.
+_SLACK = 1e-5
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a map may know, all [batch, 1, 1] float64: norms in units of the cap."""
+    """What a map may know about the blocks. Tensors are [batch, 1, 1], float64."""
 
-    scale: Tensor  # sigma_max that is allowed: cap * sqrt(d_out / d_in)
-    x_max: Tensor | None  # proven bound on the input's norm, if the caller knew one
-    x_max_host: float  # the largest of them, on the host; inf if unknown or not known to the host
+    scale: Tensor  # the sigma_max that is allowed: cap * sqrt(d_out / d_in)
+    x_max: Tensor | None  # the caller's proven bound on the norm in units of the cap, or None
+    x_max_host: float  # the same for all blocks, where the host knows it without asking; else inf
     decay: float  # 1 - lr * weight_decay
 
 
@@ -53,10 +61,12 @@ class Method:
     """One map of the singular values s, in units of the cap.
 
     Attributes:
-        fn: (blocks, what is known) -> (factor, correction, proven).
-        input_max: up to which norm (units of the cap) the map alone stays within the cap.
-        overshoot: worst relative overshoot of the map there, in float32, before it is caught.
-        doc: the map in words.
+        fn: (blocks, what is known about them) -> (factor, correction, proven). The last is whether
+            the result is proven to be within the cap.
+        input_max: Up to which norm of the input, in units of the cap, the map alone stays within
+            it.
+        overshoot: The worst relative overshoot of the map there in float32, before it is caught.
+        doc: The map in words.
     """
 
     fn: Callable[[Tensor, _Call], Result]
@@ -66,18 +76,28 @@ class Method:
 
 
 def soft_cap_alpha(x_max: float | Tensor) -> float | Tensor:
-    """Least alpha for which p2(p1(.)) maps [0, x_max] (units of the cap) into [0, 1], rounded up.
+    """The least alpha for which the soft cap maps [0, x_max] into [0, 1], rounded up.
 
-    p1(x) = x - alpha x^3, p2(x) = x + alpha x^3. With y = alpha x_max^2 the condition p(x_max) = 1
-    reads y^2 (3 - 3 y + y^2) = 1 - 1 / x_max; the left side is convex and increasing on [0, 1/3],
-    so Newton from above stays above. 0 for x_max <= 1; alpha(81/62) = 0.1953 beyond 81/62, where
-    the block has to be divided by x_max / (81/62) first. float for float, float64 tensor for
-    tensor.
+    The soft cap is p(x) = p2(p1(x)) with p1(x) = x - alpha x^3 and p2(x) = x + alpha x^3, and x is
+    in units of the cap. With y = alpha x_max^2 the condition p(x_max) = 1 reads
+    y^2 (3 - 3 y + y^2) = 1 - 1 / x_max. The left side is convex and increasing on [0, 1/3], so
+    Newton's method that starts above the root stays above it.
+
+    alpha is 0 for x_max <= 1. From 81/62 on it stays at alpha(81/62) = 0.1953; there the block has
+    to be divided by x_max / (81/62) first.
+
+    Args:
+        x_max: The largest norm of the input, in units of the cap. A float, or a float64 tensor.
+
+    Returns:
+        alpha, as a float for a float and as a tensor for a tensor.
+
+    Source: the soft cap is that of arXiv 2507.13338. docs/maths.md, section 8, has the proof.
     """
     x = torch.as_tensor(x_max, dtype=torch.float64)
     x = x.clamp(1.0, SOFT_CAP_MAX_INPUT)
     r = (x - 1.0) / x
-    y = (r / 2.1).sqrt()  # 3 - 3 y + y^2 >= 2.11 on [0, 1/3]: not below the root
+    y = (r / 2.1).sqrt()  # above the root, because 3 - 3 y + y^2 >= 2.11 on [0, 1/3]
     for _ in range(7):
         slope = y * (6.0 - 9.0 * y + 4.0 * y * y)
         y = y - (y * y * (3.0 - 3.0 * y + y * y) - r) / slope.clamp_min(1e-300)
@@ -86,13 +106,17 @@ def soft_cap_alpha(x_max: float | Tensor) -> float | Tensor:
 
 
 def _gram_and_side(x: Tensor) -> tuple[Tensor, bool]:
-    """(Gram matrix on the smaller side, whether it multiplies from the left)."""
+    """(Gram matrix on the smaller side, whether it multiplies the block from the left)."""
     left = x.shape[-2] <= x.shape[-1]
     return (symmetric_product(x, x.mT) if left else symmetric_product(x.mT, x)), left
 
 
 def _soft_cap(w: Tensor, call: _Call) -> Result:
-    """p2(p1(s)) - s = -s y^2 (3 - 3 y + y^2), y = alpha s^2: two products on the smaller side."""
+    """The soft cap p2(p1(s)), by matrix products alone.
+
+    The correction is p2(p1(s)) - s = -s y^2 (3 - 3 y + y^2) with y = alpha s^2. Beyond the Gram
+    matrix it takes two products on the smaller side, and one with the block.
+    """
     if call.x_max is None:
         x_max = sigma_max_upper(w)[:, None, None] / call.scale * (1.0 + 1e-14)
     else:
@@ -113,11 +137,12 @@ def _soft_cap(w: Tensor, call: _Call) -> Result:
 
 
 def _hard_cap(w: Tensor, call: _Call) -> Result:
-    """min(1, s), exactly, in float64: eigenvectors of the Gram matrix with s > 1, or a full SVD.
+    """min(1, s), exactly, in float64.
 
-    Not by matrix signs: those need the distance of every s from 1, overshoot by 1 % (23 % in bf16)
-    at inputs of norm 45 and lose values at 1. The Gram matrix squares the norm: beyond 1e4 an SVD.
-    Blocks proven to be within the cap already are left alone.
+    It uses the eigenvectors of the Gram matrix, or a full SVD. Matrix signs are not used: they need
+    the distance of every s from 1, they overshoot by 1 % (23 % in bf16) at inputs of norm 45, and
+    they lose values at 1. The Gram matrix squares the norm, so beyond 1e4 the SVD is taken. Blocks
+    that are proven to be within the cap already are left alone.
     """
     inside = sigma_max_within(w, call.scale[:, 0, 0] * (1.0 + 0.5 * TOLERANCE[w.dtype]))
     todo = (~inside).nonzero()[:, 0]
@@ -125,7 +150,8 @@ def _hard_cap(w: Tensor, call: _Call) -> Result:
         return None, None, True
     x = w[todo].double() / call.scale[todo]
     top = sigma_max_upper(x)
-    # float64: 1e-6 below 1, so that the proof (5e-10 at 768) has room; float32's tolerance has it
+    # In float64 the target is 1e-6 below 1, so that the proof, which is 5e-10 too high at n = 768,
+    # has room. In float32 the tolerance has that room.
     level = 1.0 - 1e-6 if w.dtype == torch.float64 else 1.0
     if float(top.max()) > 1e4:
         u, s, v = torch.linalg.svd(x, full_matrices=False)
@@ -136,7 +162,7 @@ def _hard_cap(w: Tensor, call: _Call) -> Result:
         ratio = level / t.clamp_min(level * level).sqrt() - 1.0
         on_side = (vectors * ratio[:, None, :]) @ vectors.mT
         new = x + (on_side @ x if left else x @ on_side)
-    # Far above the cap W + correction cancels: there the result replaces W.
+    # For blocks far above the cap, W + correction would cancel digits. There the result replaces W.
     factor, correction = torch.ones_like(call.scale), torch.zeros_like(w)
     factor[todo] = (top <= 2.0).double()[:, None, None]
     correction[todo] = ((new - x * factor[todo]) * call.scale[todo]).to(w.dtype)
@@ -144,19 +170,19 @@ def _hard_cap(w: Tensor, call: _Call) -> Result:
 
 
 def _spectral_normalize(w: Tensor, call: _Call) -> Result:
-    """s / max(1, s_1), s_1 replaced by its proven upper bound (at most 0.1 % more)."""
+    """s / max(1, s_1), with a proven upper bound (at most 0.1 % above) in place of s_1."""
     top = sigma_max_upper(w)[:, None, None] / call.scale
     return 1.0 / (top * (1.0 + 1e-14)).clamp_min(1.0), None, True
 
 
 def _stiefel(w: Tensor, call: _Call) -> Result:
-    """All s to 1 by eight Polar Express steps; zero directions stay zero."""
+    """All s become 1, by eight Polar Express steps. Zero directions stay zero."""
     polar = orthogonalize(w, "polar_express", steps=8, dtype=w.dtype)
     return torch.zeros_like(call.scale), polar * call.scale.to(w.dtype), False
 
 
 def _move_top(w: Tensor, call: _Call, target: Callable[[Tensor], Tensor]) -> Result:
-    """Add (target(s_1) - s_1) u v^T; whatever else is above the cap is left to be caught."""
+    """Add (target(s_1) - s_1) u v^T. Other s above the cap are left for `project` to catch."""
     largest = largest_entry(w)
     some = largest > 0
     unit = w / torch.where(some, largest, torch.ones_like(largest))
@@ -168,17 +194,17 @@ def _move_top(w: Tensor, call: _Call, target: Callable[[Tensor], Tensor]) -> Res
 
 
 def _spectral_hammer(w: Tensor, call: _Call) -> Result:
-    """Sets the largest s to 1, also from below; zero blocks stay zero."""
+    """The largest s becomes 1, also from below. Zero blocks stay zero."""
     return _move_top(w, call, torch.ones_like)
 
 
 def _spectral_weight_decay(w: Tensor, call: _Call) -> Result:
-    """s_1 (1 - lr wd); the others stay."""
+    """The largest s becomes s_1 (1 - lr wd). The others stay."""
     return _move_top(w, call, lambda s: s * call.decay)
 
 
 def _weight_decay(w: Tensor, call: _Call) -> Result:
-    """(1 - lr wd) s."""
+    """Every s becomes (1 - lr wd) s."""
     inside = call.x_max_host * call.decay <= 1.0 + 0.9 * TOLERANCE[w.dtype]
     return torch.full_like(call.scale, call.decay), None, inside
 
@@ -193,13 +219,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "stiefel": Method(_stiefel, math.inf, 1e-6, "1, for s above 1e-3 of the largest"),
         "spectral_hammer": Method(_spectral_hammer, 1.0, 1e-2, "the largest becomes 1"),
         "hard_cap": Method(_hard_cap, math.inf, 1e-5, "min(1, s), exactly"),
-        "soft_cap": Method(_soft_cap, math.inf, 1e-5, "p2(p1(s)), least alpha for the input's norm"),
+        "soft_cap": Method(
+            _soft_cap, math.inf, 1e-5, "p2(p1(s)), least alpha for the input's norm"
+        ),
     }
 )
 
 
 def _per_block(value: float | Tensor, blocks: Tensor, name: str, least: float) -> Tensor:
-    """`value` as a float64 tensor [batch, 1, 1]; refuses nan, inf and what is not above `least`."""
+    """`value` as a float64 tensor [batch, 1, 1].
+
+    Raises ConfigError for nan, inf, and what is not above `least`.
+    """
     shape = blocks.shape[:-2]
     if isinstance(value, Tensor):
         bad = bool((~(value > least) | ~value.isfinite()).any())
@@ -213,18 +244,22 @@ def _per_block(value: float | Tensor, blocks: Tensor, name: str, least: float) -
 
 
 def _caught(w: Tensor, scale: Tensor, tolerance: float) -> Tensor:
-    """`w`, where not proven to be within scale * (1 + tolerance) divided by a proven bound."""
+    """`w`, in which blocks that are not proven to be within the cap are divided by a proven bound.
+
+    The cap counts here as scale * (1 + tolerance).
+    """
     inside = sigma_max_within(w, scale[:, 0, 0] * (1.0 + tolerance))
     if bool(inside.all()):
         return w
-    # of all blocks, so that which ones fail does not change the shapes of the bound's products
+    # The bound is computed for all blocks, so that its products have the same shapes whichever
+    # blocks fail.
     top = sigma_max_upper(w)
     factor = torch.where(inside, torch.ones_like(top), (scale[:, 0, 0] / top).clamp(max=1.0))
     return w * factor[:, None, None].to(w.dtype)
 
 
 def _stored(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`w` rounded to a half precision, shrunk until that is proven to be within the cap."""
+    """`w` rounded to a half precision, and shrunk until that is proven to be within the cap."""
     limit = scale[:, 0, 0] * (1.0 + TOLERANCE[dtype])
     for attempt in range(1, 20):
         narrow = w.to(dtype)
@@ -248,17 +283,30 @@ def project(
     norm_upper: float | Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """Blocks [..., d_out, d_in] brought within `cap` in the RMS->RMS norm, by one of `METHODS`.
+    """Bring blocks within a cap in the RMS->RMS norm, by one of `METHODS`.
 
-    `cap`, and `norm_upper` (a proven bound on the norm of these blocks, if the caller knows one):
-    numbers, or tensors of shape [...], in RMS->RMS units; lr in the same units per step. With
-    `norm_upper` soft_cap, and weight_decay where it suffices, need no norm to be computed and no
-    host synchronization; finiteness is then checked on a CPU only, elsewhere nan stays nan.
+    The computation is in float32, or in float64 for float64 blocks. If the caller knows a proven
+    bound on the norm of the blocks, then soft_cap need not compute one, and neither need
+    weight_decay where that bound suffices. No synchronization with the host is needed then. Whether
+    the blocks are finite is in that case checked on a CPU only; elsewhere nan stays nan.
 
-    Computed in float32 (float64 blocks in float64); new blocks of the same dtype and shape, whose
-    norm is at most cap * (1 + TOLERANCE[dtype]); with `in_place` written into `blocks`, which are returned,
-    to the same bits. Zero and empty blocks give themselves. Raises ConfigError (cap not positive,
-    unknown method, lr * weight_decay outside [0, 1]) and NonFiniteError, before anything is written.
+    Args:
+        blocks: [..., d_out, d_in], floats. Zero and empty blocks give themselves.
+        cap: The largest RMS->RMS norm: a number, or a tensor [...].
+        method: A key of METHODS.
+        lr: The learning rate of the two methods that decay, in RMS->RMS norm per step.
+        weight_decay: Of these two methods, too.
+        norm_upper: A proven bound on the RMS->RMS norm of these very blocks: a number, a tensor
+            [...], or None if none is known.
+        in_place: Write the result into `blocks` and return them. The bits are the same.
+
+    Returns:
+        Blocks of the same dtype and shape, of norm at most cap * (1 + TOLERANCE[dtype]).
+
+    Raises:
+        ConfigError: The cap is not positive, the method is unknown, or lr * weight_decay is outside
+            [0, 1]. Nothing has been written.
+        NonFiniteError: A block holds nan or inf. Nothing has been written.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
@@ -274,7 +322,7 @@ def project(
     master = torch.promote_types(blocks.dtype, torch.float32)
     w = blocks.reshape(-1, d_out, d_in).to(master)
     if known is None or w.device.type == "cpu":
-        refuse_non_finite(largest_entry(w))
+        refuse_non_finite_blocks(largest_entry(w))
     x_max_host = math.inf
     if isinstance(norm_upper, (int, float)) and isinstance(cap, (int, float)):
         x_max_host = norm_upper / cap
@@ -282,7 +330,7 @@ def project(
     call = _Call(caps * math.sqrt(d_out / d_in), x_max, x_max_host, 1.0 - lr * weight_decay)
     factor, correction, proven = METHODS[method].fn(w, call)
     new = w
-    if in_place and blocks.dtype == master:  # no copy
+    if in_place and blocks.dtype == master:  # writes to `blocks` without a copy
         new = new if factor is None else new.mul_(factor.to(master))
         new = new if correction is None else new.add_(correction)
     else:
@@ -293,5 +341,9 @@ def project(
     if blocks.dtype != master:
         new = _stored(new, call.scale, blocks.dtype)
     if in_place:
-        return blocks if new.data_ptr() == blocks.data_ptr() else blocks.copy_(new.reshape(blocks.shape))
+        return (
+            blocks
+            if new.data_ptr() == blocks.data_ptr()
+            else blocks.copy_(new.reshape(blocks.shape))
+        )
     return (new.clone() if new is w else new).reshape(blocks.shape)

@@ -1,10 +1,14 @@
-"""Largest eigenvalues of positive semidefinite matrices [batch, n, n]: estimated, and bounded.
+"""Largest eigenvalues of positive semidefinite matrices [batch, n, n]: guessed, and then proven.
 
-The engine room of `norms`. Rounding: u = 2^-53 is float64's unit roundoff,
-gamma_n = n u / (1 - n u). A computed dot product of length k, in any order of summation, with or
-without FMA, is off by at most gamma_k |x|.|y| (Higham, "Accuracy and Stability of Numerical
-Algorithms", 2nd ed., sections 3.1 and 3.5). Matrix products are assumed to be conventional ones (no
-Strassen), as in MKL, OpenBLAS and cuBLAS.
+This is the machinery behind `norms`. A guess comes from Lanczos or from all eigenvalues. The proof
+is one Cholesky factorization, which succeeds only if the guess was high enough.
+
+Rounding: u = 2^-53 is the unit roundoff of float64, and gamma_n = n u / (1 - n u). A computed dot
+product of length k is off by at most gamma_k |x|.|y|, in any order of summation, with or without
+FMA. Matrix products are assumed to be conventional ones, not Strassen's, as in MKL, OpenBLAS and
+cuBLAS.
+
+Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., sections 3.1 and 3.5.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ import torch
 from torch import Tensor
 
 U = 2.0**-53  # unit roundoff of float64, round to nearest (IEEE 754)
-SLACK = 1.0 + 2.0**-49  # covers 16 roundings of scalar float64 arithmetic, upwards
+SLACK = 1.0 + 2.0**-49  # as a factor, makes up for 16 roundings of scalar float64 arithmetic
 _EIGENVALUES_UP_TO = 128  # below this size all eigenvalues cost less than forty Lanczos steps
-_LANCZOS_STEPS = 40  # flat tops are then known to 5e-4 of lambda_max, isolated ones to float32
+# After 40 steps a flat top of the spectrum is known to 5e-4 of lambda_max, and an isolated largest
+# eigenvalue to float32's precision.
+_LANCZOS_STEPS = 40
 _POWER_ROUNDS = 30
 _POWER_WIDTH = 8
 
@@ -26,23 +32,31 @@ def gamma(n: int) -> float:
 
 
 def lambda_max_guess(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(guess, margin): guess * (1 + margin) is probably just above lambda_max; neither is a bound.
+    """A guess of the largest eigenvalue, and a margin. Neither is a bound.
 
-    `g` float64 of trace at most 1. The margin stays under 2e-3, which is 0.1 % of sigma_max.
+    guess * (1 + margin) is probably just above lambda_max. The margin stays under 2e-3, which is
+    0.1 % of sigma_max.
+
+    Args:
+        g: float64 [batch, n, n], of trace at most 1.
+
+    Returns:
+        (guess, margin), both float64 [batch].
     """
     if g.shape[-1] <= _EIGENVALUES_UP_TO:
-        guess = torch.linalg.eigvalsh(g.nan_to_num())[:, -1]  # nan is refused later, by name
+        guess = torch.linalg.eigvalsh(g.nan_to_num())[:, -1]  # callers refuse nan later, by name
         return guess, torch.full_like(guess, 1e-6)
     guess, doubt = _lanczos_top(g.float())
-    # measured: the error is at most 5.3 times the doubt on dense flat tops, far less elsewhere
+    # Measured: on dense flat tops the error is at most 5.3 times the doubt, elsewhere far less.
     return guess, (6.0 * doubt / guess.clamp_min(1e-30)).clamp(1e-4, 1.9e-3)
 
 
 def _lanczos_top(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(estimate, doubt) of lambda_max of float32 matrices: the doubt is how far it still moves.
+    """(estimate, doubt) of lambda_max of float32 matrices. Neither is a bound.
 
-    Neither is a bound. The start is a fixed pseudo-random vector, so that equal weights give equal
-    bounds on every rank. No reorthogonalization: ghosts repeat the top Ritz value, harmlessly.
+    The doubt is how much the estimate still moved over the last six steps. The start is a fixed
+    pseudo-random vector, so that equal weights give equal bounds on every rank. Nothing is
+    reorthogonalized: that lets the top Ritz value appear several times, which does no harm.
     """
     n = g.shape[-1]
     steps = min(n, _LANCZOS_STEPS)
@@ -67,31 +81,45 @@ def _lanczos_top(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def proven_lambda_max(g: Tensor, c: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-    """(bound, ok): where ok, lambda_max of the true Gram matrix is at most bound.
+    """An upper bound of the largest eigenvalue, and for which matrices it is proven.
 
-    Proof. Let A = fl(c I - g). The subtraction moves each diagonal entry by at most u c, since
-    0 <= g_ii, and A's diagonal must be positive for the factorization to succeed. If Cholesky runs
-    to its end then R^T R = A + D with norm2(D) <= gamma_{n+1} / (1 - gamma_{n+1}) * trace(A)
-    (Higham, section 10.1.1; Rump, BIT 46 (2006) 433-452), and trace(A) <= n c (1 + u). As R^T R is
-    positive semidefinite, lambda_max(g) <= c + u c + 2 gamma_{n+1} n c. The factor used here is
-    8 (n + 1) in place of n + 1, so that blocked variants, which solve with inverted diagonal
-    blocks, are covered too; at n = 768 it still adds only 5e-10 of c. `slack` bounds norm2(g -
-    true Gram).
+    Proof. Let A = fl(c I - g). The subtraction moves each diagonal entry by at most u c, because 0
+    <= g_ii, and because the factorization only succeeds if the diagonal of A is positive. If
+    Cholesky runs to its end, then R^T R = A + D with norm2(D) <= gamma_{n+1} / (1 - gamma_{n+1}) *
+    trace(A), and trace(A) <= n c (1 + u). Since R^T R is positive semidefinite, lambda_max(g) <= c
+    + u c + 2 gamma_{n+1} n c. The code uses 8 (n + 1) in place of n + 1. That covers blocked
+    variants too, which solve with inverted diagonal blocks, and at n = 768 it adds only 5e-10 of c.
+
+    Args:
+        g: Computed Gram matrices, float64 [batch, n, n].
+        c: float64 [batch], what to prove.
+        slack: float64 [batch], a bound on norm2(g - true Gram matrix).
+
+    Returns:
+        (bound, ok). Where ok is True, lambda_max of the true Gram matrix is at most bound.
+
+    Source: Higham, section 10.1.1; Rump, BIT 46 (2006) 433-452.
     """
     n = g.shape[-1]
     a = -g
     a.diagonal(dim1=-2, dim2=-1).add_(c[:, None])
-    # a is symmetric: its transpose is column-major, what LAPACK takes without a copy of its own
+    # a is symmetric. Its transpose is column-major, which LAPACK takes without a copy of its own.
     info = torch.linalg.cholesky_ex(a.mT).info
     bound = (c * (1.0 + U + 2.0 * n * gamma(8 * (n + 1))) + slack) * SLACK
     return bound, info == 0
 
 
 def lambda_max_upper(g: Tensor, slack: Tensor) -> Tensor:
-    """Proven upper bound of lambda_max of the true matrices behind `g` [batch, n, n], float64 [batch].
+    """Proven upper bound of lambda_max of the true matrices behind `g`, at most 0.2 % too high.
 
-    `g` is symmetric, positive semidefinite but for rounding; `slack` bounds norm2(g - true). At most
-    0.2 % too high. One host synchronization. nan and inf where g holds them: the caller refuses them.
+    It costs one synchronization with the host.
+
+    Args:
+        g: float64 [batch, n, n], symmetric, and positive semidefinite but for rounding.
+        slack: float64 [batch], a bound on norm2(g - true matrix).
+
+    Returns:
+        float64 [batch]. It is nan or inf where g holds such; the caller has to refuse them.
     """
     trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
     zero = trace <= 0
@@ -105,13 +133,19 @@ def lambda_max_upper(g: Tensor, slack: Tensor) -> Tensor:
         at = (failed & trace.isfinite()).nonzero()[:, 0]
         if len(at):
             bound[at] = lambda_max_upper_slow(g[at], slack[at], 1.0019 * guess[at])
-    # no positive trace, so nothing but rounding: norm_F, with the n^2 roundings of its sum
+    # A matrix without a positive trace holds nothing but rounding. There the bound is norm_F,
+    # widened by the n^2 roundings of its sum.
     n = g.shape[-1]
-    return torch.where(zero, torch.linalg.matrix_norm(g) * ((1.0 + gamma(n * n + 8)) * SLACK) + slack, bound)
+    return torch.where(
+        zero, torch.linalg.matrix_norm(g) * ((1.0 + gamma(n * n + 8)) * SLACK) + slack, bound
+    )
 
 
 def lambda_max_upper_slow(g: Tensor, slack: Tensor, wide: Tensor) -> Tensor:
-    """Bounds of lambda_max for the few whose guess was too low; `wide` is tried first."""
+    """Proven bounds of lambda_max for the few matrices whose first guess was too low.
+
+    `wide` is tried first, then the eigenvalues in float64, and last Gram iteration.
+    """
     bound, ok = proven_lambda_max(g, wide, slack)
     if bool(ok.all()):
         return bound
@@ -123,10 +157,11 @@ def lambda_max_upper_slow(g: Tensor, slack: Tensor, wide: Tensor) -> Tensor:
 def gram_iteration(g: Tensor, rounds: int) -> Tensor:
     """Proven upper bound of lambda_max of symmetric positive semidefinite float64 [batch, n, n].
 
-    Forwards X_0 = g / f_0, X_{i+1} = X_i^2 / f_{i+1}, f the Frobenius norm each time. Backwards
-    from norm2(X_K) <= norm_F(X_K) <= 1 + tiny: X_i is symmetric, so norm2(X_i)^2 = norm2(X_i^2)
-    <= f_{i+1} norm2(X_{i+1}) + gamma_{n+2} norm_F(X_i)^2, the last term being the rounding of the
-    product and of the division. f stays above 1 / sqrt(n), so nothing underflows.
+    Forwards, X_0 = g / f_0 and X_{i+1} = X_i^2 / f_{i+1}, where f is the Frobenius norm of what it
+    divides. So norm2(X_K) <= norm_F(X_K) <= 1 + tiny for the last one. The bound goes backwards
+    from there: X_i is symmetric, so norm2(X_i)^2 = norm2(X_i^2) <= f_{i+1} norm2(X_{i+1}) +
+    gamma_{n+2} norm_F(X_i)^2. The last term is the rounding of the product and of the division. f
+    stays above 1 / sqrt(n), so nothing underflows.
     """
     n = g.shape[-1]
     product = gamma(2 * n + 8)
@@ -140,7 +175,8 @@ def gram_iteration(g: Tensor, rounds: int) -> Tensor:
         f = torch.where(f == 0, torch.ones_like(f), f)
         scales.append(f)
         x = x / f[:, None, None]
-    # norm_F of the computed X_K: n^2 roundings of the sum, and of each entry
+    # norm_F of the computed X_K, widened by the n^2 roundings of its sum and by those of each
+    # entry.
     top = torch.linalg.vector_norm(x, dim=(-2, -1)) * (1.0 + gamma(n * n + 8))
     for f in reversed(scales[1:]):
         top = (f * top + product).sqrt() * SLACK
@@ -148,7 +184,11 @@ def gram_iteration(g: Tensor, rounds: int) -> Tensor:
 
 
 def top_singular_triple(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, s, v): v the top Ritz vector of a block power iteration, s = norm2(x v), u = x v / s."""
+    """Estimate of the largest singular value and its vectors, by block power iteration.
+
+    Returns:
+        (u, s, v): v is the top Ritz vector, s = norm2(x v), and u = x v / s. No bound.
+    """
     if x.shape[-2] < x.shape[-1]:
         v, s, u = top_singular_triple(x.mT)
         return u, s, v

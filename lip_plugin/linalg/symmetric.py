@@ -1,4 +1,8 @@
-"""Products of large matrices as a CPU does them best, and symmetric ones for little more than half the work."""
+"""Products of large matrices, arranged for speed on a CPU.
+
+`product` is for any matrices. `symmetric_product` is for products that are known to be symmetric,
+and does little more than half of the work. Both are plain products on other devices.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_FROM = 384  # rows; below, one batched product of the whole costs no more (measured on AVX-512, one thread)
-_ROWS = 192  # rows at a time: about the fewest at which a CPU's matrix products are as fast as whole ones
-_PIECES = 8  # at most: 9/16 of the work; more pieces save little
+# Rows from which the ways below are taken. With fewer rows one batched product costs no more
+# (measured on AVX-512, one thread).
+_FROM = 384
+# Rows of a piece: about the fewest at which a CPU multiplies matrices as fast as whole ones.
+_ROWS = 192
+# The most pieces. Eight do 9/16 of the work, and more would save little.
+_PIECES = 8
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for [..., n, m] and [..., m, k] of equal batches, in their dtype.
+    """a @ b, in the dtype of a and b.
 
-    On a CPU large matrices are multiplied one by one: torch's batched products of them are up to a third slower.
+    On a CPU large matrices are multiplied one by one, because torch's batched products of them are
+    up to a third slower.
+
+    Args:
+        a: [..., n, m].
+        b: [..., m, k], with the same batch dimensions.
+
+    Returns:
+        [..., n, k].
     """
     if a.dim() == 2 or a.device.type != "cpu" or a.shape[-2] < _FROM:
         return a @ b
@@ -25,11 +41,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for [..., n, k] and [..., k, n] whose product is symmetric, in their dtype.
+    """a @ b, in the dtype of a and b, where the product is known to be symmetric.
 
-    On a CPU from n = 384 on the rows are computed in pieces, each up to its diagonal block, and the rest is
-    their transpose; within a diagonal block the result is as symmetric as rounding leaves it. Elsewhere,
-    and for small n, the plain product.
+    On a CPU, from n = 384 on, the rows are computed in pieces, each up to its diagonal block. The
+    rest is their transpose. Within a diagonal block the result is as symmetric as rounding leaves
+    it. Elsewhere, and for small n, it is the plain product.
+
+    Args:
+        a: [..., n, k].
+        b: [..., k, n], with the same batch dimensions.
+
+    Returns:
+        [..., n, n].
     """
     n = a.shape[-2]
     if a.device.type != "cpu" or n < _FROM:
@@ -45,6 +68,7 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+# `multiply` on each pair of matrices of two batches.
 def _one_by_one(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 0:
         return a @ b

@@ -1,1 +1,4 @@
-"""Optimizers that keep the caps: LipschitzMuon, and a projection for any other optimizer."""
+"""Optimizers that keep the caps: LipschitzMuon, and a projection behind any other optimizer.
+
+The other files hold what both need: parameter groups, and the checks before each step.
+"""

@@ -1,0 +1,1 @@
+"""Hugging Face Transformers: families, the Trainer's callback, saving and loading."""

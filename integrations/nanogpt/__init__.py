@@ -1,0 +1,1 @@
+"""nanoGPT under constraint, with its train.py and sample.py untouched."""

@@ -1,0 +1,1 @@
+"""peft: adapters that are held within caps and budgets."""

@@ -1,0 +1,1 @@
+"""Bounds on what happens inside a model: activations, attention entropies, rounding."""

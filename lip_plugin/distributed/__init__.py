@@ -1,0 +1,1 @@
+"""Whole tensors out of pieces. No other folder exchanges data between processes."""

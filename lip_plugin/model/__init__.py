@@ -1,0 +1,1 @@
+"""Descriptions of models, and the modules that a retrofit leaves in them. It decides nothing."""

@@ -1,0 +1,5 @@
+"""The one change that `retrofit` makes to a model, and what belongs to it.
+
+The model is checked first, then it is changed, and then it remembers the config that it was
+changed with.
+"""

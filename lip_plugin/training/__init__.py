@@ -1,0 +1,4 @@
+"""What a training run needs around its steps.
+
+There are schedules and limits that change in mid-run, calibration, a loss, and checkpoints.
+"""
