@@ -16,6 +16,7 @@ The proof is in docs/maths.md, section 15.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,9 +99,7 @@ def constrain_adapters(
         if relative:
             layout = _relative(name, layout, layer)
         kinds = ", ".join(f"{s.count} x {s.role} <= {s.cap:.4g}" for s in layout.segments)
-        plan.add(
-            name, f"change {kinds}", lambda la=layer, lo=layout: la.__dict__.__setitem__(BUDGET, lo)
-        )  # type: ignore[misc]
+        plan.add(name, f"change {kinds}", partial(layer.__dict__.__setitem__, BUDGET, layout))
     if not plan.steps:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no LoRA layer. Call get_peft_model(model, "

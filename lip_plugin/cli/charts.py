@@ -140,7 +140,11 @@ def lines(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if limit:
             axes.axhline(limit[1], color=_LIMIT, linestyle="--", linewidth=1)
-            place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+            place: dict[str, Any] = {
+                "transform": axes.get_yaxis_transform(),
+                "ha": "right",
+                "va": "bottom",
+            }
             axes.text(1.0, limit[1], limit[0], color=_LIMIT, **place)
         if len(kept) > 1:
             axes.legend(loc="best")
@@ -182,7 +186,11 @@ def bars(
             axes.text(end + 0.008 * top, i, number(value), va="center")
         if limit:
             axes.axvline(limit[1], color=_LIMIT, linestyle="--", linewidth=1)
-            place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            place: dict[str, Any] = {
+                "transform": axes.get_xaxis_transform(),
+                "ha": "center",
+                "va": "bottom",
+            }
             axes.text(limit[1], 1.0, limit[0], color=_LIMIT, **place)
         return _svg(figure, title)
 
@@ -214,7 +222,10 @@ def interval(lower: tuple[str, float], upper: tuple[str, float], title: str, xla
             axes.scatter([end], [0.0], s=45, color=color, zorder=2)
             # On the right half of the axis a text goes to the left of its point.
             across = axes.transLimits.transform(axes.transScale.transform((end, 0.0)))[0]
-            place = {"ha": "right" if across > 0.5 else "left", "va": "bottom" if above else "top"}
+            place: dict[str, Any] = {
+                "ha": "right" if across > 0.5 else "left",
+                "va": "bottom" if above else "top",
+            }
             axes.text(end, 0.35 if above else -0.35, text, color=color, **place)
         axes.set(xlabel=xlabel, ylim=(-1.3, 1.3), yticks=[])
         axes.spines["left"].set_visible(False)
@@ -233,9 +244,10 @@ def _drawing() -> Iterator[None]:
     import matplotlib
     import matplotlib.style
 
+    settings: Any = _SETTINGS
     with (
         matplotlib.style.context("default"),
-        matplotlib.rc_context(_SETTINGS),
+        matplotlib.rc_context(settings),
         warnings.catch_warnings(),
     ):
         # matplotlib only measures text with its own font; the browser draws it with another.

@@ -140,7 +140,8 @@ class LipschitzMuon(torch.optim.Optimizer):
                     f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each "
                     "of its params, as lip_plugin.optim.groups.param_groups(model, ...) makes them."
                 )
-        if model is None and any(group["kind"] == FACTORS for group in groups):  # type: ignore[index]
+        held_elsewhere = [g for g in groups if g["kind"] == FACTORS]  # type: ignore[union-attr]
+        if model is None and held_elsewhere:
             raise ConfigError(
                 "LipschitzMuon: the factors of adapters are held by a projection of the whole "
                 "model. Pass the model: LipschitzMuon(model, ...)."

@@ -114,7 +114,7 @@ class Node:
         """The nodes inside, in running order."""
         return ()
 
-    def added(self) -> Sequence[Node]:
+    def added(self) -> Sequence[Any]:
         """The chains inside whose outputs are added to the node's input. Most nodes have none."""
         return ()
 

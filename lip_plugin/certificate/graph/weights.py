@@ -48,7 +48,8 @@ def read_linear(module: Any, name: str) -> tuple[Any, Callable[[], Tensor]]:
     plain = base is not None and (is_linear(base) or dequantized(base) is not None)
     for wrapper in layer_wrappers() if plain else ():
         if wrapper.weight(module) is not None:
-            return base, partial(wrapper.weight, module)
+            read = partial(wrapper.weight, module)
+            return base, read
     raise UnsupportedModelError(
         f"{name} is {type(module).__module__}.{type(module).__name__}: what it computes has no "
         "proven rule here. Merge adapters (merge_and_unload) or take the wrapper off, then certify."
