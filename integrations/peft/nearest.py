@@ -1,9 +1,11 @@
 """Blocks of a LoRA layer against their caps: the exact test, and the nearest feasible B.
 
 They are needed for blocks whose norms alone do not prove that the cap holds (see enforce.py). The
-mathematics is in lip_plugin/linalg/low_rank.py. This file computes what that needs from W0. These
-are products of W0, or of its eigenvectors, with a few columns. Each product reads all of W0, so it
-is written in the orientation that is fast: r = 8 columns from the left are three times faster.
+letters Q, Y, Z, E, C, T and l are those at the head of lip_plugin/linalg/low_rank.py, where the
+mathematics is; `into` and `back` are in factors.py. This file computes what that needs from W0.
+These are products of W0, or of its eigenvectors, with a few columns. Each product reads all of W0,
+so it is written in the orientation that is fast: for 8 columns (x^T w^T)^T is three times faster
+than w x.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from lip_plugin.model.layout import Segment
 ACCEPT = 1.0 + 1e-4
 _ROOM = 1e-5  # additional room for a base at its cap, so that C is positive definite
 _FAR = 1e3  # deltas longer than this many caps are shortened first, so that Z(l) does not cancel
-# What is tried in turn on a block that is above its cap. None is the projection; the second one
-# treats what rounding to the adapter's dtype has left. Then the change is multiplied by a factor.
-# This ends, because W0 itself is feasible and the set is convex.
+# What is tried in turn on a block that is above its cap: the projection (None), once more for what
+# rounding to the adapter's dtype has left, then B times each factor. The last one leaves W0 itself,
+# which is feasible, and the set is convex.
 _ATTEMPTS = (None, None, 0.98, 0.9, 0.5, 0.1, 0.0)
 # Eigenvectors of frozen bases, by layer, with what they were computed from.
 _CACHE: WeakKeyDictionary[nn.Module, tuple[tuple, list[Spectrum]]] = WeakKeyDictionary()

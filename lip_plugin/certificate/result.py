@@ -29,6 +29,7 @@ from lip_plugin.certificate.graph.decimals import div, mul, root, to_float, up
 from lip_plugin.certificate.weight_norms import CAP_SLACK
 from lip_plugin.distributed.gather import has_shards, on_first_process
 from lip_plugin.errors import CertificateError, ConfigError, NotRetrofittedError
+from lip_plugin.face import require_module
 from lip_plugin.model.adapters import BlockNorms
 from lip_plugin.surgery.block_norms import block_norms
 from lip_plugin.tables import table
@@ -236,6 +237,7 @@ class Certificate:
         This does not tell whether the number is right. To find that out, certify again. If the
         model is sharded, all processes have to make this call together.
         """
+        require_module(model, "verify")
         if has_shards(model):
             on_first_process(model, self.verify)
         else:

@@ -23,9 +23,10 @@ from lip_plugin.model.heads import linear_layout
 from lip_plugin.model.layers import is_transposed
 from lip_plugin.model.layout import RMS_TO_RMS, Layout, Segment
 
-# How far above its cap a block may be left by rounding, in any dtype. Every projection promises
-# this factor: float32 leaves 1e-5, a weight that somebody else wrote 5e-4, and bf16 1e-3. Rows of
-# tables need less, because they are checked again as they are stored.
+# How far above its cap a block may lie, as a factor. The excess over 1 is at most 1e-5 after a
+# float32 projection, 5e-4 in a weight that was loaded or written by others (TOLERANCE in
+# optim/enforce.py), and 1e-3 in bf16. Rows of tables need less, because they are checked again as
+# they are stored.
 CAP_SLACK, ROW_SLACK = Decimal("1.001"), Decimal("1.000000001")
 
 

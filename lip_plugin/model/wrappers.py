@@ -1,9 +1,9 @@
 """Which modules may stand between the object that a user passes and the model inside it.
 
 A certificate is about the object that was passed. So everything around the model must be a wrapper
-whose forward is known to be that of the model. Any module that is not in this registry is refused
-by name, whatever it computes. `register_wrapper` adds a kind; integrations/peft/wrappers.py adds
-those of peft.
+whose forward is known to be that of the model. A module that holds a model and is not in this
+registry is refused by name, whatever it computes. `register_wrapper` adds a kind;
+integrations/peft/wrappers.py adds those of peft.
 """
 
 from __future__ import annotations
@@ -120,10 +120,9 @@ def unwrap(model: nn.Module, marked: Callable[[nn.Module], bool]) -> tuple[nn.Mo
         marked: Whether a module counts as a model although its family may not be known.
 
     Returns:
-        (what to run, the model of a known family inside it). What to run is the object itself.
-        Behind wrappers that one process must not run, it is the first module inside that it may
-        run. If there is no model of a known family inside, both are the object; the caller refuses
-        its family.
+        (subject, root). The root is the model of a known family. The subject is what to run: the
+        object itself, or what is inside the innermost wrapper that one process may not run. If
+        nothing known is inside, both are the object, and the caller refuses its family.
 
     Raises:
         UnsupportedModelError: A wrapper is not registered, or changes what is computed.

@@ -20,12 +20,12 @@ _NEVER = (-1, -1)
 
 
 class Guard:
-    """Remembers weights as the last projection left them: address, version and two sums.
+    """Remembers weights as the last projection left them: address, version and two fingerprints.
 
     A step relies on its weights being within their caps. A weight that something else has written
     to since is measured again instead. That may be a loaded checkpoint, or a user who writes
-    through `.data`; no version counter sees the latter, which is why two sums of the entries are
-    compared too. One does not see signs and places, and the other one does.
+    through `.data`; no version counter sees the latter, which is why two numbers are compared
+    too. The norm misses changed signs and swapped entries; the weighted sums of the rows see them.
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,8 @@ class Guard:
             replicas: process group whose members hold equal copies of the parameters.
 
         Returns:
-            The ids of those matrices that something else has written to, with a gradient or
-            without, the same ones on every process.
+            The ids of the matrices that were never remembered, or that something has written to
+            since, with a gradient or without. They are the same ones on every process.
 
         Raises:
             NonFiniteError: a gradient on any process holds nan or inf.
@@ -64,8 +64,6 @@ class Guard:
                     f"{names[i]} has a sparse gradient; build its embedding with sparse=False."
                 )
         spread = groups_of(params, replicas)
-        if not present and not spread:
-            return set()
         matrices = [i for i, (_, _, kind) in enumerate(entries) if kind == "matrix"]
         # Rows: the largest entry of each gradient, whether there is one, how far a weight moved.
         values = local(params[0]).new_zeros((3, len(params)), dtype=torch.float32)

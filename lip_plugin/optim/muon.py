@@ -104,7 +104,8 @@ class LipschitzMuon(torch.optim.Optimizer):
             "adapter_lr": adapter_lr,
         }
         for name, rate in rates.items():
-            if rate is not None and not 0 < rate < float("inf"):
+            number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+            if rate is not None and not (number and 0 < rate < float("inf")):
                 raise ConfigError(
                     f"LipschitzMuon({name}={rate!r}): a rate must be a finite number above 0."
                 )
@@ -140,8 +141,8 @@ class LipschitzMuon(torch.optim.Optimizer):
                     f"LipschitzMuon: a group of kind {group['kind']!r} needs one layout for each "
                     "of its params, as lip_plugin.optim.groups.param_groups(model, ...) makes them."
                 )
-        held_elsewhere = [g for g in groups if g["kind"] == FACTORS]  # type: ignore[union-attr]
-        if model is None and held_elsewhere:
+        factor_groups = [g for g in groups if g["kind"] == FACTORS]  # type: ignore[union-attr]
+        if model is None and factor_groups:
             raise ConfigError(
                 "LipschitzMuon: the factors of adapters are held by a projection of the whole "
                 "model. Pass the model: LipschitzMuon(model, ...)."
@@ -173,7 +174,8 @@ class LipschitzMuon(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        # A pickle has neither. When a state is loaded, the run keeps its own.
+        # A pickle has no process_group and no _held. load_state_dict comes here too, and keeps the
+        # run's own.
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("_held", None)
         self.__dict__.setdefault("_copied", False)
@@ -288,6 +290,8 @@ class LipschitzMuon(torch.optim.Optimizer):
             theirs = [layouts[i] for i in mine]
             above = [k for k, i in enumerate(mine) if i in unknown]
             normalize_above_([wholes[k] for k in above], [theirs[k] for k in above])
+            # Of sharded weights `updates` holds Nesterov's update already (see `extra` below), and
+            # the lerp of it with itself leaves it alone. Else `updates` is empty.
             starts = updates or [grads[i] for i in mine]
             ends = updates or [buffers[i] for i in mine]
             for batch in batches(wholes, theirs) if rate else ():

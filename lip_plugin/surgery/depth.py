@@ -42,8 +42,8 @@ def check_depth(names: Parts, config: LipschitzConfig) -> None:
     if layers * passed_on(names, config) < math.log2(_SMALLEST_SHARE):
         raise ConfigError(
             f"residual={config.residual} over {layers} layers: the model carries x divided by all "
-            "the 1-a, which leaves the range of float32. Leave residual out: the default, "
-            f"1/{2 * layers} for {layers} layers, learns at any depth that was tried."
+            "the 1-a, which leaves the range of float32. Leave residual out: the default follows "
+            "the number of layers."
         )
 
 

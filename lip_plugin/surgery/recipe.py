@@ -84,7 +84,8 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
         for branch, a, (reads, gain) in zip(layer.branches, steps, reads_and_gains, strict=True):
             # Parallel branches share one step: (1-a) x + a (attention + mlp) / 2.
             gain = gain / 2 if architecture.parallel else gain
-            # The activation comes first, because the branch's scale may be hooked onto its module.
+            # The activation is replaced first, because in OPT the branch's scale is a hook on the
+            # activation itself.
             if branch.act:
                 _plan_activation(plan, model, branch.act, config.activation)
             _plan_branch(plan, model, branch, a, c, reads, gain)
@@ -188,7 +189,8 @@ def _plan_gate(plan: Plan, model: nn.Module, branch: BranchParts, cap: float | N
         set_entry_cap_(model.get_submodule(name), cap, width)
         set_entry_cap_(model.get_submodule(str(branch.act)), cap)
 
-    plan.add(name, f"entries of both factors within {cap}", do)
+    what = "caps on entries gone" if cap is None else f"entries of both factors within {cap}"
+    plan.add(name, what, do)
 
 
 def _plan_position(

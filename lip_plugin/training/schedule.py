@@ -1,6 +1,7 @@
 """RetrofitSchedule: bound a pretrained model step by step while it trains.
 
-Floors rise under the model's norms, and its caps become tighter:
+A floor is the least value that a norm divides by; at 0 it is the library's own norm. Floors rise
+under the model's norms, and its caps become tighter:
 
     schedule = RetrofitSchedule(norms=(0.0, 0.5), caps=(0.2, 0.9))
     schedule.begin_(model, LipschitzConfig(norms="calibrated", w_max=4.0), batches)
@@ -64,9 +65,10 @@ class RetrofitSchedule:
         caps: (begin, end) of the tightening of the caps. They go geometrically from the norms of
             the pretrained weights to the config's w_max and overrides. A layer whose own norm is
             below its target has the target as its cap from the start.
-        every: steps between two changes. Each change measures the norms of all blocks whose cap
-            fell. A change of floors also makes torch.compile compile again when floors leave 0, and
-            when they first move after that. That is twice in all.
+        every: steps between two changes. LipschitzCallback keeps to it. `apply_` does not: in a
+            loop of your own, call it every so many steps. Each change measures the norms of all
+            blocks whose cap fell. A change of floors also makes torch.compile compile again when
+            floors leave 0, and when they first move after that. That is twice in all.
 
     Raises:
         ConfigError: shares are out of order or outside [0, 1].
@@ -91,7 +93,7 @@ class RetrofitSchedule:
         """The floor of every slot at this share of the training, from 0 to its `end`.
 
         Args:
-            end: the last floors by slot, in running order.
+            end: the last floors by slot.
             progress: the share of the training that is done.
         """
         u = _part(self.norms, progress)
@@ -119,7 +121,8 @@ class RetrofitSchedule:
     ) -> RetrofitReport:
         """Retrofit a pretrained model to the start of the schedule, in place.
 
-        Its floors are 0 then, and its weights are at their caps. On several processes every one has
+        Its floors and caps are then those at progress 0, which leave the weights as they are unless
+        a span ends at 0. On several processes every one has
         to call it, and all take the floors and caps that the first one finds.
 
         Args:

@@ -16,7 +16,6 @@ from torch import nn
 
 from lip_plugin import (
     LipschitzConfig,
-    activation_report,
     attacked_accuracy,
     certified_radius,
     certify,
@@ -349,31 +348,3 @@ def test_every_family_is_remembered(name: str) -> None:
     for norms in ("remove", "keep"):
         one = random_model(name, LipschitzConfig(norms=norms))
         assert structure_of(build(one)) == structure_of(build(one)) is not None
-
-
-# ---- as long as what is asked about --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "window"), [("llama", None), ("gemma2", 50)])
-def test_a_window_is_seen_at_the_length_that_is_asked_about(
-    family: str, window: int | None
-) -> None:
-    """What is said about given sequences is compared at their length.
-
-    A certificate itself holds for any mask.
-    """
-    options = {"max_position_embeddings": 128, **({"sliding_window": window} if window else {})}
-    model = random_model(family, LipschitzConfig(norms="keep"), **options)
-    long = torch.randint(67, (1, 64))
-    assert certified_radius(model, long).prediction.shape == (1, 64)
-    model.config.sliding_window = 40  # read by the graph, or by the model, but not by both
-    assert certify(model).lipschitz > 0
-    assert certified_radius(model, long[:, :20]).prediction.shape == (1, 20)
-    for call in (
-        lambda: certified_radius(model, long),
-        lambda: attacked_accuracy(model, [long[:, :20], long]),
-        lambda: activation_report(model, long),
-        lambda: falsify(model, 1, 1, tokens=64),
-    ):
-        with pytest.raises(CertificateError, match="reproduce"):
-            call()

@@ -101,7 +101,6 @@ def test_bad_input() -> None:
         {"norms": (0.6, 0.2)},
         {"caps": (-0.1, 0.5)},
         {"caps": (0.0, 1.5)},
-        {"order": "middle"},
         {"every": 0},
     ):
         with pytest.raises(ConfigError):

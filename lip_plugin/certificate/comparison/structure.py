@@ -121,9 +121,10 @@ def _structure(name: str, module: nn.Module) -> Structure | None:
 
 
 def _content(tensor: Tensor) -> tuple[int, float]:
-    """What tells a tensor from itself after a write: its version, and a sum that no write evades.
+    """Shows that a tensor was written to: its version, and a weighted sum of its entries.
 
-    The sum is left out for large tensors and on the meta device.
+    The sum is for writes through `.data`, which the version misses. It is left out for large
+    tensors and on the meta device.
     """
     if tensor.is_meta or not 0 < tensor.numel() <= _LARGE_BUFFER:
         return tensor._version, 0.0

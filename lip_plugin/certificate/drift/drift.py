@@ -34,6 +34,7 @@ from lip_plugin.certificate.weight_norms import (
 )
 from lip_plugin.distributed.gather import has_shards, sharded_too
 from lip_plugin.errors import ConfigError, TrainerError, UnsupportedModelError
+from lip_plugin.face import require_module
 from lip_plugin.linalg.norms import row_rms_max_upper
 from lip_plugin.tables import table as layout
 
@@ -127,6 +128,9 @@ def drift(
         CertificateError: a graph does not reproduce its model.
         NonFiniteError: a weight holds nan or inf.
     """
+    require_module(base, "drift")
+    if tuned is not None:
+        require_module(tuned, "drift")
     if restarts < 0 or steps < 1:
         raise ConfigError("drift: restarts must not be negative, and steps at least 1.")
     if tuned is not None and (has_shards(base) or has_shards(tuned)):

@@ -28,9 +28,9 @@ from lip_plugin.linalg.rounded import Rounded
 class HeadNorms:
     """2-norm bounds on all heads of an attention together, for one choice of weights w_h > 0.
 
-    Any choice of weights gives a proven bound. M_h and A_h are as in the docstring of this file.
-    Each field bounds the number that is named here, with the name that docs/maths.md, section 5,
-    has for it.
+    Any choice of weights gives a proven bound. M_h and A_h are as in the docstring of
+    joint_bounds.py. Each field bounds the number that is named here, with the name that
+    docs/maths.md, section 5, has for it.
 
     Attributes:
         spread: omega = sqrt(sum_h w_h^-2).

@@ -1,10 +1,10 @@
 """Nodes with a rule for several linear maps together.
 
-The norm of a product of matrices can be far below the product of their norms. The nodes in this
-file use that:
+The norm of a product of matrices can be far below the product of their norms. The nodes here and
+in joint_attention.py use that:
 
-- `AttentionOut` is attention with its output map. Its rule looks at all heads at once, through
-  M_h = W_o,h W_v,h and A_h = W_q,h^T W_k,h.
+- `AttentionOut` (joint_attention.py) is attention with its output map. Its rule looks at all heads
+  at once, through M_h = W_o,h W_v,h and A_h = W_q,h^T W_k,h.
 - `MlpResidual` is x + g W_2 f(W_1 x). Its rule adds the linear half of f to the identity, and
   takes a norm only then.
 - `GatedMlp` is W_d (f(W_g x) * W_u x). Its rule takes norms of entrywise products of Gram matrices.
@@ -59,9 +59,9 @@ class MlpResidual(Residual):
     c, m and g are constants in front of the first map, between activation and second map, and
     behind the second map. F is the factor of the activation.
 
-    The rule writes f(z) = z / 2 + e(z), where e is smaller and flatter than f. The half z / 2 is
-    linear, so it is added to the identity before a norm is taken. Only e is bounded by a product of
-    norms.
+    The rule writes f(z) = z / 2 + e(z), where abs(e(z)) is at most abs(z) / 2, and the slopes of e
+    are at most the largest slope of f less 1/2. The half z / 2 is linear, so it is added to the
+    identity before a norm is taken. Only e is bounded by a product of norms.
     """
 
     def linear_names(self) -> list[str]:
@@ -88,7 +88,7 @@ class MlpResidual(Residual):
                 act = node
         assert act is not None
         if act.kind in REPLACEMENTS:
-            return None  # for these f (abs), f(z) - z / 2 is not smaller and flatter than f
+            return None  # abs has the slope -1, so its e has the slope -3/2
         return linears[0], act, linears[1], scales
 
     def measure(self, norms: ProvenNorms) -> AffineNorms | None:
