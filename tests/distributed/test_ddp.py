@@ -5,9 +5,6 @@ Certificates and lines are written once.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +17,7 @@ from lip_plugin.errors import TrainerError
 from lip_plugin.integrations.huggingface import arguments as hf_arguments
 from tests.support.oracles import CAP_TOLERANCE
 from tests.support.peft_ddp_cases import KINDS
+from tests.support.processes import on_two_processes
 
 RUNS = ["gpt2", "llama", "muon", "adamw", *KINDS, "trainer caps", "trainer budget"]
 SCRIPT = Path(__file__).parents[1] / "support" / "ddp_script.py"
@@ -31,23 +29,7 @@ def ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("gloo is not available")
     folder = tmp_path_factory.mktemp("ddp")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*command, str(SCRIPT), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+    on_two_processes(SCRIPT, folder)
     return folder, [torch.load(folder / f"rank-{n}.pt", weights_only=True) for n in range(2)]
 
 

@@ -21,6 +21,7 @@ from lip_plugin.integrations.nanogpt.patch import Options, patch
 from lip_plugin.integrations.nanogpt.run import main, run
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.surgery.state import find_retrofit
+from tests.support.oracles import worst_over_cap
 
 STANDIN = Path(__file__).parents[1] / "support" / "nanogpt_standin"
 TEXT = "the quick brown fox jumps over the lazy dog; " * 60
@@ -69,21 +70,6 @@ def trained(tmp_path_factory):
 def copy(trained, tmp_path):
     """A copy of the trained checkout, free to be changed."""
     return Path(shutil.copytree(trained[0], tmp_path / "repo"))
-
-
-def worst_over_cap(model: torch.nn.Module) -> float:
-    """Largest block norm over its cap, by a float64 SVD."""
-    worst = 0.0
-    for _, module in constrained_modules(model):
-        for segment, blocks in module.layout.views(module.weight.detach().double()):
-            if module.layout.norm == "row":
-                norms = blocks.square().mean(-1).sqrt()
-            else:
-                norms = torch.linalg.svdvals(blocks)[..., 0] * math.sqrt(
-                    blocks.shape[-1] / blocks.shape[-2]
-                )
-            worst = max(worst, float(norms.max()) / segment.cap)
-    return worst
 
 
 def test_the_checkout_is_untouched_and_so_is_this_process(trained):

@@ -26,27 +26,11 @@ from lip_plugin.linalg.norms import (
     sigma_max_within,
     sum_rms_max_upper,
 )
+from tests.support.oracles import orthonormal
 
 ORACLE = 1e-13  # relative error of a float64 SVD of at most 512 x 2048 (about n u, measured 1e-14)
 TIGHT = 1e-3  # the promise: within 0.1 % of the truth
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small matrices a second thread gains nothing.
-
-    On a busy machine it waits ten times over.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
 
 
 def with_spectrum(d_out: int, d_in: int, s: torch.Tensor, seed: int = 0) -> torch.Tensor:

@@ -27,18 +27,6 @@ from lip_plugin.linalg.polar import (
 ABOVE_ONE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small matrices a second thread gains nothing.
-
-    On a busy machine it waits ten times over.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def singular_values(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(x.double())
 

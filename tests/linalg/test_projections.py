@@ -14,26 +14,10 @@ from lip_plugin.linalg import projections
 from lip_plugin.linalg.norms import rms_to_rms_exact
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import METHODS, SOFT_CAP_MAX_INPUT, project, soft_cap_alpha
+from tests.support.oracles import orthonormal
 
 # What is promised, by dtype of the stored block: see `projections.TOLERANCE`.
 ABOVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small matrices a second thread gains nothing.
-
-    On a busy machine it waits ten times over.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
 
 
 def with_spectrum(d_out: int, d_in: int, s: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,12 @@ def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
+    """A random matrix with orthonormal columns, float64, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+
+
 def worst_over_cap(model: nn.Module) -> float:
     """The largest norm of a block over its cap, by a float64 SVD.
 

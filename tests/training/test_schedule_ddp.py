@@ -5,15 +5,13 @@ Replicas are equal to the bit.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.oracles import CAP_TOLERANCE
+from tests.support.processes import on_two_processes
 
 SCRIPT = Path(__file__).parents[1] / "support" / "schedule_ddp_script.py"
 
@@ -22,23 +20,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "schedule_ddp_script.py"
 def test_replicas_get_their_floors_together(tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("gloo is not available")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+    on_two_processes(SCRIPT, tmp_path)
     one, two = (torch.load(tmp_path / f"rank-{n}.pt", weights_only=True) for n in range(2))
     assert one["world_size"] == 2
     assert one["at_start"] == two["at_start"] == dict.fromkeys(one["floors"], 0.0)
