@@ -7,6 +7,7 @@ certificate carries them, and `Certificate.verify` compares them with those of t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -97,9 +98,13 @@ def buffers_of(root: nn.Module) -> dict[str, str]:
             value = module._buffers.get(leaf)
             if value is None or value.is_meta or value.numel() < 2:  # a single one is a scale
                 continue
+            key = f"{name}.{leaf}" if name else leaf
+            if not value.is_floating_point():
+                held = value.detach().cpu().contiguous().numpy().tobytes()
+                found[key] = hashlib.sha256(held).hexdigest()[:16]
+                continue
             flat = value.detach().double().flatten()
             weights = torch.linspace(1.0, 2.0, len(flat), dtype=flat.dtype, device=flat.device)
             numbers = (float(flat @ weights), float(flat.abs().sum()))
-            key = f"{name}.{leaf}" if name else leaf
             found[key] = " ".join(f"{number:.3e}" for number in numbers)
     return found

@@ -8,6 +8,7 @@ integrations/peft/wrappers.py adds those of peft.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ _METHODS = (
     "_pre_forward",
     "_post_forward",
     "_run_ddp_forward",
+    "_inside_ddp_forward",
+    "_sync_buffers",
+    "will_sync_module_buffers",
 )
 
 
@@ -170,11 +174,8 @@ def _refuse_additions(module: nn.Module, wrapper: Wrapper) -> None:
     cls = type(module)
     own = {key for key, value in vars(module).items() if callable(value) and hasattr(cls, key)}
     patched = own - {"forward"} or not wrapper.own_forward(module)
-    written = {
-        getattr(getattr(cls, name), "__globals__", {}).get("__name__")
-        for name in _METHODS
-        if hasattr(cls, name)
-    }
+    methods = [inspect.unwrap(getattr(cls, name)) for name in _METHODS if hasattr(cls, name)]
+    written = {getattr(method, "__globals__", {}).get("__name__") for method in methods}
     library = cls.__module__.partition(".")[0]
     foreign = any(str(name).partition(".")[0] != library for name in written)
     everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,7 @@ def step_projection_(
     frozen: bool = False,
     process_group: Any = None,
     only: set[int] | None = None,
+    also: frozenset[int] = frozenset(),
 ) -> None:
     """Project as `attach_projection` does after a step: first the weights, then the adapters.
 
@@ -192,11 +194,10 @@ def step_projection_(
     root, config = constraints_of(model)
     replicas = process_group if process_group is not None else replicas_of(model)
     method = method or config.method
-    # torch steps what has a gradient, also if it was frozen since
     found = [
         (n, m)
         for n, m in constrained_modules(root)
-        if frozen or m.weight.requires_grad or m.weight.grad is not None
+        if frozen or m.weight.requires_grad or id(m.weight) in also
     ]
     found = [(n, m) for n, m in found if only is None or id(m.weight) in only]
     # Adapters are projected last. What they refuse is refused here, before the weights change.
@@ -277,16 +278,21 @@ def attach_projection(
     if method is not None and method not in METHODS:
         raise ConfigError(f"unknown projection {method!r}: choose one of {', '.join(METHODS)}")
     held = Held(root)
+    moving: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
     def before_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         held.check([g for o in inner for g in o.param_groups], type(stepped).__name__)
+        # torch steps what has a gradient, also if it was frozen since
+        weights = (m.weight for _, m in constrained_modules(root))
+        moving[stepped] = frozenset(id(w) for w in weights if w.grad is not None)
 
     def after_step(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         rate = float(stepped.param_groups[0]["lr"])
         # Each of several optimizers moves its own weights, so only those need the projection.
         own = {id(p) for g in stepped.param_groups for p in g["params"]} if len(inner) > 1 else None
-        step_projection_(model, method, lr=rate, process_group=process_group, only=own)
+        also = moving.get(stepped, frozenset())
+        step_projection_(model, method, lr=rate, process_group=process_group, only=own, also=also)
         stepped.seconds_projecting += time.perf_counter() - began  # type: ignore[attr-defined]
 
     before_step(inner[0], (), {})

@@ -20,12 +20,12 @@ _NEVER = (-1, -1)
 
 
 class Guard:
-    """Remembers weights as the last projection left them: address, version and two fingerprints.
+    """Remembers weights as the last projection left them: address, version and three numbers.
 
     A step relies on its weights being within their caps. A weight that something else has written
     to since is measured again instead. That may be a loaded checkpoint, or a user who writes
-    through `.data`; no version counter sees the latter, which is why two numbers are compared
-    too. The norm misses changed signs and swapped entries; the weighted sums of the rows see them.
+    through `.data`; no version counter sees the latter, which is why three numbers are compared
+    too, see `_sums`.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Guard:
     def _moved(self, weights: list[Tensor]) -> Tensor:
         """Distance of the sums to the remembered ones, plus 1 for another address or version."""
         sums = _sums(weights)
-        never = (_NEVER, sums[0].new_full((2,), -1.0))
+        never = (_NEVER, sums[0].new_full((3,), -1.0))
         known = [self._known.get(id(w), never) for w in weights]
         moved = torch.stack([(a - b).abs().amax() for a, (_, b) in zip(sums, known, strict=True)])
         elsewhere = [place != _place(w) for w, (place, _) in zip(weights, known, strict=True)]
@@ -112,17 +112,21 @@ def _place(weight: Tensor) -> tuple[int, int]:
 
 
 def _sums(weights: list[Tensor]) -> list[Tensor]:
-    """Of each local part, float32 [2]: its Frobenius norm, and the norm of its rows' weighted sums.
+    """Of each local part, float32 [3]: numbers that together change with every entry and place.
 
-    The weights of the second go from 1 to 2 along a row, so that it changes with signs and places.
-    Norms are float32 also of bf16, which would often make those of two different weights equal.
+    They are the Frobenius norm, the norm of the rows' weighted sums, and the weighted sum of those.
+    The weights go from 1 to 2 along a row, and from 1 to 2 over the rows. So the second number sees
+    signs and places within a row, and the third one the order and the signs of the rows.
     """
     found = []
     for w in weights:
         part = local(w.detach())
-        wide = torch.promote_types(part.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(part, dtype=wide).float()
+        wide = torch.promote_types(part.dtype, torch.float32)  # bf16 would often be equal
         rows = part.reshape(-1, part.shape[-1]) if part.numel() else part.new_zeros((1, 1))
-        ramp = torch.linspace(1.0, 2.0, rows.shape[-1], dtype=part.dtype, device=part.device)
-        found.append(torch.stack([norm, torch.linalg.vector_norm(rows @ ramp, dtype=wide).float()]))
+        along, over = (
+            torch.linspace(1.0, 2.0, n, dtype=wide, device=part.device) for n in rows.shape[::-1]
+        )
+        sums = rows.to(wide) @ along
+        norm = torch.linalg.vector_norm(part, dtype=wide)
+        found.append(torch.stack([norm, torch.linalg.vector_norm(sums), sums @ over]).float())
     return found

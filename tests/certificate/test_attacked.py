@@ -174,6 +174,12 @@ def test_batches_hold_nothing_that_the_proof_does_not_know() -> None:
         batch = {"input_ids": ids, "labels": ids, more: torch.zeros_like(ids)}
         with pytest.raises(ConfigError, match=more):
             certified_accuracy(model, [batch])
+    for mask in (torch.ones(2, 1, 12, 12), torch.ones(2, 5), torch.ones(2, 13)):
+        with pytest.raises(ConfigError, match="who sees whom"):
+            certified_accuracy(model, [{"input_ids": ids, "attention_mask": mask}])
+    with pytest.raises(ConfigError, match="pixel_values"):
+        certified_accuracy(model, [{"input_ids": ids, "pixel_values": torch.ones(2, 2, 12, 12)}])
+    assert certified_accuracy(model, [{"input_ids": ids, "attention_mask": ids * 0 + 1}]).clean >= 0
     bert = random_model("bert", LipschitzConfig())
     with_types = {"input_ids": ids, "labels": ids, "token_type_ids": torch.zeros_like(ids)}
     assert certified_accuracy(bert, [with_types]).clean >= 0
@@ -265,3 +271,14 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch: Any) -> None:
     assert all(m.training for m in model.modules())
     assert all(p is before[n] for n, p in model.named_parameters())
     assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
+
+
+def test_a_mask_in_a_buffer_is_no_drift_of_zero() -> None:
+    """nanoGPT's slow attention reads a float buffer."""
+    pair = [random_model("nanogpt", LipschitzConfig()) for _ in range(2)]
+    for model, hidden in zip(pair, (1.0, 0.0), strict=True):
+        mask = torch.ones(64, 64).tril()
+        mask[30:, :20] = hidden
+        model.transformer.h[0].attn.register_buffer("bias", mask)
+    with pytest.raises(LipschitzError, match="buffer"):
+        drift(*pair, attack=False)

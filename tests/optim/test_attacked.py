@@ -38,6 +38,29 @@ def _shuffle(weight: torch.Tensor) -> None:
     weight.data.copy_(weight.data.flatten().sort().values.view_as(weight))
 
 
+def _swap_rows(weight: torch.Tensor) -> None:
+    """The order of all rows; each row is as it was."""
+    weight.data.copy_(weight.data.flatten(0, -2).flip(0).view_as(weight))
+
+
+def _turn_rows(weight: torch.Tensor) -> None:
+    weight.data[::2] *= -1
+
+
+@pytest.mark.parametrize("write", [_flip, _shuffle, _swap_rows, _turn_rows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_write_is_overlooked(write: Any, dtype: torch.dtype) -> None:
+    from lip_plugin.optim.guard import Guard
+
+    weight = torch.randn(48, 32).to(dtype)
+    guard = Guard()
+    guard.remember([weight])
+    place = guard._known[id(weight)]
+    write(weight)
+    guard._known[id(weight)] = ((weight.data_ptr(), weight._version), place[1])
+    assert float(guard._moved([weight])[0]) > 0
+
+
 @pytest.mark.parametrize("write", [_flip, _shuffle])
 @pytest.mark.parametrize("when", ["before the gradient", "after it"])
 def test_writes_that_keep_the_frobenius_norm_are_seen(write: Any, when: str) -> None:
@@ -76,6 +99,17 @@ def test_a_weight_without_a_gradient_that_was_written_to_is_brought_back() -> No
 def test_what_is_frozen_while_it_has_a_gradient_is_projected(momentum: float) -> None:
     model = capped()
     optimizer = torch.optim.SGD(model.parameters(), lr=100.0, momentum=momentum)
+    attach_projection(optimizer, model)
+    backward(model)
+    model.lm_head.weight.requires_grad_(False)
+    optimizer.step()
+    assert worst_over_cap(model) <= 1 + CAP_TOLERANCE
+
+
+def test_what_another_hook_clears_is_projected_too() -> None:
+    model = capped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
+    optimizer.register_step_post_hook(lambda o, args, kwargs: o.zero_grad())
     attach_projection(optimizer, model)
     backward(model)
     model.lm_head.weight.requires_grad_(False)

@@ -286,7 +286,8 @@ def _refuse_more(graph: Graph, batch: Mapping[str, Tensor]) -> None:
     wanted = "pixel_values" if graph.patches is not None else "input_ids"
     if wanted not in batch:
         raise ConfigError(f"batches of this model need `{wanted}`; got {', '.join(batch)}.")
-    odd = [key for key in batch if key not in _KNOWN]
+    other = "input_ids" if wanted == "pixel_values" else "pixel_values"
+    odd = [key for key in batch if key not in _KNOWN or key == other]
     types = batch.get("token_type_ids")
     if types is not None and "type" not in graph.entry.tables:
         odd.append("token_type_ids")
@@ -296,6 +297,11 @@ def _refuse_more(graph: Graph, batch: Mapping[str, Tensor]) -> None:
             "know. Leave them out if the model does not need them."
         )
     mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != batch[wanted].shape:
+        raise ConfigError(
+            f"attention_mask is {tuple(mask.shape)}: another mask than one entry for each token of "
+            f"{tuple(batch[wanted].shape)} changes who sees whom, and the proof does not know it."
+        )
     if (mask is not None and not bool(mask.all())) or (types is not None and bool(types.any())):
         raise ConfigError(
             "radii are proven for sequences without padding, of token type 0: "
