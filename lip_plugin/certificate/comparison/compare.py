@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lip_plugin.certificate.comparison.difference import TOLERANCE, relative_difference
 from lip_plugin.certificate.comparison.float64_run import (
     evaluating,
     exact_values,
@@ -34,29 +35,24 @@ from lip_plugin.certificate.comparison.float64_run import (
     own_values,
     random_values,
 )
+from lip_plugin.certificate.comparison.nodes_alone import check_node, nodes_to_check
 from lip_plugin.certificate.comparison.structure import Structure, structure_of
 from lip_plugin.certificate.graph.attention import Attention
 from lip_plugin.certificate.graph.base import Node
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, walk
-from lip_plugin.certificate.graph.nodes import Activation, Norm, Scale
+from lip_plugin.certificate.graph.nodes import Scale
 from lip_plugin.errors import CertificateError
-from lip_plugin.model.scales import branch_scale
 
-# The largest difference that is allowed, relative to what a layer adds to its input. Libraries
-# compute norms, softmax and rotations in float32 inside, which costs 1e-7 each; 1e-6 was seen over
-# a layer. A function that differs from the graph's is off by far more.
-TOLERANCE = 1e-4
-# Every layer adds its input, in float64, to what it computes. The rounding of that sum is at most
-# this share of the input.
-_ROUNDING = 1e-12
 # Steep functions (attention with large logits) magnify the rounding inside a library. Where a
 # difference is above the tolerance, the graph is run once more on an input that is moved by this
 # share. Ten times the graph's own response to that is then allowed on top of the tolerance, as long
 # as both together are below 0.1.
 _NUDGE = 1e-6
+
 # Tokens of the comparison, and up to how many it goes so as to be longer than a window.
 _TOKENS, _WINDOW_UP_TO = 16, 512
+
 # The structures that passed the comparison on random weights, by model.
 _CHECKED: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
@@ -82,8 +78,8 @@ def check_graph(graph: Graph) -> float:
             with float64_parameters(graph.subject, random_values()):
                 again = build(graph.subject)
                 worst = _compare(again)
-                for node in _nodes(again.body.nodes):
-                    _check_node(node)
+                for node in nodes_to_check(again.body.nodes):
+                    check_node(node)
             if structure is not None:
                 _CHECKED[graph.root] = structure
         return max(worst, _compare_own(graph))
@@ -300,9 +296,9 @@ def _same(
     Raises:
         CertificateError: the difference is too large, or the model gives nan or inf.
     """
-    difference = _difference(got, expected, own)
+    difference = relative_difference(got, expected, own)
     if not difference <= TOLERANCE and got.shape == expected.shape:
-        allowed = TOLERANCE + 10 * _difference(nudged(), got, own)
+        allowed = TOLERANCE + 10 * relative_difference(nudged(), got, own)
         difference = 0.0 if difference <= allowed < math.inf and allowed < 0.1 else difference
     if difference <= TOLERANCE:
         return difference
@@ -318,88 +314,3 @@ def _same(
         "forward or attention, a softcap, a wrapper); a certificate of the graph would not be "
         "about this model."
     )
-
-
-def _difference(got: Tensor, expected: Tensor, own: Tensor | None = None) -> float:
-    """The largest difference of two entries, over the largest entry of what was computed.
-
-    If `own` is given, what was computed is `expected` minus `own`. The result is inf if the shapes
-    differ, and nan if an entry is nan.
-    """
-    if got.shape != expected.shape:
-        return math.inf
-    off = float((got - expected).abs().amax())
-    if own is None:
-        size = float(expected.abs().amax())
-    else:
-        off = max(0.0, off - _ROUNDING * float(own.abs().amax())) if off == off else off
-        size = float((expected - own).abs().amax())
-    return 0.0 if off == 0 else off / size if size > 0 else math.inf
-
-
-def _nodes(nodes: Any) -> Iterator[Node]:
-    """All nodes, also those in containers, and the norms behind q and k of an attention."""
-    for node in walk(nodes):
-        if isinstance(node, Attention):
-            yield from (n for n in (node.q_norm, node.k_norm, node) if n is not None)
-        else:
-            yield node
-
-
-def _check_node(node: Node) -> None:
-    """Compare a node with the library's module, on inputs that show all of what its rule rests on.
-
-    A norm is compared on both sides of its floor, or of sqrt(eps). An activation is compared over
-    all of its range. A rotation must do nothing but turn pairs and multiply by its scale.
-
-    Raises CertificateError if the node computes something else.
-    """
-    generator = torch.Generator().manual_seed(2)
-    if isinstance(node, Norm):
-        weight = next(node.module.parameters(), None)
-        x = torch.randn(8, node.width, generator=generator, dtype=torch.float64)
-        x = x if weight is None else x.to(weight.device)
-        x = (
-            x
-            * max(node.eps**0.5, node.floor, 1e-6)
-            * torch.linspace(0.3, 3.0, 8, dtype=x.dtype, device=x.device)[:, None]
-        )
-        difference = _difference(node.run(x), node.module(x).double())
-    elif isinstance(node, Activation):
-        x = torch.linspace(-30.0, 30.0, 961, dtype=torch.float64)
-        # The factor of a branch may sit on the activation's output, as a hook (OPT). It is a node
-        # of its own. Any other hook is a difference.
-        expected = node.act(x) / branch_scale(node.act)
-        # There is no float32 inside an activation. So it is compared to 1e-9, that is to 1e-5 of
-        # `TOLERANCE`.
-        difference = _difference(node.run(x), expected) * 1e5
-    elif isinstance(node, Attention) and node.rotary is not None:
-        difference = _not_a_rotation(node)
-    else:
-        return
-    if not difference <= TOLERANCE:
-        raise CertificateError(
-            f"{node.name} does not compute what its rule is proven for (off by {difference:.2e}): "
-            "a hook, a patched forward or another eps. Take it off, then certify."
-        )
-
-
-def _not_a_rotation(node: Attention) -> float:
-    """How far the library's cos and sin are from turning pairs and multiplying by the scale.
-
-    It is inf if their shapes are not those of a rotation.
-    """
-    positions = torch.tensor([[0, 1, 2, 7, 100, 1000, 4095]], device=node.q.linear.weight().device)
-    x = torch.zeros(1, 7, node.d_in, dtype=torch.float64, device=positions.device)
-    cos, sin = node.rotary(x, positions)
-    half = cos.shape[-1] // 2
-    if (
-        cos.shape[:2] != (1, 7)
-        or not 0 < 2 * half == cos.shape[-1] <= node.d_head
-        or sin.shape != cos.shape
-    ):
-        return math.inf
-    scale = node.rotary.scale**2
-    off = ((cos.square() + sin.square()) / scale - 1.0).abs().max()
-    halves = max((t[..., :half] - t[..., half:]).abs().max() for t in (cos, sin))
-    return float(torch.maximum(off, halves))
