@@ -12,6 +12,7 @@ def register_all() -> None:
     """Register everything that is known of other libraries. It is cheap, and safe to call again."""
     import lip_plugin.integrations.bitsandbytes
     import lip_plugin.integrations.huggingface.families
+    import lip_plugin.integrations.known_code
     import lip_plugin.integrations.nanogpt.family
     import lip_plugin.integrations.peft.enforce
     import lip_plugin.integrations.peft.wrappers  # noqa: F401

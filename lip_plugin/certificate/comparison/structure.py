@@ -7,8 +7,7 @@ taken for the one that replaced it.
 
 Hooks and patches of others may read state that nobody can compare, such as an attribute or a
 closure. If one is found, there is no structure. Then nothing is remembered, and the model is
-compared in full at every call. The exceptions are the hooks and patches that are named in this
-file, because we read their code.
+compared in full at every call. The exceptions are hooks and patches whose code was read.
 """
 
 from __future__ import annotations
@@ -37,27 +36,36 @@ Structure = tuple[Any, ...]
 _LARGE_BUFFER = 1 << 22  # entries; a mask of 2048 x 2048 is within
 _PLAIN = (bool, int, float, str, type(None))
 _OURS = (BranchScale, InputScale, EntryCap)
-# A plain function of these libraries, if it has no closure, keeps no state of a model.
-_LIBRARIES = frozenset(
-    {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "lip_plugin"}
-)
-# The functions named below are known, because we read their code. They are told by the module and
-# the name of the code itself, since functools.wraps hides both everywhere else.
+# What follows is known because its code was read. Code is told by the module and the name that it
+# was written with, since functools.wraps hides both everywhere else. The integrations register what
+# their libraries bring (integrations/known_code.py).
 
-# Hooks of these names, from these libraries, only set requires_grad, for gradient checkpointing.
-_HARMLESS_HOOKS = {"make_inputs_require_grad", "make_inputs_require_grads"}
-_FROM = {"transformers", "peft", "trl"}
-# These only call what they wrap, under autocast or with outputs in float32. The value is the name
-# under which their closure holds what they wrap.
-_AROUND = {
-    ("accelerate.utils.operations", "forward"): "model_forward",
-    ("torch.amp.autocast_mode", "decorate_autocast"): "func",
-    # This one is made for a loss. If it is called as models are called, it only calls what it
-    # wraps.
-    ("trl.trainer.utils", "_fused_forward"): "original_forward",
-}
-# An object of this class also only calls what it wraps.
-_AROUND_OBJECT = "accelerate.utils.operations.ConvertOutputsToFp32"
+# A plain function of these libraries, if it has no closure, keeps no state of a model.
+_LIBRARIES = {"torch", "lip_plugin"}
+_HARMLESS_HOOKS: set[tuple[str, str]] = set()  # (library, name) of hooks that change no value
+# Functions that only call what they wrap, with the name under which their closure holds that.
+_AROUND = {("torch.amp.autocast_mode", "decorate_autocast"): "func"}
+_AROUND_OBJECTS: dict[str, str] = {}  # the same for objects: class, and attribute
+
+
+def know_library(name: str) -> None:
+    """Take plain functions of this library, without a closure, for code without state."""
+    _LIBRARIES.add(name)
+
+
+def know_hook(library: str, name: str) -> None:
+    """Take hooks of this name, from any module of the library, for ones that change no value."""
+    _HARMLESS_HOOKS.add((library, name))
+
+
+def know_patch(module: str, name: str, holds: str) -> None:
+    """Look through a function that only calls what its closure holds under a name."""
+    _AROUND[module, name] = holds
+
+
+def know_caller(path: str, attribute: str) -> None:
+    """Look through objects of a class that only call what they hold in an attribute."""
+    _AROUND_OBJECTS[path] = attribute
 
 
 def structure_of(graph: Graph) -> Structure | None:
@@ -178,7 +186,7 @@ def _is_own_forward(cls: type) -> bool:
 # Whether a hook is one of `_HARMLESS_HOOKS`, by the code that it runs.
 def _is_harmless(hook: Callable[..., Any]) -> bool:
     module, name = _written(hook)
-    return name in _HARMLESS_HOOKS and _top(module) in _FROM
+    return (_top(module), name) in _HARMLESS_HOOKS
 
 
 # The top-level package of a module.
@@ -212,8 +220,8 @@ def _known_function(module: nn.Module, name: str, value: Any) -> tuple[Any, ...]
             # the code and not the function, because its closure may hold the model
             parts.append(value.__code__)
             value = _cell(value, _AROUND[_written(value)])
-        elif f"{type(value).__module__}.{type(value).__qualname__}" == _AROUND_OBJECT:
-            value = value.model_forward
+        elif _class_path(value) in _AROUND_OBJECTS:
+            value = getattr(value, _AROUND_OBJECTS[_class_path(value)])
         else:
             return (*parts, value) if _is_plain_function(value, module) else None
     return None
@@ -231,6 +239,10 @@ def _is_plain_function(value: Any, module: nn.Module) -> bool:
         isinstance(value, (types.BuiltinFunctionType, type))
         and _top(str(value.__module__)) in _LIBRARIES
     )
+
+
+def _class_path(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _written(function: Any) -> tuple[str, str]:
