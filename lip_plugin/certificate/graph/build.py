@@ -209,7 +209,12 @@ def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
 
     A multiplier that is a buffer is rounded to the table's dtype, as the forward does. On the meta
     device a buffer has no value. Then the float that it is filled from on loading is taken.
+
+    Raises:
+        UnsupportedModelError: There is a multiplier, and its value is not known.
     """
+    if not architecture.embedding_scale:
+        return 1.0
     for path in architecture.embedding_scale:
         owner, _, attribute = path.rpartition(".")
         value = getattr(root.get_submodule(owner), attribute)
@@ -220,7 +225,10 @@ def _embedding_scale(root: nn.Module, architecture: Architecture) -> float:
         if not isinstance(value, Tensor):
             dtype = table_of(root, str(architecture.tokens)).weight.dtype
             return float(torch.tensor(value, dtype=torch.float32).to(dtype))
-    return 1.0
+    raise UnsupportedModelError(
+        f"{architecture.embedding_scale[0]} multiplies the rows of the token table, and it has no "
+        "value on the meta device. Load the model on a real device."
+    )
 
 
 # The map from the model's inputs to what enters the first block.
