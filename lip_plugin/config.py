@@ -24,32 +24,36 @@ METHOD_NAMES = (
     "spectral_weight_decay",
     "weight_decay",
 )
-# The default factor on the logits. It lies between the factors that gave the best accuracy (40 and
-# more) and the widest margins (3): docs/LOG.md, 2026-11-24.
-LOGIT_SCALE = 10.0
+# An option with this value gets one that fits the model: its family, its depth and the other
+# options. lip_plugin/surgery/automatic.py has the formulas.
+AUTO = "auto"
+# The default factor on the logits. Factors of 40 and more gave the best accuracy, and a factor of 3
+# the widest margins: docs/LOG.md, 2026-11-24.
+LOGIT_SCALE = 40.0
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHOD_NAMES,
     "granularity": ("head", "matrix"),
     "norms": (None, "remove", "keep", "calibrated"),
-    "biases": ("keep", "drop"),
+    "biases": (AUTO, "keep", "drop"),
     "init": ("auto", "orthogonal", "keep"),
-    "position_bias": (None, "learned", "alibi"),
-    "activation": (None, "abs"),
+    "position_bias": (AUTO, None, "learned", "alibi"),
+    "activation": (AUTO, None, "abs"),
 }
-# The options that give the most for their share of the bound, as measured in docs/LOG.md,
-# 2026-11-24. `LipschitzConfig.preset` hands them out.
-_POSITION: dict[str, Any] = {
-    "position_bias": "learned",
-    "attention_scale": 0.0,
-    "value_scale": 1.0,
-    "residual": (0.75, 0.9),
-    "activation": "abs",
-    "biases": "drop",
+# What models have that were saved before an option existed, and models that keep their norms. It is
+# the recipe of arXiv 2507.13338.
+LEGACY: dict[str, Any] = {
+    "position_bias": None,
+    "attention_scale": 1.0,
+    "value_scale": 1.0 / 3.0,
+    "residual": None,
+    "activation": None,
+    "biases": "keep",
 }
+# What `LipschitzConfig.preset` hands out: the options that differ from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"logit_scale": 1.0},
-    "robust": {**_POSITION, "logit_scale": 5.0},
-    "accurate": {**_POSITION, "logit_scale": 40.0},
+    "accurate": {},
+    "robust": {"logit_scale": 5.0},
+    "paper": {**LEGACY, "logit_scale": 1.0},
 }
 # The smallest floor under a norm besides 0: gain / floor has to be a float32.
 FLOOR_MIN = 1e-12
@@ -203,16 +207,16 @@ class LipschitzConfig:
     granularity: str = "head"
     norms: str | None = None
     norm_floors: Mapping[str, float] = field(default_factory=dict)
-    residual: float | tuple[float, float] | None = None
-    attention_scale: float = 1.0
-    value_scale: float = 1.0 / 3.0
+    residual: float | tuple[float, float] | str | None = AUTO
+    attention_scale: float | str = AUTO
+    value_scale: float | str = AUTO
     embedding_max: float = 1.0
     pixel_max: float = 1.0
     gate_max: float | None = None
-    position_bias: str | None = None
-    activation: str | None = None
+    position_bias: str | None = AUTO
+    activation: str | None = AUTO
     logit_scale: float | None = None
-    biases: str = "keep"
+    biases: str = AUTO
     untie_head: bool = True
     init: str = "auto"
 
@@ -224,16 +228,22 @@ class LipschitzConfig:
                     f"LipschitzConfig({name}={value!r}): choose one of "
                     f"{', '.join(map(repr, choices))}."
                 )
-        for name in ("w_max", "value_scale", "embedding_max", "pixel_max"):
+        for name in ("w_max", "embedding_max", "pixel_max"):
             _check_positive(name, getattr(self, name))
-        if self.attention_scale != 0 or isinstance(self.attention_scale, bool):
+        if self.value_scale != AUTO:
+            _check_positive("value_scale", self.value_scale)
+        if self.attention_scale != AUTO and (
+            self.attention_scale != 0 or isinstance(self.attention_scale, bool)
+        ):
             _check_positive("attention_scale", self.attention_scale)
-        elif self.position_bias is None:
+        elif self.attention_scale == 0 and self.position_bias is None:
             raise ConfigError(
                 "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a "
                 "position_bias, 'learned' or 'alibi'."
             )
-        chosen = [n for n in ("position_bias", "activation") if getattr(self, n) is not None]
+        chosen = [
+            n for n in ("position_bias", "activation") if getattr(self, n) not in (None, AUTO)
+        ]
         if self.logit_scale is not None:
             _check_positive("logit_scale", self.logit_scale)
         if self.norms in ("keep", "calibrated") and (chosen or self.logit_scale not in (None, 1)):
@@ -260,7 +270,7 @@ class LipschitzConfig:
             _check_positive("gate_max", self.gate_max)
         if isinstance(self.residual, (list, tuple)):
             object.__setattr__(self, "residual", tuple(self.residual))
-        if self.residual is not None:
+        if self.residual not in (None, AUTO):
             _check_residual(self.residual)
 
     @property
@@ -353,6 +363,19 @@ class LipschitzConfig:
                 f"{', '.join(sorted(known))}. Was this written by a newer lip_plugin?"
             )
         return cls(**dict(values))
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> LipschitzConfig:
+        """The config of a saved model, which an earlier version may have written.
+
+        An option that did not exist then has the value that leaves the model as it was.
+
+        Raises:
+            ConfigError: as `from_dict`.
+        """
+        if not isinstance(values, Mapping) or not values:
+            return cls.from_dict(values)
+        return cls.from_dict({**LEGACY, "logit_scale": 1.0, **values})
 
     @classmethod
     def from_json(cls, text: str) -> LipschitzConfig:

@@ -195,7 +195,7 @@ def _saved_retrofit(config: Any) -> LipschitzConfig | None:
             "here. Load it dequantized."
         )
     try:
-        return LipschitzConfig.from_dict(found["lipschitz"])
+        return LipschitzConfig.from_saved(found["lipschitz"])
     except ConfigError as error:
         raise CheckpointError(f"{CONFIG}: its quantization_config was edited: {error}") from error
 

@@ -14,7 +14,6 @@ Importing this module registers the loader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -66,8 +65,7 @@ class LipschitzPersistenceConfig(QuantizationConfigMixin):
 
     def __init__(self, lipschitz: Any = None, settings: Any = None, **kwargs: Any) -> None:
         self.quant_method: Any = METHOD
-        # Models that were saved before logit_scale existed get a scale of 1.
-        self.lipschitz = LipschitzConfig.from_dict(_before(lipschitz)).to_dict()
+        self.lipschitz = LipschitzConfig.from_saved(lipschitz).to_dict()
         self.settings = dict(settings or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,20 +79,12 @@ class LipschitzPersistenceConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-def _before(lipschitz: Any) -> Any:
-    return (
-        {"logit_scale": 1.0, **lipschitz}
-        if isinstance(lipschitz, Mapping) and lipschitz
-        else lipschitz
-    )
-
-
 class LipschitzLoader(HfQuantizer):
     """Retrofits the skeleton before the weights come, and leaves no trace of a quantizer behind."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         saved: Any = self.quantization_config
-        retrofit(model, LipschitzConfig.from_dict(saved.lipschitz), _loading=True)
+        retrofit(model, LipschitzConfig.from_saved(saved.lipschitz), _loading=True)
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.certify import certify
+from lip_plugin.config import LEGACY
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.files import write_whole
 from lip_plugin.integrations.nanogpt.checkout import (
@@ -44,6 +45,7 @@ from lip_plugin.integrations.nanogpt.checkout import (
     inside,
 )
 from lip_plugin.integrations.nanogpt.patch import OPTION_PREFIX, Options, install
+from lip_plugin.surgery.state import config_of
 
 # Not __name__, which is "__main__" under python -m.
 logger = logging.getLogger("lip_plugin.integrations.nanogpt.run")
@@ -59,10 +61,9 @@ class _Run:
 
     def built(self, model: nn.Module) -> None:
         self.model = model
-        # None means "remove" here. It is written out, so that --lip_norms=remove is not refused as
-        # another option when the run is resumed.
-        config = replace(self.options.config, norms=self.options.config.norms or "remove")
-        self.options = replace(self.options, config=config)
+        # What None and "auto" stand for is written out, so that a later version that chooses
+        # otherwise resumes the run as it is.
+        self.options = replace(self.options, config=config_of(model))
         logger.info("constrained: %s", json.dumps(self.options.to_dict()))
 
     @contextmanager
@@ -118,10 +119,9 @@ class _Run:
                 "own scripts on it."
             )
         try:
-            # Runs from before logit_scale existed had a scale of 1.
-            stored = Options.from_dict(
-                {"logit_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))}
-            )
+            values = json.loads(path.read_text(encoding="utf-8"))
+            # An option that did not exist when the run began has the value of that time.
+            stored = Options.from_dict({**LEGACY, "logit_scale": 1.0, **values})
         except (ValueError, TypeError, AttributeError) as error:
             cure = f"Restore the one that was written with {CHECKPOINT}."
             raise ConfigError(f"{path} cannot be read: {error}. {cure}") from error

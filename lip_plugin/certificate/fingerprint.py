@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.function_facts import buffers_of, function_of
 from lip_plugin.certificate.graph.build import Graph
-from lip_plugin.config import LipschitzConfig
+from lip_plugin.config import LEGACY, LipschitzConfig
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.batches import refuse_sharded
 from lip_plugin.model.layers import RowParameter, constrained_modules
@@ -205,7 +205,7 @@ def differences(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     retrofitted, was = now.pop("lipschitz", None), before.pop("lipschitz", None)
     pairs = [(key, now.get(key), value) for key, value in sorted(before.items())]
     if retrofitted is not None and was is not None:
-        defaults = LipschitzConfig().to_dict()
+        defaults = {**LipschitzConfig().to_dict(), **LEGACY}
         pairs += [
             (key, retrofitted.get(key), was.get(key, defaults.get(key)))
             for key in sorted({**was, **retrofitted})

@@ -25,6 +25,7 @@ from lip_plugin.model.layers import Constrained
 from lip_plugin.model.layout import ROW, Layout
 from lip_plugin.model.parts import parts
 from lip_plugin.model.position import OffsetBias
+from lip_plugin.surgery.automatic import resolved
 from lip_plugin.surgery.caps import cap_of
 from lip_plugin.surgery.checks import check_model
 from lip_plugin.surgery.presets import chosen_config
@@ -71,6 +72,9 @@ def plan_caps(
     found = find_retrofit(model)
     config = chosen_config(config, found[0] if found else model, "plan_caps(model, target, ")
     config = config or (found[1].config if found else LipschitzConfig())
+    root = found[0] if found else model
+    if found:
+        config = resolved(config, root, parts(root, found[1].architecture))
     _check(model, found[1].config if found else None, config)
     graph = build(_skeleton(model, config))
 
@@ -104,9 +108,8 @@ def _check(model: nn.Module, present: LipschitzConfig | None, config: LipschitzC
         names = parts(model, family.architecture)
         check_model(model, names, config, pretrained=family.is_pretrained(model))
         return
-    wanted = replace(config, norms=config.norms or "remove")
     changed = [
-        f.name for f in fields(config) if getattr(present, f.name) != getattr(wanted, f.name)
+        f.name for f in fields(config) if getattr(present, f.name) != getattr(config, f.name)
     ]
     fixed = [name for name in changed if name not in _FREE]
     if fixed:

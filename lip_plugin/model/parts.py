@@ -92,6 +92,14 @@ class Parts:
     def rotary(self) -> str | None:
         return self.architecture.rotary
 
+    @property
+    def gated(self) -> bool:
+        """Whether an MLP multiplies two maps of its input with each other, entry by entry.
+
+        The MLPs of llama and its relatives do.
+        """
+        return any({"gate", "gate_up"} & layer.mlp.linears.keys() for layer in self.layers)
+
     def tables(self) -> list[tuple[str, str]]:
         """(role, name) of every table of rows, tokens first."""
         a = self.architecture

@@ -79,6 +79,11 @@ class OffsetBias(nn.Module):
         table = self.weight[:, offset.clamp_max(self.weight.shape[1] - 1)]
         return table if queries.dim() == 1 else table.transpose(0, 1)
 
+    @property
+    def learned(self) -> bool:
+        """Whether the table is trained."""
+        return self.weight.requires_grad
+
     def spread(self) -> float:
         """The largest difference of two biases of one head, rounded up.
 

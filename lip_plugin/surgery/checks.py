@@ -18,10 +18,11 @@ from lip_plugin.face import did_you_mean
 from lip_plugin.model.activations import activation_kind
 from lip_plugin.model.layers import RowParameter, is_embedding, is_linear, is_patches, table_of
 from lip_plugin.model.normalization import Floored, norm_facts, refuse_own_forward
+from lip_plugin.model.pairs import PairAbs
 from lip_plugin.model.parts import Parts, refuse_undescribed
 from lip_plugin.model.scales import ConstantScale
+from lip_plugin.surgery.automatic import resolved, why_no_position_bias
 from lip_plugin.surgery.depth import check_depth
-from lip_plugin.surgery.presets import has_gates
 
 _ADAPTERS = (
     "To train adapters on a quantized base (4-bit ones work), leave retrofit out: put LoRA on it "
@@ -72,7 +73,7 @@ def check_model(
         _check_slots(model, names, config)
     if config.recipe:
         _check_recipe(model, names)
-        _check_options(model, names, config)
+        _check_options(model, names, resolved(config, model, names))
 
 
 def refuse_shards(model: nn.Module, what: str) -> None:
@@ -103,7 +104,7 @@ def _check_recipe(model: nn.Module, names: Parts) -> None:
     """Check what removing the norms needs: known activations, and a place for every constant."""
     for name in names.activations():
         act = model.get_submodule(name)
-        if activation_kind(act) is None:
+        if not isinstance(act, PairAbs) and activation_kind(act) is None:
             raise UnsupportedModelError(
                 f"{name} is {act}: no proven slope is known for it. Use gelu, gelu_new, silu, relu "
                 "or tanh, or keep the norms (norms='keep') if you need no certificate."
@@ -148,11 +149,14 @@ def _without_place(
             "There is no norm slot behind its last block, where logit_scale would go: leave it "
             f"out, and give the head a cap of its own instead, overrides={{{names.head!r}: ...}}.",
         )
-    if config.activation is not None and has_gates(names):
+    pairs = config.activation is not None or any(
+        isinstance(model.get_submodule(name), PairAbs) for name in names.activations()
+    )
+    if config.gate_max is not None and names.gated and pairs:
         yield (
-            "activation",
-            "Its MLPs are gated, and their products need their own activation: leave "
-            f"activation={config.activation!r} out.",
+            "gate_max",
+            "gate_max limits the factors of a product, and activation='abs' leaves no product: "
+            "leave gate_max out, or say activation=None to keep the product.",
         )
     if isinstance(config.residual, tuple) and architecture.parallel:
         yield (
@@ -166,19 +170,14 @@ def _without_place(
     out = "leave position_bias out" + (
         " and attention_scale=0 with it" if config.attention_scale == 0 else ""
     )
-    attention = getattr(model.config, "_attn_implementation", "sdpa")
-    if architecture.patches:
+    why = why_no_position_bias(model, names)
+    if why is not None and architecture.patches:
+        yield "position_bias", f"{why}: {out}."
+    elif why is not None:
         yield (
             "position_bias",
-            f"position_bias counts tokens, and this model has patches of an image: {out}.",
-        )
-    elif attention not in ("sdpa", None):
-        yield (
-            "position_bias",
-            "position_bias needs scaled_dot_product_attention, and this model attends by "
-            f"{attention!r}: build "
-            f'or load it with attn_implementation="sdpa", or {out} if transformers does not let '
-            "it.",
+            f'{why}: build or load it with attn_implementation="sdpa", or {out} if transformers '
+            "does not let it.",
         )
 
 

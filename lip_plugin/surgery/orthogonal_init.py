@@ -1,7 +1,9 @@
-"""The start of a model that is trained from scratch: orthogonal blocks, and output maps of zeros.
+"""The start of a model that is trained from scratch: orthogonal blocks.
 
-Open this file to see what `LipschitzConfig(init="orthogonal")` writes into the weights.
-Source: the initialization of arXiv 2507.13338.
+Open this file to see what `LipschitzConfig(init="orthogonal")` writes into the weights. There are
+two starts. With residual weights that the user chose, output maps are zero, as in arXiv 2507.13338.
+With those of `residual="auto"` they are orthogonal too, because then the branches and not the
+identity path carry the signal through a deep model.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ from torch import Tensor, nn
 
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.layout import ROW
+from lip_plugin.model.position import OffsetBias
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def init_orthogonal_(model: nn.Module) -> None:
+def init_orthogonal_(model: nn.Module, *, open_branches: bool) -> None:
     """Initialize a retrofitted model in place, within its caps.
 
     - A block of a matrix becomes orthogonal with an RMS->RMS norm of min(1, cap).
-    - The output maps of attention and MLP become zero, so every branch starts at zero.
+    - The output maps of attention and MLP become zero, so every branch starts at zero. With
+      `open_branches` they become orthogonal like the others.
+    - With `open_branches`, learned biases by position start with a peak for each head
+      (`peaked_biases`).
     - Each row of a table gets an RMS norm equal to its cap: tables of positions get sinusoids, the
       others random rows.
     - Biases of constrained layers become zero.
@@ -37,7 +43,7 @@ def init_orthogonal_(model: nn.Module) -> None:
                 rows = rows.to(blocks.device)
                 size = rows.square().mean(-1, keepdim=True).sqrt()
                 blocks.copy_(rows * (segment.cap * (1.0 - 1e-6)) / size)
-            elif segment.role in ("out", "down"):
+            elif segment.role in ("out", "down") and not open_branches:
                 blocks.zero_()
             else:
                 for block in blocks:
@@ -49,7 +55,28 @@ def init_orthogonal_(model: nn.Module) -> None:
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             bias.zero_()
+    if open_branches:
+        learned = [m for m in model.modules() if isinstance(m, OffsetBias) and m.learned]
+        for layer, bias in enumerate(learned):
+            bias.weight.copy_(peaked_biases(bias.weight.shape[0], bias.weight.shape[1], layer))
     logger.info("orthogonal init of %s", type(model).__name__)
+
+
+def peaked_biases(heads: int, offsets: int, layer: int) -> Tensor:
+    """Biases by position that start with one peak for each head, [heads, offsets], float32.
+
+    Four heads look at this token, at the one before, and at two that are further back, by powers of
+    2 and of 3 that differ from layer to layer. Further heads look at further offsets. A peak is 4
+    above a slope of 0.02 for each token.
+    """
+    table = torch.empty(heads, offsets)
+    for head in range(heads):
+        group, kind = divmod(head, 4)
+        far = (2 ** ((layer + group) % 5), 3 ** ((layer + group) % 4))
+        peak = min((2 * group, 2 * group + 1, *far)[kind], offsets - 1)
+        table[head] = -0.02 * (torch.arange(offsets) - peak).abs()
+        table[head, peak] += 4.0
+    return table
 
 
 def sinusoids(count: int, width: int) -> Tensor:

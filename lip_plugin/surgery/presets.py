@@ -14,20 +14,14 @@ from lip_plugin.config import PRESETS, LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import did_you_mean
 from lip_plugin.model.architecture import find_family
-from lip_plugin.model.parts import Parts, parts
 from lip_plugin.surgery.plan import RetrofitReport
 
 
 def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
     """Give `LipschitzConfig.preset(name)` without what the model's family has no place for.
 
-    - Gated MLPs keep their own activation.
-    - Families without a norm slot behind their last block (bert) get no `logit_scale`.
-    - Image models, and families whose attention cannot be scaled_dot_product_attention (gemma2),
-      get no `position_bias`. Without it attention by position alone is impossible, so an
-      `attention_scale` of 0 is left out as well and becomes 1.
-    - Families that run attention and MLP in parallel (gpt_neox) take one residual weight, the
-      smaller of the two.
+    Families without a norm slot behind their last block (bert) get no `logit_scale`. All else that
+    depends on the family is "auto" in the presets, and gets its value at the retrofit.
 
     Args:
         name: one of `lip_plugin.config.PRESETS`.
@@ -38,27 +32,10 @@ def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
         UnsupportedModelError: the family is unknown.
     """
     check_preset(name)
-    names = parts(model, find_family(model).architecture)
     values = dict(PRESETS[name])
-    if has_gates(names):
-        values.pop("activation", None)
-    if not names.architecture.final_norm:
+    if not find_family(model).architecture.final_norm:
         values.pop("logit_scale", None)
-    if names.architecture.patches or getattr(type(model), "_supports_sdpa", True) is False:
-        values.pop("position_bias", None)
-        if values.get("attention_scale") == 0:
-            del values["attention_scale"]
-    if names.architecture.parallel and isinstance(values.get("residual"), tuple):
-        values["residual"] = min(values["residual"])
     return LipschitzConfig(**values)
-
-
-def has_gates(names: Parts) -> bool:
-    """Whether an MLP of the model multiplies two maps of its input with each other, entry by entry.
-
-    The MLPs of llama and its relatives do.
-    """
-    return any({"gate", "gate_up"} & layer.mlp.linears.keys() for layer in names.layers)
 
 
 def check_preset(name: str) -> None:

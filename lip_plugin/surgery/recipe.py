@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from lip_plugin.config import LipschitzConfig
 from lip_plugin.model.activations import REPLACEMENTS, ScaledActivation, activation_kind
 from lip_plugin.model.heads import head_dim
+from lip_plugin.model.pairs import PairAbs
 from lip_plugin.model.parts import BranchParts, Knob, LayerParts, Parts, owner_of
 from lip_plugin.model.position import MAX_OFFSETS, OffsetBias, position_bias, set_position_bias_
 from lip_plugin.model.scales import (
@@ -47,14 +48,14 @@ from lip_plugin.surgery.plan import Plan
 def step_sizes(config: LipschitzConfig, names: Parts) -> tuple[float, float]:
     """The step a in x <- (1-a) x + a f(x), as a pair: of attention, and of MLPs.
 
-    It is `config.residual` if that is given. The default for L layers is the paper's 1/(2L), or
-    1/(L+1) where attention and MLP run in parallel.
+    It is `config.residual` if that is given. None is the paper's 1/(2L) for L layers, or 1/(L+1)
+    where attention and MLP run in parallel.
     """
     if isinstance(config.residual, tuple):
         return config.residual
     layers = len(names.layers)
     default = 1.0 / (layers + 1) if names.architecture.parallel else 1.0 / (2 * layers)
-    a = default if config.residual is None else config.residual
+    a = default if config.residual is None else float(config.residual)
     return a, a
 
 
@@ -70,7 +71,7 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
     steps = step_sizes(config, names)
     if architecture.entry_norm:
         _plan_slot(plan, model, architecture.entry_norm, 1.0)
-    c = 1.0
+    c, sharp = 1.0, float(config.attention_scale)
     for layer in names.layers:
         scaling = architecture.attention.scaling
         d_head = head_dim(model, layer, names)
@@ -78,25 +79,22 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
         # Scaling the input of q, k and v by s gives logits of s^2 q.k / sqrt(d_head), which have to
         # be attention_scale q.k / d_head. The values are scaled by s too, so the output is divided
         # by s. No hook sits inside the attention module, so adapters of peft stay exact.
-        content = config.attention_scale != 0
-        s = 1.0 if scaling or not content else math.sqrt(config.attention_scale / math.sqrt(d_head))
-        reads_and_gains = ((s, config.value_scale / s), (1.0, 1.0))
+        s = 1.0 if scaling or not sharp else math.sqrt(sharp / math.sqrt(d_head))
+        reads_and_gains = ((s, float(config.value_scale) / s), (1.0, 1.0))
         for branch, a, (reads, gain) in zip(layer.branches, steps, reads_and_gains, strict=True):
             # Parallel branches share one step: (1-a) x + a (attention + mlp) / 2.
             gain = gain / 2 if architecture.parallel else gain
             # The activation is replaced first, because in OPT the branch's scale is a hook on the
             # activation itself.
             if branch.act:
-                _plan_activation(plan, model, branch.act, config.activation)
+                _plan_activation(plan, model, branch.act, config.activation, gated=names.gated)
             _plan_branch(plan, model, branch, a, c, reads, gain)
             c *= 1.0 if architecture.parallel else 1.0 - a
         c *= 1.0 - steps[0] if architecture.parallel else 1.0
         _plan_gate(plan, model, layer.mlp, config.gate_max)
         _plan_position(plan, model, layer, names, config)
         if scaling:
-            _plan_scaling(
-                plan, model, layer.attention.module, scaling, config.attention_scale / d_head
-            )
+            _plan_scaling(plan, model, layer.attention.module, scaling, sharp / d_head)
         for name in layer.attention.qk_norms:
             _plan_slot(plan, model, name, 1.0)
     if architecture.final_norm:
@@ -157,8 +155,16 @@ def _plan_scaling(plan: Plan, model: nn.Module, module: str, path: str, value: f
     plan.add(module, f"logits scaled by {value:.6g}", lambda: setattr(owner, attribute, value))
 
 
-def _plan_activation(plan: Plan, model: nn.Module, name: str, chosen: str | None = None) -> None:
+def _plan_activation(
+    plan: Plan, model: nn.Module, name: str, chosen: str | None = None, *, gated: bool = False
+) -> None:
     act = model.get_submodule(name)
+    if isinstance(act, PairAbs):
+        return  # its product is gone for good
+    if gated and chosen is not None:
+        pairs = PairAbs().train(act.training)
+        plan.add(name, "product -> absolute value", lambda: set_submodule(model, name, pairs))
+        return
     present = act.kind if isinstance(act, ScaledActivation) else None
     if chosen is not None and present != chosen:
         replaced = ScaledActivation(REPLACEMENTS[chosen](), chosen).train(act.training)

@@ -7,15 +7,15 @@ nothing was refused, so an error leaves the model as it was.
 from __future__ import annotations
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from lip_plugin.config import LOGIT_SCALE, LipschitzConfig
+from lip_plugin.config import AUTO, LipschitzConfig
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import require_module
-from lip_plugin.model.architecture import Architecture, find_family
+from lip_plugin.model.architecture import find_family
 from lip_plugin.model.heads import linear_layout
 from lip_plugin.model.layers import (
     constrain_,
@@ -26,6 +26,7 @@ from lip_plugin.model.layers import (
 from lip_plugin.model.layout import ROW, Layout, one_block
 from lip_plugin.model.normalization import floor_
 from lip_plugin.model.parts import Parts, parts
+from lip_plugin.surgery.automatic import resolved
 from lip_plugin.surgery.caps import caps_by_name
 from lip_plugin.surgery.checks import check_model, norms_are_gone, refuse_shards
 from lip_plugin.surgery.depth import warn_if_faint
@@ -73,13 +74,14 @@ def retrofit(
     root = model if found is None else found[0]
     config = chosen_config(config, root, "retrofit(model, ") or LipschitzConfig()
     if found is not None:
-        _refuse_another(config, found[1])
+        _refuse_another(config, root, found[1])
         return RetrofitReport()
     family = find_family(model)
     names = parts(model, family.architecture)
     fresh = not family.is_pretrained(model) and not norms_are_gone(model, names)
     check_model(model, names, config, pretrained=family.is_pretrained(model), loading=_loading)
-    config = _resolved(config, family.architecture)
+    opened = config.residual == AUTO
+    config = resolved(config, model, names)
     plan = Plan()
     _plan_untie(plan, model, names)
     _plan_caps(plan, model, names, config)
@@ -89,7 +91,8 @@ def retrofit(
         _plan_calibrated(plan, model, name, config)
     fresh = fresh and config.norms == "remove"
     if not _loading and (config.init == "orthogonal" or (config.init == "auto" and fresh)):
-        plan.add("init", "orthogonal blocks, zero output maps", lambda: init_orthogonal_(model))
+        what = "orthogonal blocks" if opened else "orthogonal blocks, zero output maps"
+        plan.add("init", what, lambda: init_orthogonal_(model, open_branches=opened))
     for name, p, zero in untrained(model, names, config):
         what = "fixed at zero" if zero else "not trained"
         plan.add(name, what, lambda p=p, zero=zero: zero_and_freeze_(p, zero))  # type: ignore[misc]
@@ -102,12 +105,13 @@ def retrofit(
     return report
 
 
-def _refuse_another(config: LipschitzConfig, present: RetrofitState) -> None:
+def _refuse_another(config: LipschitzConfig, root: nn.Module, present: RetrofitState) -> None:
     """Raise ConfigError if `config` differs from the one that the model was retrofitted with.
 
     The field `init` is not compared, because it only acts once.
     """
-    chosen, own = _resolved(config, present.architecture), present.config
+    chosen = resolved(config, root, parts(root, present.architecture))
+    own = present.config
     changed = [
         f"{f.name}={getattr(own, f.name)!r:.60}"
         for f in fields(own)
@@ -118,17 +122,6 @@ def _refuse_another(config: LipschitzConfig, present: RetrofitState) -> None:
             f"This model was retrofitted with another config: it has {', '.join(changed)}. Call "
             "release(model) first, then retrofit again; config_of(model) shows the present one."
         )
-
-
-def _resolved(config: LipschitzConfig, architecture: Architecture) -> LipschitzConfig:
-    """The config with values in place of None.
-
-    They are saved with the model, so that other defaults in a later version do not change it.
-    """
-    norms, scale = config.norms or "remove", config.logit_scale
-    if scale is None:
-        scale = LOGIT_SCALE if norms == "remove" and architecture.final_norm else 1.0
-    return replace(config, norms=norms, logit_scale=scale)
 
 
 def release(model: nn.Module) -> RetrofitReport:

@@ -35,6 +35,7 @@ from lip_plugin.certificate.graph.nodes import (
     Scale,
     Softcap,
 )
+from lip_plugin.certificate.graph.pairs import Modulus, Stacked
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.errors import CertificateError
@@ -243,6 +244,19 @@ def activation_reach(node: Activation, at: _Reach, notes: _Notes) -> _Reach:
     return notes.add(
         node.name, "activation", _Reach(mul(f, at.radius), mul(f, at.entry), node.run(at.x))
     )
+
+
+@reach.rule(Stacked)
+def stacked_reach(node: Stacked, at: _Reach, notes: _Notes) -> _Reach:
+    parts = [notes.add(n.name, "linear", _linear(n, at, notes)) for n in (node.gate, node.up)]
+    radius = node.bound(at.radius, notes.norms).radius
+    return _Reach(radius, max(part.entry for part in parts), node.run(at.x))
+
+
+@reach.rule(Modulus)
+def modulus_reach(node: Modulus, at: _Reach, notes: _Notes) -> _Reach:
+    # sqrt(g^2 + u^2) / sqrt(2) is at most the larger one of abs(g) and abs(u).
+    return notes.add(node.name, "activation", _Reach(at.radius, at.entry, node.run(at.x)))
 
 
 @reach.rule(Gate)

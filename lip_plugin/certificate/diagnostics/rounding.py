@@ -18,6 +18,7 @@ Source: Higham, "Accuracy and Stability of Numerical Algorithms", chapters 2 and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -54,11 +55,13 @@ from lip_plugin.certificate.graph.nodes import (
     Scale,
     Softcap,
 )
+from lip_plugin.certificate.graph.pairs import Modulus, Stacked
 from lip_plugin.certificate.input_radius import radius_of
 from lip_plugin.certificate.weight_norms import refuse_non_finite_weights, weight_norms
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.linalg.norms import sum_rms_max_upper
+from lip_plugin.model.pairs import PAIR_EPS
 
 # Error granted to a library function, in units of the roundoff. torch documents none. Its float32
 # functions were seen within 4 units, and tests/certificate/test_rounding.py checks that they stay
@@ -176,7 +179,7 @@ def _carried(node: Any, r: Decimal, e: Decimal, norms: ProvenNorms) -> tuple[Dec
     return mul(bound.lipschitz, e), bound.radius
 
 
-@rounding.rule(Linear)
+@rounding.rule(Linear, Stacked)
 def linear_rounding(
     node: Linear, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
 ) -> Decimal:
@@ -202,6 +205,16 @@ def activation_rounding(
     carried, _ = _carried(node, r, e, norms)
     # A capped activation computes two library functions, so their error counts twice.
     return add(carried, mul(a.units(2 * _FUNCTION + 6), add(r, e)))
+
+
+@rounding.rule(Modulus)
+def modulus_rounding(
+    node: Modulus, r: Decimal, e: Decimal, norms: ProvenNorms, a: Arithmetic
+) -> Decimal:
+    # Squares, sum, root, difference and product are each rounded relative to the root of
+    # g^2 + u^2 + e, which in RMS norm is at most the input and sqrt(e) together.
+    carried, _ = _carried(node, r, e, norms)
+    return add(carried, mul(a.units(_FUNCTION + 10), add(r, e, up(math.sqrt(2.0 * PAIR_EPS)))))
 
 
 @rounding.rule(Norm)

@@ -35,6 +35,7 @@ from lip_plugin.certificate.graph.decimals import (
     below,
     div,
     mul,
+    norm2,
     root,
     up,
 )
@@ -49,6 +50,7 @@ from lip_plugin.certificate.graph.nodes import (
     Scale,
     Softcap,
 )
+from lip_plugin.certificate.graph.pairs import Modulus, Stacked
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 
 # Factor that covers the rounding of a difference. A tensor's difference in float64 is off by one
@@ -237,6 +239,18 @@ def one_token_eta(b: OneToken, t: Any, r: Decimal, sides: Sides) -> Decimal:
             f"{t.padding} in the tuned model), so their logits may be about different tokens. "
             "Give both configs the same pad_token_id."
         )
+    return ZERO
+
+
+@eta.rule(Stacked)
+def stacked_eta(b: Stacked, t: Any, r: Decimal, sides: Sides) -> Decimal:
+    found = [sides.diff[n.name].sigma for n in (b.gate, b.up)]
+    n = mul(norm2(found), root(div(up(b.d_in), up(b.d_out))))
+    return add(mul(n, r), _bias(b, t))
+
+
+@eta.rule(Modulus)
+def modulus_eta(b: Modulus, t: Any, r: Decimal, sides: Sides) -> Decimal:
     return ZERO
 
 

@@ -19,6 +19,7 @@ from lip_plugin.certificate.graph.nodes import (
     Norm,
     Scale,
 )
+from lip_plugin.certificate.graph.pairs import Modulus, Stacked
 from lip_plugin.certificate.graph.weights import (
     linear_of,
     linears_of,
@@ -28,6 +29,7 @@ from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.activations import activation_kind
 from lip_plugin.model.heads import head_dim
 from lip_plugin.model.normalization import Floored, norm_facts
+from lip_plugin.model.pairs import PairAbs
 from lip_plugin.model.parts import (
     BranchParts,
     LayerParts,
@@ -167,14 +169,20 @@ def activation_of(root: nn.Module, name: str) -> list[Node]:
 # The branch of a layer that holds its MLP, gated or not.
 def mlp_branch(root: nn.Module, names: Parts, layer: LayerParts) -> Chain:
     branch, linears = layer.mlp, layer.mlp.linears
-    act, *scale = activation_of(root, str(branch.act))
-    assert isinstance(act, Activation)
     gated: list[Linear] | None = None
     if "gate_up" in linears:
         gated = linears_of(root, "gate_up", linears["gate_up"])
     elif "gate" in linears:
         gated = [linear_of(root, role, linears[role]) for role in ("gate", "up")]
     down = linear_of(root, "down", linears["down"])
+    module = root.get_submodule(str(branch.act))
+    if gated is not None and isinstance(module, PairAbs):
+        stacked = Stacked.of(f"{branch.module}[gate, up]", *gated)
+        return _branch(
+            root, names, layer, branch, [stacked, Modulus(str(branch.act), module), down]
+        )
+    act, *scale = activation_of(root, str(branch.act))
+    assert isinstance(act, Activation)
     if gated is None:
         return _branch(
             root, names, layer, branch, [linear_of(root, "up", linears["up"]), act, *scale, down]

@@ -1,4 +1,7 @@
-"""What the kinks of relu and abs take from one margin, beyond the linearization at a centre.
+"""What convex functions take from one margin, beyond their linearization at a centre.
+
+Two kinds are here: the kinks of relu and abs (`Kinks`), and the absolute value of pairs (`Bends`).
+Both lie above their linearization, so they can lower a margin only where it falls with them.
 
 relu and abs are linear but for a change of slope at 0, their kink. They are convex, so an entry
 lies above its linearization, and it does so only beyond its kink. With z_i the entry at the centre,
@@ -16,12 +19,14 @@ loss is, for every lambda > 0, at most
         max over 0 <= d <= s_i of (factor abs(g_i) (d - abs(z_i))_+ - lambda d^2)
 
 where (x)_+ is max(x, 0). Each inner maximum is 0, or it is attained at d = min(s_i, factor
-abs(g_i) / (2 lambda)). Proofs are in docs/maths.md, section 11.
+abs(g_i) / (2 lambda)). For a pair the same holds with
+min(d^2 / (2 R), 2 d) in the place of (d - abs(z_i))_+. Proofs are in docs/maths/radius.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,40 +41,47 @@ _UP, _CANCELLED = 1 + 1e-4, 3e-5
 
 
 @dataclass(frozen=True)
-class Kinks:
-    """The entries of one activation's input, and how far they can move.
+class Convex:
+    """The entries of one convex function, and how far their inputs can move.
 
     Attributes:
-        away: abs(z) at the centre, [batch, tokens, n].
-        sizes, norms: entry i moves by at most the sum over k of
+        at: what is known of each entry's input at the centre, [batch, tokens, n].
+        sizes, norms: the input of entry i moves by at most the sum over k of
             sizes_k[eps, batch, tokens] * norms_k[i].
-        total: bound on the 2-norm of a token's movement over all entries, [eps, batch, tokens].
-        factor: change of slope at the kink.
+        total: bound on the 2-norm of a token's movement over all inputs, [eps, batch, tokens].
+        factor: a factor on the function.
     """
 
-    away: Tensor
+    at: Tensor
     sizes: tuple[Tensor, ...]
     norms: tuple[Tensor, ...]
     total: Tensor
     factor: float
 
-    def joined(self, others: list[Kinks]) -> Kinks:
+    def _gain(self, c: Tensor, reach: Tensor, at: Tensor, rate: Tensor) -> Tensor:
+        """Bound on max over 0 <= d <= reach of c above(d) - rate d^2, float32 [batch, tokens, n].
+
+        `above(d)` bounds how far an entry lies above its linearization if its input moves by d.
+        """
+        raise NotImplementedError
+
+    def joined(self, others: list[Any]) -> Any:
         """The same entries for the eps values of all given objects, one after the other."""
         every = [self, *others]
         sizes = tuple(torch.cat(of) for of in zip(*(k.sizes for k in every), strict=True))
-        return Kinks(self.away, sizes, self.norms, torch.cat([k.total for k in every]), self.factor)
+        return replace(self, sizes=sizes, total=torch.cat([k.total for k in every]))
 
     def price(self, gradient: Tensor) -> Tensor:
-        """Bound on what a margin loses by the kinks, [eps, batch, tokens].
+        """Bound on what a margin loses by the remainders of all entries, [eps, batch, tokens].
 
         Args:
-            gradient: of the margin with respect to the activation's outputs, [batch, tokens, n].
+            gradient: of the margin with respect to the function's outputs, [batch, tokens, n].
         """
         # Tokens behind the one that predicts have no gradient, so they are left out.
         seen = gradient.abs().amax((0, 2)) > 0
         last = int(seen.nonzero().amax()) + 1 if bool(seen.any()) else 0
         c = (-gradient[:, :last]).clamp_min(0.0).mul(self.factor * (1 + 1e-6)).float()
-        away = (self.away[:, :last] * (1 - 1e-6)).float()
+        at = (self.at[:, :last] * (1 - 1e-6)).float()
         length = torch.linalg.vector_norm(c.double(), dim=-1)
         found = torch.zeros_like(self.total)
         for i, total in enumerate(self.total[:, :, :last]):
@@ -77,16 +89,44 @@ class Kinks:
             reach = sum(size[i, :, :last, None] * norm for size, norm in moves)
             assert isinstance(reach, Tensor)
             reach = (reach * (1 + 1e-6)).float()
-            best = length * total
+            best = self.steepest * length * total
             for price in _PRICES:
                 rate = (price * length / total.clamp_min(1e-300)).clamp_min(1e-30)
-                d = torch.minimum(reach, c / (2.0 * rate.unsqueeze(-1)).float())
-                gain = (
-                    (c * (d - away))
-                    .sub_(d.square().mul_(rate.unsqueeze(-1).float()))
-                    .clamp_min_(0.0)
-                )
+                gain = self._gain(c, reach, at, rate.unsqueeze(-1).float())
                 bound = rate * total.square() + gain.sum(-1).double()
                 best = torch.minimum(best, bound * _UP + _CANCELLED * length * total)
             found[i, :, :last] = best
         return found
+
+    @property
+    def steepest(self) -> float:
+        """The largest slope of `above`."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Kinks(Convex):
+    """relu and abs. `at` is abs(z) at the centre, `factor` the change of slope at the kink."""
+
+    def _gain(self, c: Tensor, reach: Tensor, at: Tensor, rate: Tensor) -> Tensor:
+        d = torch.minimum(reach, c / (2.0 * rate))
+        return (c * (d - at)).sub_(d.square().mul_(rate)).clamp_min_(0.0)
+
+
+@dataclass(frozen=True)
+class Bends(Convex):
+    """The absolute value of pairs. `at` is R = sqrt(g^2 + u^2 + e) at the centre.
+
+    An entry lies above its linearization by at most factor * min(d^2 / (2 R), 2 d). The maximum of
+    the smaller one is at most the smaller one of both maxima.
+    """
+
+    @property
+    def steepest(self) -> float:
+        return 2.0
+
+    def _gain(self, c: Tensor, reach: Tensor, at: Tensor, rate: Tensor) -> Tensor:
+        near = (c / (2.0 * at)).sub_(rate).clamp_min_(0.0).mul_(reach.square())
+        d = torch.minimum(reach, c / rate)
+        far = (2.0 * c * d).sub_(d.square().mul_(rate)).clamp_min_(0.0)
+        return torch.minimum(near, far)

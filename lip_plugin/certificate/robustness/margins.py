@@ -30,7 +30,7 @@ from lip_plugin.certificate.graph.containers import Chain
 from lip_plugin.certificate.graph.decimals import to_float, up
 from lip_plugin.certificate.graph.nodes import Linear, Scale, Softcap
 from lip_plugin.certificate.robustness.balls import Ball
-from lip_plugin.certificate.robustness.kinks import Kinks
+from lip_plugin.certificate.robustness.kinks import Convex
 from lip_plugin.certificate.robustness.movement import Local, Remainder, sum_of, weight
 from lip_plugin.certificate.robustness.rules import move
 from lip_plugin.certificate.weight_norms import weight_norms
@@ -229,7 +229,7 @@ class Linearized:
         self.points: list[Remainder] = []
         two: list[list[Tensor]] = []
         sums: list[list[Tensor]] = []
-        kinks: list[list[Kinks | None]] = []
+        kinks: list[list[Convex | None]] = []
         # The centre is the same for all parts of the grid, so what its gradients need is kept for
         # the first part only.
         for i, some in enumerate(certifier.chunks_of_eps(x)):

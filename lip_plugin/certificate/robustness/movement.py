@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lip_plugin.certificate.graph.nodes import Linear
-from lip_plugin.certificate.robustness.kinks import Kinks
+from lip_plugin.certificate.robustness.kinks import Convex
 from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.linalg.spectrum import gamma
 
@@ -136,14 +136,14 @@ class Remainder:
         one: bound on norm1(rho), of the same shape.
         sums: bounds on the sums of `two` and of `one` over tokens, each [eps, batch]. None if none
             are known beyond adding up.
-        kinks: for a function that is linear but for kinks, its entries and how far they can move.
+        kinks: for a convex function, what bounds the loss of a margin by it. None if unknown.
     """
 
     y: Tensor
     two: Tensor
     one: Tensor
     sums: tuple[Tensor, Tensor] | None = None
-    kinks: Kinks | None = None
+    kinks: Convex | None = None
 
     def norms(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """2-norms and largest absolute entries of a gradient with respect to y.

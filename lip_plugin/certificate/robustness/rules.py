@@ -34,9 +34,11 @@ from lip_plugin.certificate.graph.nodes import (
     Softcap,
     within_cap,
 )
-from lip_plugin.certificate.robustness.kinks import Kinks
+from lip_plugin.certificate.graph.pairs import Modulus, Stacked
+from lip_plugin.certificate.robustness.kinks import Bends, Convex, Kinks
 from lip_plugin.certificate.robustness.movement import Local, Movement, Remainder, Term, sum_of
 from lip_plugin.errors import CertificateError
+from lip_plugin.model.pairs import PAIR_EPS, PAIR_SCALE
 
 # The change of slope at 0 of functions that are linear elsewhere.
 _KINKS = {"relu": 1.0, "abs": 2.0}
@@ -64,7 +66,7 @@ def _missing(node: Any) -> CertificateError:
 move = Analysis("local movement", _missing)
 
 
-@move.rule(Linear)
+@move.rule(Linear, Stacked)
 def linear_movement(
     node: Linear, x: Tensor, movement: Movement, local: Local
 ) -> tuple[Tensor, Movement]:
@@ -214,6 +216,51 @@ def _cap_curved(cap: float | None, size: Tensor, entry: Tensor) -> tuple[Tensor,
     return half * entry * size, half * size.square()
 
 
+@move.rule(Modulus)
+def modulus_movement(
+    node: Modulus, x: Tensor, movement: Movement, local: Local
+) -> tuple[Tensor, Movement]:
+    y = node.run(x)
+    if local.remainders is not None:
+        two, one, bends = _bent(x, movement, local)
+        record(local, y, two, one, None, bends)
+    scale = PAIR_SCALE * (1 + 1e-15)
+    return y, Movement.ball(scale * movement.total(local), scale * movement.joint(local))
+
+
+def _bent(x: Tensor, movement: Movement, local: Local) -> tuple[Tensor, Tensor, Bends]:
+    """What `pair_abs` leaves out of its linearization, as 2-norm, 1-norm and `Bends`.
+
+    With R = sqrt(g^2 + u^2 + e) at the centre, a pair that moves by d lies above its linearization
+    by at most min(d^2 / (2 R), 2 d), times the scale (docs/maths/radius.md). The sizes eps are
+    treated one after the other, because wide hidden layers have many entries.
+    """
+    g, u = x.detach().chunk(2, dim=-1)
+    # These factors cover the rounding of a root and of a few products.
+    modulus = (g.square() + u.square() + PAIR_EPS).sqrt() * (1 - 1e-12)
+    scale = PAIR_SCALE * (1 + 1e-12)
+    total, two, one = movement.total(local), [], []
+    # A pair moves by no more than the root of the squares of its two rows' norms allows.
+    sizes, norms = zip(
+        *(
+            (t.size, torch.hypot(*local.rows(t.key, t.matrix).chunk(2)) * (1 + 1e-12))
+            for t in movement.terms
+        ),
+        strict=True,
+    )
+    for i in range(total.shape[0]):
+        reach = sum_of([s[i].unsqueeze(-1) * n for s, n in zip(sizes, norms, strict=True)])
+        above = torch.minimum(reach.square() / (2.0 * modulus), 2.0 * reach) * scale
+        # All pairs together move by `total`. So the sum of d^2 / (2 R) is at most total^2 times
+        # the largest 1 / (2 R).
+        together = scale * total[i].square() / (2.0 * modulus.amin(-1))
+        one.append(torch.minimum(above.sum(-1), together))
+        slope = torch.minimum(reach / (2.0 * modulus), torch.full_like(reach, 2.0)).amax(-1)
+        apart = torch.linalg.vector_norm(above, dim=-1)
+        two.append(torch.minimum(apart, scale * total[i] * slope))
+    return torch.stack(two), torch.stack(one), Bends(modulus, sizes, norms, total, scale)
+
+
 @move.rule(Gate)
 def gate_movement(
     node: Gate, x: Tensor, movement: Movement, local: Local
@@ -291,7 +338,7 @@ def record(
     two: Tensor,
     one: Tensor,
     sums: tuple[Tensor, Tensor] | None = None,
-    kinks: Kinks | None = None,
+    kinks: Convex | None = None,
 ) -> None:
     """Remember the remainder of one node in `local`.
 
@@ -300,7 +347,7 @@ def record(
         y: the node's output at the centre.
         two, one: bounds on its 2-norm and 1-norm. Without an axis of heads they get one.
         sums: bounds on their sums over tokens, where known.
-        kinks: the kinks of the node's function, if it is linear but for them.
+        kinks: what bounds the loss of a margin by a convex function, where it is known.
     """
     assert local.remainders is not None
     if two.dim() == 3:
