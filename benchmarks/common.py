@@ -26,6 +26,7 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -135,6 +136,34 @@ def character_gpt2(
     nothing: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     nothing |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **nothing, **more))
+
+
+# By family: class of the config, class of the model, and fields of the config besides sizes.
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 32}),
+}
+
+
+def character_model(family: str, vocabulary: int, width: int, layers: int, length: int) -> Any:
+    """A fresh small model of a family, with 4 heads and MLPs of about the same size in each."""
+    if family == "gpt2":
+        return character_gpt2(vocabulary, width, layers, length)
+    config, cls, more = _FAMILIES[family]
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": width // 4,
+        "intermediate_size": 8 * width // 3 // 16 * 16,
+        "max_position_embeddings": length,
+    }
+    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    made = getattr(transformers, config)(**sizes, **nothing, **more)
+    return getattr(transformers, cls)(made)
 
 
 def own_loss(model: Any, batch: Tensor) -> Tensor:

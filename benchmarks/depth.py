@@ -1,48 +1,65 @@
-"""How deep does a preset learn? A GPT-2 over characters, under one preset at several depths.
+"""How deep does a preset learn, beside the same model without constraint?
 
-    python benchmarks/depth.py --text FILE       # about ten minutes on two cores
+    python benchmarks/depth.py --text FILE                         # the rows of docs/depth.md
+    python benchmarks/depth.py --text FILE --family llama --layers 24 --run accurate
+    python benchmarks/depth.py --text FILE --width 256 --lr 0.05 0.1 0.2 --run accurate
+    python benchmarks/depth.py --figure docs/depth.png             # from the file of rows alone
     python benchmarks/depth.py --smoke
 
-The share is what all layers but one pass on of a signal at the start, the product of their 1-a. It
-is what lip_plugin/surgery/depth.py warns of. The bigram model is the one with the counts of the
-training text.
+A run is a preset, or "adamw" or "muon" for a twin that keeps its norms and has no constraint. All
+runs see equally many characters. Each appends one JSON line to the results file, and runs that are
+there already are skipped. Bounds are at the network's own scale: the logits are divided by
+`logit_scale`, which no prediction depends on. `attained` is what an attack reaches.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
+    ROOT,
     Characters,
     Table,
-    character_gpt2,
+    character_model,
     characters,
     finish,
-    fit,
     headline,
     machine,
-    parsed,
     parser,
     windows,
 )
+from torch import Tensor
+from tqdm import tqdm
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, retrofit
-from lip_plugin.model.architecture import find_family
-from lip_plugin.model.parts import parts
-from lip_plugin.surgery.depth import passed_on
+from lip_plugin import LipschitzMuon, certify, config_of, falsify, retrofit
+from lip_plugin.config import PRESETS
 
-PRESETS = ("robust", "accurate", "paper")
-DEPTHS = (3, 4, 5, 6, 8, 12)
+TWINS = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (0.01, 0.02, 0.05)}
+RESULTS = ROOT / "docs" / "depth.jsonl"
 
 
 def parse() -> argparse.Namespace:
-    values = {"steps": 200, "length": 128, "width": 128, "lr": 0.1}
-    made = parser(__doc__, text=True, **values)
-    made.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
-    made.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS)
-    return parsed(made, steps=3, length=16, width=32, layers=[1, 2], presets=["robust"])
+    made = parser(__doc__, text=True, steps=200, length=128, batch=(16, "sequences in a step"))
+    made.add_argument("--family", nargs="+", default=["gpt2", "llama"])
+    made.add_argument("--layers", type=int, nargs="+", default=[3, 12, 24, 48])
+    made.add_argument("--width", type=int, nargs="+", default=[128])
+    made.add_argument("--run", nargs="+", default=[*PRESETS, *TWINS], help="presets and twins")
+    made.add_argument("--lr", type=float, nargs="+", help="RMS->RMS norm per step; 0.1 without")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--attack", action="store_true", help="attack the trained model as well")
+    made.add_argument("--results", type=Path, default=RESULTS)
+    made.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
+    options = made.parse_args()
+    if options.smoke:
+        options.layers, options.width, options.length, options.steps = [1, 2], [32], 16, 3
+        options.results = None
+    return options
 
 
 def accuracy_of_bigrams(text: Characters) -> float:
@@ -54,54 +71,122 @@ def accuracy_of_bigrams(text: Characters) -> float:
 
 
 @torch.no_grad()
-def judge(model: Any, text: Characters, length: int) -> tuple[float, float]:
-    """(accuracy, loss) on the first 64 sequences that were held out."""
-    count = min(64, len(text.held_out) // length)
-    ids = text.held_out[: count * length].view(count, length)
-    out = model(ids, labels=ids)
-    right = out.logits[:, :-1].argmax(-1) == ids[:, 1:]
-    return float(right.float().mean()), float(out.loss)
+def judge(model: Any, text: Characters, length: int) -> dict[str, float]:
+    """Accuracy and loss on the first 256 sequences that were held out."""
+    count = min(256, len(text.held_out) // length)
+    accuracy = loss = 0.0
+    model.eval()
+    for ids in text.held_out[: count * length].view(count, length).split(64):
+        out = model(ids, labels=ids)
+        right = (out.logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean()
+        accuracy += float(right) * len(ids) / count
+        loss += float(out.loss) * len(ids) / count
+    return {"accuracy": round(accuracy, 4), "loss": round(loss, 4)}
 
 
-def run(preset: str, layers: int, text: Characters, options: argparse.Namespace) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model = character_gpt2(len(text.vocabulary), options.width, layers, options.length)
-    config = LipschitzConfig.preset(preset)
-    retrofit(model, config)
-    names = parts(model, find_family(model).architecture)
-    share = 2.0 ** ((layers - 1) * passed_on(names, config))
-    optimizer = LipschitzMuon(model, lr=options.lr)
-    fit(
-        model,
-        optimizer,
-        options.steps,
-        lambda: windows(text.train, options.length, 16),
-        title=f"{preset}, {layers} layers",
-    )
-    accuracy, loss = judge(model, text, options.length)
-    return {
-        "preset": preset,
-        "layers": layers,
-        "share": share,
-        "accuracy": accuracy,
-        "loss": loss,
-    }
+def optimizers(model: Any, run: str, lr: float) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run, stepped together."""
+    if run in PRESETS:
+        return [LipschitzMuon(model, lr=lr)]
+    if run == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = {id(model.get_output_embeddings().weight)}
+    inner = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables | head]
+    known = set(map(id, inner))
+    rest = [p for p in model.parameters() if id(p) not in known]
+    muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="original")
+    return [muon, torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def train(model: Any, run: str, lr: float, text: Characters, options: Any) -> list[float]:
+    """Train at a rate that falls to zero in a straight line; returns the losses of all steps."""
+    stepping = optimizers(model, run, lr)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1.0 - step / options.steps)
+        for o in stepping
+    ]
+    generator, losses = torch.Generator().manual_seed(options.seed + 1), []
+    model.train()
+    for _ in tqdm(range(options.steps), desc=f"{run}, lr {lr:g}", leave=False):
+        batch: Tensor = windows(text.train, options.length, options.batch, generator)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(stepping, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def measure(key: dict[str, Any], text: Characters, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one model and judge it."""
+    torch.manual_seed(options.seed)
+    size = len(text.vocabulary)
+    model = character_model(key["family"], size, key["width"], key["layers"], options.length)
+    constrained = key["run"] in PRESETS
+    if constrained:
+        retrofit(model, key["run"])
+    start = time.perf_counter()
+    losses = train(model, key["run"], key["lr"], text, options)
+    row = {**key, "seconds": round(time.perf_counter() - start)}
+    row |= {"loss_0": round(losses[0], 3), "loss_10": round(losses[min(10, len(losses) - 1)], 3)}
+    row |= judge(model, text, options.length)
+    if constrained:
+        scale = config_of(model).logit_scale or 1.0
+        row["bound"] = certify(model).lipschitz / scale
+        row["bound_from_caps"] = certify(model, "caps").lipschitz / scale
+        if options.attack:
+            row["attained"] = falsify(model, restarts=4, steps=40).lower_bound / scale
+    return row
+
+
+def read(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if "\n" in line]
+
+
+def keys(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What identifies each run that was asked for, the shallow ones first."""
+    found = []
+    for layers, width, family, run in itertools.product(
+        options.layers, options.width, options.family, options.run
+    ):
+        for lr in options.lr or TWINS.get(run, (0.1,)):
+            key = {"family": family, "layers": layers, "width": width, "run": run, "lr": lr}
+            found.append({**key, "steps": options.steps, "seed": options.seed})
+    return found
 
 
 def main() -> None:
     options = parse()
+    if options.figure:
+        from depth_figure import draw
+
+        draw(read(options.results), options.figure)
+        return
     where, text = machine(), characters(options.text)
     bigram = accuracy_of_bigrams(text)
     headline(f"Depth, {options.steps} steps of 16 x {options.length}, bigrams {bigram:.3f}", where)
     table = Table(
-        ("preset", "8"), ("layers", "6d"), ("share", "9.1e"), ("accuracy", "8.3f"), ("loss", "6.3f")
+        *(("family", "6"), ("layers", "6d"), ("width", "5d"), ("run", "8"), ("lr", "5g")),
+        *(("accuracy", "8.3f"), ("loss", "6.3f"), ("bound", "6.3g"), ("attained", "8.3g")),
     )
-    rows = []
-    for preset in options.presets:
-        for layers in options.layers:
-            rows.append(run(preset, layers, text, options))
-            table.row(*rows[-1].values())
-    finish("depth", where, bigram=bigram, rows=rows)
+    done, rows = read(options.results), []
+    for key in keys(options):
+        same = [row for row in done if {k: row[k] for k in key} == key]
+        row = same[-1] if same else {**measure(key, text, options), **where, "bigram": bigram}
+        if not same and options.results:
+            with options.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        shown = ("family", "layers", "width", "run", "lr", "accuracy", "loss")
+        bounds = (row.get(k, float("nan")) for k in ("bound", "attained"))
+        table.row(*(row[k] for k in shown), *bounds)
+        rows.append(row)
+    finish("depth", where, bigram=bigram, rows=len(rows))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from typing import Any
 
 from lip_plugin.errors import ConfigError
 
+# An option with this value gets one that fits the model: its family, its depth and the other
+# options. lip_plugin/surgery/automatic.py has the formulas.
+AUTO = "auto"
 METHOD_NAMES = (
     "soft_cap",
     "hard_cap",
@@ -24,14 +27,11 @@ METHOD_NAMES = (
     "spectral_weight_decay",
     "weight_decay",
 )
-# An option with this value gets one that fits the model: its family, its depth and the other
-# options. lip_plugin/surgery/automatic.py has the formulas.
-AUTO = "auto"
 # The default factor on the logits. Factors of 40 and more gave the best accuracy, and a factor of 3
 # the widest margins: docs/LOG.md, 2026-11-24.
 LOGIT_SCALE = 40.0
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": METHOD_NAMES,
+    "method": (AUTO, *METHOD_NAMES),
     "granularity": ("head", "matrix"),
     "norms": (None, "remove", "keep", "calibrated"),
     "biases": (AUTO, "keep", "drop"),
@@ -42,6 +42,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 # What models have that were saved before an option existed, and models that keep their norms. It is
 # the recipe of arXiv 2507.13338.
 LEGACY: dict[str, Any] = {
+    "method": "soft_cap",
     "position_bias": None,
     "attention_scale": 1.0,
     "value_scale": 1.0 / 3.0,
@@ -201,7 +202,7 @@ class LipschitzConfig:
             names the option.
     """
 
-    method: str = "soft_cap"
+    method: str = AUTO
     w_max: float = 1.0
     overrides: Mapping[str, float] = field(default_factory=dict)
     granularity: str = "head"

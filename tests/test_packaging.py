@@ -78,12 +78,12 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
 from tests.support.families import tiny
-from tests.support.oracles import loss_of, worst_over_cap
+from tests.support.oracles import (loss_of, worst_over_cap, paper)
 from lip_plugin import LipschitzConfig, LipschitzMuon, certify, project_, release, retrofit
 from lip_plugin import attach_projection, falsify
 import lip_plugin.linalg.norms, lip_plugin.linalg.polar, lip_plugin.linalg.projections
 model = tiny("nanogpt")
-retrofit(model, LipschitzConfig(w_max=1.5))
+retrofit(model, paper(w_max=1.5))
 optimizer, ids = LipschitzMuon(model), torch.randint(67, (2, 12))
 for _ in range(3):
     loss_of(model, ids).backward()

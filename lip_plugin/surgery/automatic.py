@@ -86,4 +86,5 @@ def resolved(config: LipschitzConfig, model: nn.Module, names: Parts) -> Lipschi
         # gate_max asks for a product whose factors are limited.
         values["activation"] = None if names.gated and config.gate_max is not None else "abs"
     values |= {"biases": "drop"} if config.biases == AUTO else {}
+    values |= {"method": "stiefel"} if config.method == AUTO else {}
     return replace(config, **values)

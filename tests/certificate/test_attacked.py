@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lip_plugin import (
-    LipschitzConfig,
     activation_report,
     attacked_accuracy,
     certified_accuracy,
@@ -22,7 +21,7 @@ from lip_plugin import (
 )
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError, UnsupportedModelError
 from tests.support.families import tiny
-from tests.support.oracles import random_model
+from tests.support.oracles import paper, random_model
 
 LONG = {"max_position_embeddings": 128}
 
@@ -39,7 +38,7 @@ def about(model: Any, ids: torch.Tensor) -> list[Callable[[], Any]]:
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", "granite"])
 def test_a_window_that_the_forward_does_not_read_is_not_in_the_graph(family: str) -> None:
-    model = random_model(family, LipschitzConfig(residual=0.5), sliding_window=20, **LONG)
+    model = random_model(family, paper(residual=0.5), sliding_window=20, **LONG)
     ids = torch.randint(67, (2, 64))
     prediction = certified_radius(model, ids).prediction
     with torch.no_grad():
@@ -49,7 +48,7 @@ def test_a_window_that_the_forward_does_not_read_is_not_in_the_graph(family: str
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 @pytest.mark.parametrize("place", ["config", "modules"])
 def test_a_window_that_only_one_side_has_is_seen(family: str, place: str) -> None:
-    model = random_model(family, LipschitzConfig(norms="keep"), sliding_window=20, **LONG)
+    model = random_model(family, paper(norms="keep"), sliding_window=20, **LONG)
     ids = torch.randint(67, (2, 64))
     assert certified_radius(model, ids).radius.shape == (2, 64)
     for holder in [model.config] if place == "config" else model.modules():
@@ -62,11 +61,11 @@ def test_a_window_that_only_one_side_has_is_seen(family: str, place: str) -> Non
 
 @pytest.mark.parametrize("start", [9, 20])
 def test_positions_in_a_buffer_are_part_of_the_function(start: int) -> None:
-    model = random_model("bert", LipschitzConfig(), **LONG)
+    model = random_model("bert", paper(), **LONG)
     ids = torch.randint(10, 67, (1, 60))
     certificate = certify(model)
     assert certified_radius(model, ids).radius.shape == (1, 60)
-    tuned = random_model("bert", LipschitzConfig(), **LONG)
+    tuned = random_model("bert", paper(), **LONG)
     for changed in (model, tuned):
         changed.bert.embeddings.position_ids[:, start:] = 0
     calls = [lambda: certified_radius(model, ids), lambda: activation_report(model, ids)]
@@ -76,12 +75,12 @@ def test_positions_in_a_buffer_are_part_of_the_function(start: int) -> None:
     with pytest.raises(CertificateError, match="position_ids|reproduce"):
         certificate.verify(model)
     with pytest.raises(LipschitzError):
-        drift(random_model("bert", LipschitzConfig(), **LONG), tuned)
+        drift(random_model("bert", paper(), **LONG), tuned)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3"])
 def test_a_drift_of_masks_is_no_drift_of_zero(family: str) -> None:
-    pair = [random_model(family, LipschitzConfig(), sliding_window=20, **LONG) for _ in range(2)]
+    pair = [random_model(family, paper(), sliding_window=20, **LONG) for _ in range(2)]
     pair[1].config.sliding_window = 30
     with pytest.raises(LipschitzError, match="sliding_window|reproduce"):
         drift(*pair, attack=False)
@@ -92,7 +91,7 @@ def test_a_drift_of_masks_is_no_drift_of_zero(family: str) -> None:
     "place", ["transformer.wte", "transformer.h.0.attn.c_attn", "transformer.ln_f"]
 )
 def test_what_is_computed_before_a_forward_is_refused_and_left_alone(place: str, leaf: str) -> None:
-    model = random_model("gpt2", LipschitzConfig(norms="keep"))
+    model = random_model("gpt2", paper(norms="keep"))
     module = model.get_submodule(place)
     if getattr(module, leaf, None) is None:
         pytest.skip("it has none")
@@ -105,7 +104,7 @@ def test_what_is_computed_before_a_forward_is_refused_and_left_alone(place: str,
 
 @pytest.mark.parametrize("place", ["model.embed_tokens.weight", "model.norm.weight"])
 def test_weights_that_no_fingerprint_would_see_are_refused(place: str) -> None:
-    model = random_model("llama", LipschitzConfig(norms="keep"))
+    model = random_model("llama", paper(norms="keep"))
     certificate = certify(model)
     owner, _, leaf = place.rpartition(".")
     module = model.get_submodule(owner)
@@ -118,7 +117,7 @@ def test_weights_that_no_fingerprint_would_see_are_refused(place: str) -> None:
 
 
 def test_a_hook_on_state_dict_hides_nothing() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     certificate = certify(model)
 
     def drop(module: Any, state: dict[str, Any], *rest: Any) -> None:
@@ -133,7 +132,7 @@ def test_a_hook_on_state_dict_hides_nothing() -> None:
 
 
 def test_rounding_is_of_the_function_that_runs() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     assert forward_rounding_upper(model, torch.float32, tokens=8) > 0
     model.transformer.h[0].register_forward_hook(lambda m, a, out: out * 2)
     with pytest.raises(CertificateError, match="reproduce"):
@@ -148,14 +147,14 @@ def _louder(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["_call_impl", "forward", "_compiled_call_impl"])
 def test_methods_put_on_a_wrapper_are_seen(name: str) -> None:
-    wrapped = nn.DataParallel(random_model("gpt2", LipschitzConfig()))
+    wrapped = nn.DataParallel(random_model("gpt2", paper()))
     setattr(wrapped, name, _louder)
     with pytest.raises(UnsupportedModelError, match="patched forward"):
         certify(wrapped)
 
 
 def test_a_patched_class_of_a_wrapper_and_a_global_hook_are_seen(monkeypatch: Any) -> None:
-    wrapped = nn.DataParallel(random_model("gpt2", LipschitzConfig()))
+    wrapped = nn.DataParallel(random_model("gpt2", paper()))
     with monkeypatch.context() as patched:
         patched.setattr(nn.DataParallel, "forward", _louder)
         with pytest.raises(UnsupportedModelError, match="patched forward"):
@@ -168,7 +167,7 @@ def test_a_patched_class_of_a_wrapper_and_a_global_hook_are_seen(monkeypatch: An
 
 
 def test_batches_hold_nothing_that_the_proof_does_not_know() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     ids = torch.randint(67, (2, 12))
     for more in ("position_ids", "token_type_ids", "inputs_embeds"):
         batch = {"input_ids": ids, "labels": ids, more: torch.zeros_like(ids)}
@@ -180,13 +179,13 @@ def test_batches_hold_nothing_that_the_proof_does_not_know() -> None:
     with pytest.raises(ConfigError, match="pixel_values"):
         certified_accuracy(model, [{"input_ids": ids, "pixel_values": torch.ones(2, 2, 12, 12)}])
     assert certified_accuracy(model, [{"input_ids": ids, "attention_mask": ids * 0 + 1}]).clean >= 0
-    bert = random_model("bert", LipschitzConfig())
+    bert = random_model("bert", paper())
     with_types = {"input_ids": ids, "labels": ids, "token_type_ids": torch.zeros_like(ids)}
     assert certified_accuracy(bert, [with_types]).clean >= 0
 
 
 def test_a_table_that_renormalizes_is_refused() -> None:
-    model = random_model("llama", LipschitzConfig())
+    model = random_model("llama", paper())
     model.model.embed_tokens.max_norm = 0.1
     before = model.model.embed_tokens.weight.detach().clone()
     with pytest.raises(UnsupportedModelError, match="max_norm"):
@@ -197,7 +196,7 @@ def test_a_table_that_renormalizes_is_refused() -> None:
 def test_another_attention_in_the_library_is_another_structure(monkeypatch: Any) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model = random_model("llama", LipschitzConfig())
+    model = random_model("llama", paper())
     ids = torch.randint(67, (1, 40))
     assert certify(model).lipschitz > 0
     real = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -229,7 +228,7 @@ def test_another_attention_in_the_library_is_another_structure(monkeypatch: Any)
     ],
 )
 def test_odd_inputs_are_refused(ids: Any, why: str) -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     with pytest.raises(ConfigError, match=why):
         certified_radius(model, ids)
     with pytest.raises(ConfigError, match=why):
@@ -253,7 +252,7 @@ def test_a_rotation_that_grows_is_put_back() -> None:
 
 def test_an_interrupt_leaves_nothing_behind(monkeypatch: Any) -> None:
     """At each place where the model is being changed for the comparison."""
-    model = random_model("gpt2", LipschitzConfig()).train()
+    model = random_model("gpt2", paper()).train()
     real, countdown = nn.Module.register_forward_hook, []
 
     def interrupted(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +274,7 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch: Any) -> None:
 
 def test_a_mask_in_a_buffer_is_no_drift_of_zero() -> None:
     """nanoGPT's slow attention reads a float buffer."""
-    pair = [random_model("nanogpt", LipschitzConfig()) for _ in range(2)]
+    pair = [random_model("nanogpt", paper()) for _ in range(2)]
     for model, hidden in zip(pair, (1.0, 0.0), strict=True):
         mask = torch.ones(64, 64).tril()
         mask[30:, :20] = hidden

@@ -16,22 +16,22 @@ import pytest
 import torch
 from torch import nn
 
-from lip_plugin import Certificate, LipschitzConfig, certify, falsify, project_, release
+from lip_plugin import Certificate, certify, falsify, project_, release
 from lip_plugin.certificate.graph.attention import smallest_entropy_lower
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from lip_plugin.errors import CertificateError, ConfigError, NonFiniteError, UnsupportedModelError
 from tests.support.families import FAMILIES, HEADS
-from tests.support.oracles import random_model
+from tests.support.oracles import paper, random_model
 from tests.support.worst_cases import one_head_gpt2, published_claim
 
 # ---- whole models --------------------------------------------------------------------------------
 
 SETTINGS = {
-    "head": LipschitzConfig(w_max=1.5),
-    "matrix": LipschitzConfig(granularity="matrix", residual=0.4, attention_scale=2.0),
-    "keep": LipschitzConfig(norms="keep"),
-    "drop": LipschitzConfig(biases="drop", w_max=3.0, overrides={"lm_head": 0.5}),
+    "head": paper(w_max=1.5),
+    "matrix": paper(granularity="matrix", residual=0.4, attention_scale=2.0),
+    "keep": paper(norms="keep"),
+    "drop": paper(biases="drop", w_max=3.0, overrides={"lm_head": 0.5}),
 }
 
 
@@ -86,7 +86,7 @@ def test_untouched_models_are_certified_too(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_measured_norms_are_above_svd_and_within_caps(name: str) -> None:
     """Measured norms are above a float64 SVD by at most 0.1 %, and below the caps' norms."""
-    model = random_model(name, LipschitzConfig())
+    model = random_model(name, paper())
     project_(model)
     graph = build(model)
     measured, capped = weight_norms(graph), cap_norms(graph)
@@ -112,7 +112,7 @@ def test_measured_norms_are_above_svd_and_within_caps(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_stored_dtype_is_certified_as_stored(dtype: torch.dtype) -> None:
-    model = random_model("llama", LipschitzConfig()).to(dtype)
+    model = random_model("llama", paper()).to(dtype)
     upper = certify(model)
     assert falsify(model, restarts=3, steps=10).lower_bound <= upper.lipschitz
     assert certify(model.double()).lipschitz == pytest.approx(
@@ -122,7 +122,7 @@ def test_any_stored_dtype_is_certified_as_stored(dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own import
 def test_wrappers_are_looked_through() -> None:
-    for config in (None, LipschitzConfig()):
+    for config in (None, paper()):
         model = random_model("gpt2", config)
         expected = certify(model).lipschitz
         assert certify(nn.DataParallel(model)).lipschitz == expected
@@ -139,14 +139,12 @@ def test_one_head_models_exceed_the_published_formula_and_not_ours() -> None:
 
 
 def test_removing_norms_makes_the_number_human() -> None:
-    kept, removed = (
-        certify(random_model("llama", LipschitzConfig(norms=n))) for n in ("keep", "remove")
-    )
+    kept, removed = (certify(random_model("llama", paper(norms=n))) for n in ("keep", "remove"))
     assert kept.log10_lipschitz > removed.log10_lipschitz + 10
 
 
 def test_numbers_beyond_floats_keep_their_logarithm() -> None:
-    model = random_model("gpt2", LipschitzConfig(norms="keep"))
+    model = random_model("gpt2", paper(norms="keep"))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1e25)
@@ -159,7 +157,7 @@ def test_numbers_beyond_floats_keep_their_logarithm() -> None:
 
 
 def test_certifying_takes_little_time() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     certify(model)
     began = time.process_time()
     certify(model)
@@ -175,7 +173,7 @@ def test_certifying_takes_little_time() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("source", ["weights", "caps"])
 def test_non_finite_parameters_are_refused_by_name(where: str, value: float, source: str) -> None:
-    model = random_model("gpt2", LipschitzConfig(norms="keep"))
+    model = random_model("gpt2", paper(norms="keep"))
     with torch.no_grad():
         model.get_parameter(where).view(-1)[0] = value
     with pytest.raises(NonFiniteError, match=where):
@@ -183,7 +181,7 @@ def test_non_finite_parameters_are_refused_by_name(where: str, value: float, sou
 
 
 def test_unknown_modules_are_refused() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     model.transformer.h[0].mlp.c_fc = nn.Bilinear(2, 2, 2)
     with pytest.raises(UnsupportedModelError, match="c_fc"):
         certify(model)
@@ -200,7 +198,7 @@ def test_unknown_modules_are_refused() -> None:
 
 
 def test_caps_are_gone_after_release_and_sources_are_checked() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     project_(model)
     assert certify(model, "caps").source == "caps"
     release(model)
@@ -212,8 +210,8 @@ def test_caps_are_gone_after_release_and_sources_are_checked() -> None:
 
 def test_assumptions_name_what_caps_do_not_cover() -> None:
     models = [
-        random_model("gpt2", LipschitzConfig(norms="keep")),
-        random_model("llama", LipschitzConfig()),
+        random_model("gpt2", paper(norms="keep")),
+        random_model("llama", paper()),
     ]
     for model in models:
         project_(model)
@@ -228,7 +226,7 @@ def test_assumptions_name_what_caps_do_not_cover() -> None:
 
 def test_json_goes_both_ways_for_every_family() -> None:
     for name in FAMILIES:
-        certificate = certify(random_model(name, LipschitzConfig()))
+        certificate = certify(random_model(name, paper()))
         again = Certificate.from_json(certificate.to_json())
         assert again == certificate
         assert str(again) == str(certificate)
@@ -259,7 +257,7 @@ def test_foreign_text_is_refused(text: Any) -> None:
 
 
 def test_edited_or_truncated_certificates_are_refused() -> None:
-    text = certify(random_model("gpt2", LipschitzConfig())).to_json()
+    text = certify(random_model("gpt2", paper())).to_json()
     outer = json.loads(text)
     edits: list[Callable[[dict[str, Any]], Any]] = [
         lambda c: c.update(lipschitz=c["lipschitz"] / 2),

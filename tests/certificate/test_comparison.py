@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lip_plugin import LipschitzConfig, certify
+from lip_plugin import certify
 from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import CertificateError
 from tests.support.families import FAMILIES
-from tests.support.oracles import random_model
+from tests.support.oracles import paper, random_model
 
 # ---- is the graph the model? ---------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_its_graph_is_refused_until_mended(
     name, norms, break_it = BREAKS[what]
     if name not in FAMILIES:
         pytest.skip("no nanoGPT stand-in")
-    model = random_model(name, LipschitzConfig(norms=norms))
+    model = random_model(name, paper(norms=norms))
     if after_a_check:
         certify(model)
     mend = break_it(model)
@@ -164,7 +164,7 @@ def test_ten_percent_of_any_part_is_seen(
 
     monkeypatch.setattr(compare, "build", broken)
     with pytest.raises(CertificateError, match="reproduce"):
-        check_graph(build(random_model(name, LipschitzConfig())))
+        check_graph(build(random_model(name, paper())))
 
 
 def test_settings_changed_after_a_check_are_seen() -> None:
@@ -172,7 +172,7 @@ def test_settings_changed_after_a_check_are_seen() -> None:
 
     The logit scale is read anew each time, and a config that changes is compared again.
     """
-    model = random_model("llama", LipschitzConfig())
+    model = random_model("llama", paper())
     before = certify(model)
     model.model.layers[1].self_attn.scaling *= 2  # the one with the larger logits
     assert certify(model).lipschitz > before.lipschitz
@@ -188,7 +188,7 @@ def test_a_check_is_remembered_without_marking_the_model(monkeypatch: Any) -> No
 
     made, real = [], compare.random_values
     monkeypatch.setattr(compare, "random_values", lambda: made.append(1) or real())
-    model = random_model("llama", LipschitzConfig(norms="keep"))
+    model = random_model("llama", paper(norms="keep"))
     for _ in range(2):
         assert 0 < check_graph(build(model)) < compare.TOLERANCE
     model.train()

@@ -18,12 +18,13 @@ from lip_plugin.certificate.drift import attention_rule as drift_rules
 from lip_plugin.certificate.drift.drift import _Pair
 from lip_plugin.errors import ConfigError, NonFiniteError, TrainerError
 from tests.support.families import FAMILIES, inputs_for, tiny
+from tests.support.oracles import paper
 
 
 def model_of(family: str, norms: str = "remove", **overrides: Any) -> nn.Module:
     model = tiny(family, num_hidden_layers=1, **overrides)
     if norms == "remove":
-        retrofit(model, LipschitzConfig(logit_scale=None))
+        retrofit(model, paper(logit_scale=None))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():  # fresh output maps are zero, and fresh biases

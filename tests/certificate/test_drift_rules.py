@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, drift, project_
+from lip_plugin import drift, project_
 from lip_plugin.certificate.attack.ascent import grow, in_ball
 from lip_plugin.certificate.attack.starts import d_in_of
 from lip_plugin.certificate.drift import attention_rule as drift_rules
@@ -26,7 +26,7 @@ from lip_plugin.certificate.graph.nodes import Activation, Scale
 from lip_plugin.errors import ConfigError
 from tests.certificate.test_drift import moved
 from tests.support.families import tiny
-from tests.support.oracles import random_model, rms
+from tests.support.oracles import paper, random_model, rms
 
 CASES = [
     ("gpt2", "remove"),
@@ -71,7 +71,7 @@ def farthest(b: Any, t: Any, d: int, r: float, delta: float, tokens: int = 3) ->
 
 @pytest.mark.parametrize(("family", "norms"), CASES)
 def test_no_node_is_farther_apart_than_its_rule_says(family: str, norms: str) -> None:
-    base = random_model(family, LipschitzConfig(norms=norms), num_hidden_layers=1).double()
+    base = random_model(family, paper(norms=norms), num_hidden_layers=1).double()
     if norms == "remove":
         project_(base)
     tuned = moved(base, 0.3)
@@ -97,9 +97,7 @@ def opposite(factor: float) -> tuple[Any, Any]:
 
     The logits of two opposite values go from -+factor / 2 to +-factor / 2.
     """
-    model = random_model(
-        "gpt2", LipschitzConfig(), num_hidden_layers=1, num_attention_heads=1
-    ).double()
+    model = random_model("gpt2", paper(), num_hidden_layers=1, num_attention_heads=1).double()
     attention = model.transformer.h[0].attn
     with torch.no_grad():
         for p in attention.parameters():
@@ -158,7 +156,7 @@ def test_other_rotations_are_no_equal_models() -> None:
     ("family", "tables"), [("gpt2", ()), ("gpt2", ("wte", "wpe")), ("bert", ("embeddings",))]
 )
 def test_the_witness_attains_what_is_claimed(family: str, tables: tuple[str, ...]) -> None:
-    base = random_model(family, LipschitzConfig()).double()
+    base = random_model(family, paper()).double()
     tuned = moved(moved(base, 0.1), 0.05, tables) if tables else moved(base, 0.1)
     found = drift(base, tuned, restarts=2, steps=8)
     assert found.witness is not None

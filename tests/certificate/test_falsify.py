@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, certify, falsify, retrofit
+from lip_plugin import certify, falsify, retrofit
 from lip_plugin.certificate.attack.exhaustive import affine_slope, dense_search
 from lip_plugin.certificate.attack.falsify import attained, falsify_node
 from lip_plugin.certificate.attack.starts import d_in_of, structured
@@ -25,7 +25,7 @@ from lip_plugin.certificate.weight_norms import weight_norms
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError
 from lip_plugin.model.architecture import find_family
 from tests.support.families import FAMILIES, POST_NORM, tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 from tests.support.worst_cases import layered_gpt2, one_head_gpt2, published_claim
 
 
@@ -64,7 +64,7 @@ def test_witness_attains_its_bound_on_the_models_own_forward(name: str) -> None:
     1e-4: inside, the libraries compute rotations and softmax in float32.
     """
     model: Any = randomize_(tiny(name))
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     randomize_(model)
     found = falsify(model, restarts=3, steps=20, tokens=7)
     model = model.double()
@@ -110,7 +110,7 @@ def test_an_opposite_direction_is_as_steep() -> None:
     -v gives the same slope, to rounding.
     """
     model = randomize_(tiny("llama"))
-    retrofit(model, LipschitzConfig(norms="remove"))
+    retrofit(model, paper(norms="remove"))
     found = falsify(model, restarts=2, steps=10)
     flipped = type(found.witness)(
         found.witness.embeddings, -found.witness.direction, found.witness.step
@@ -122,7 +122,7 @@ def test_an_opposite_direction_is_as_steep() -> None:
 def test_any_length_stays_below(tokens: int) -> None:
     """Also lengths beyond the position table, which are cut to it."""
     model = randomize_(tiny("gpt2"))
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     randomize_(model)
     found = falsify(model, restarts=2, steps=8, tokens=tokens)
     assert found.witness.embeddings.shape == (min(tokens, 64), 32)
@@ -132,7 +132,7 @@ def test_any_length_stays_below(tokens: int) -> None:
 def test_a_linear_network_is_attacked_to_its_norm() -> None:
     """Where all branches are zero the constant is the head's norm, which is found to 0.1 %."""
     model = tiny("llama")
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     upper, lower = certify(model).lipschitz, falsify(model, restarts=2, steps=60).lower_bound
     assert 0.999 * upper < lower <= upper
 
@@ -208,7 +208,7 @@ def test_an_affine_network_is_attacked_exactly(name: str) -> None:
     1e-6: what is taken off for rounding.
     """
     model = tiny(name)
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     graph = build(model)
     truth = affine_slope(graph.body, d_in_of(graph.body))
     found = falsify(model, restarts=1, steps=2, tokens=1)
@@ -226,7 +226,7 @@ def test_a_model_small_enough_to_search_densely_is_attacked_to_nine_tenths(token
     model = randomize_(
         tiny("gpt2", hidden_size=2, num_attention_heads=1, num_hidden_layers=1, vocab_size=5)
     )
-    retrofit(model, LipschitzConfig(attention_scale=4.0))
+    retrofit(model, paper(attention_scale=4.0))
     randomize_(model)
     found = falsify(model, restarts=32, tokens=tokens)
     truth = dense_search(build(model).body, 2, found.radius, tokens, points=1000)
@@ -289,7 +289,7 @@ def test_extreme_weights_give_a_number_and_no_crash(scale: float) -> None:
 def test_every_node_alone_stays_below_its_own_bound(name: str) -> None:
     """No block and no gate exceeds its bound of slope or size on the certificate's ball."""
     model = randomize_(tiny(name))
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     randomize_(model)
     graph = build(model)
     norms, radius = weight_norms(graph), up(to_float(radius_of(graph, "weights")))

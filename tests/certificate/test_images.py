@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, retrofit
+from lip_plugin import LipschitzMuon, certify, retrofit
 from lip_plugin.certificate.graph.base import LinearNorms
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.layers import ConstrainedConv2d
 from tests.support.families import inputs_for, tiny
-from tests.support.oracles import (
-    CAP_TOLERANCE,
-    loss_of,
-    randomize_,
-    worst_over_cap,
-)
+from tests.support.oracles import CAP_TOLERANCE, loss_of, paper, randomize_, worst_over_cap
 
 NONE: dict[str, LinearNorms] = {}
 
@@ -30,7 +25,7 @@ def token_norm(x: torch.Tensor) -> float:
 
 def vit(**fields: Any) -> Any:
     model = tiny("vit", **fields)
-    retrofit(model, LipschitzConfig(pixel_max=2.0))
+    retrofit(model, paper(pixel_max=2.0))
     return randomize_(model)
 
 

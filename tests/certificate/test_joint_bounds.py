@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, project_, retrofit
+from lip_plugin import project_, retrofit
 from lip_plugin.certificate.graph import joint_attention
 from lip_plugin.certificate.graph.base import ProvenNorms
 from lip_plugin.certificate.graph.build import build
@@ -41,7 +41,7 @@ from tests.support.joint_nodes import (
     secant,
     unit,
 )
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 # ---- attention through its output map: attained --------------------------------------------------
 
@@ -365,7 +365,7 @@ def test_what_the_caps_say_is_never_below_what_the_weights_say(
     Weights and biases are random, and projected onto the caps.
     """
     model: Any = tiny(family)
-    retrofit(model, LipschitzConfig(granularity=granularity))
+    retrofit(model, paper(granularity=granularity))
     project_(randomize_(model))
     with torch.no_grad():
         graph = build(model)
@@ -393,7 +393,7 @@ def test_every_joint_rule_is_asked_in_some_family() -> None:
     kinds: set[Callable[..., Any]] = set()
     for family in ("gpt2", "llama"):
         model: Any = tiny(family)
-        retrofit(model, LipschitzConfig())
+        retrofit(model, paper())
         graph = build(model)
         with torch.no_grad():
             kinds |= {

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, project_, retrofit
+from lip_plugin import attacked_accuracy, certified_accuracy, project_, retrofit
 from lip_plugin.certificate.robustness.kinks import Kinks
 from tests.support.families import inputs_for, tiny
-from tests.support.oracles import rand, randomize_
+from tests.support.oracles import paper, rand, randomize_
 
 
 def kinks(away: Tensor, reach: Tensor, total: float, factor: float = 2.0) -> Kinks:
@@ -132,7 +132,7 @@ def robust_model(activation: str | None, seed: int = 3, w_max: float = 1.0):
         "activation": activation,
         "residual": (0.5, 0.8),
     }
-    retrofit(model, LipschitzConfig(**config, w_max=w_max, value_scale=1.0, biases="drop"))
+    retrofit(model, paper(**config, w_max=w_max, value_scale=1.0, biases="drop"))
     randomize_(model, seed)
     with torch.no_grad():
         model.transformer.wpe.weight.zero_()

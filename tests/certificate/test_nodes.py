@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lip_plugin import LipschitzConfig, certify, falsify, retrofit
+from lip_plugin import certify, falsify, retrofit
 from lip_plugin.certificate.comparison.compare import check_graph
 from lip_plugin.certificate.graph.attention import attentions
 from lip_plugin.certificate.graph.base import LinearNorms
@@ -25,11 +25,7 @@ from lip_plugin.certificate.weight_norms import cap_norms, weight_norms
 from lip_plugin.errors import CertificateError, UnsupportedModelError
 from lip_plugin.model.scales import input_scale, set_input_scale_
 from tests.support.families import DECODERS, inputs_for, tiny
-from tests.support.oracles import (
-    logits_of,
-    rand,
-    randomize_,
-)
+from tests.support.oracles import logits_of, paper, rand, randomize_
 
 NONE: dict[str, LinearNorms] = {}
 
@@ -115,7 +111,7 @@ def rotated(kind: str, family: str = "llama", **fields: Any) -> Any:
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_every_rotary_scaling_is_an_isometry_times_its_factor_and_certified(kind: str) -> None:
     model = rotated(kind)
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     randomize_(model)
     upper = certify(model)
     assert falsify(model, restarts=3, steps=12, tokens=9).lower_bound <= upper.lipschitz
@@ -166,7 +162,7 @@ def test_fused_and_interleaved_maps_are_measured_part_by_part(family: str) -> No
     The truth is a float64 SVD of the rows as the library reads them.
     """
     model: Any = randomize_(tiny(family))
-    retrofit(model, LipschitzConfig(init="keep", w_max=0.9))
+    retrofit(model, paper(init="keep", w_max=0.9))
     randomize_(model)
     graph = build(model)
     measured = weight_norms(graph)
@@ -258,7 +254,7 @@ def test_the_multiplier_of_a_skeleton_is_that_of_the_loaded_model(family: str) -
 
     On the meta device gemma's buffer has no value, and the float that fills it is read instead.
     """
-    for config in (None, LipschitzConfig()):
+    for config in (None, paper()):
         for dtype in (torch.float32, torch.bfloat16):
             model = tiny(family).to(dtype)
             if config is not None:

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lip_plugin import LipschitzConfig, certify, config_of, plan_caps, project_, retrofit
+from lip_plugin import certify, config_of, plan_caps, project_, retrofit
 from lip_plugin.errors import ConfigError
 from tests.support.families import FAMILIES, tiny
-from tests.support.oracles import fingerprint, randomize_
+from tests.support.oracles import fingerprint, paper, randomize_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_planned_caps_hold_the_target_and_larger_ones_do_not(family: str) -> None:
-    planned = plan_caps(tiny(family), 5.0, LipschitzConfig(biases="drop"))
+    planned = plan_caps(tiny(family), 5.0, paper(biases="drop"))
     bounds = []
     for config in (planned, replace(planned, w_max=planned.w_max * 1.01)):
         model = tiny(family)
@@ -30,10 +30,10 @@ def test_the_planned_caps_hold_the_target_and_larger_ones_do_not(family: str) ->
 
 
 def test_overrides_stay_and_the_head_counts() -> None:
-    config = LipschitzConfig(overrides={"lm_head": 4.0}, logit_scale=1.0)
+    config = paper(overrides={"lm_head": 4.0}, logit_scale=1.0)
     planned = plan_caps(tiny("gpt2"), 5.0, config)
     assert planned.overrides == config.overrides
-    assert planned.w_max < plan_caps(tiny("gpt2"), 5.0, LipschitzConfig(logit_scale=1.0)).w_max
+    assert planned.w_max < plan_caps(tiny("gpt2"), 5.0, paper(logit_scale=1.0)).w_max
 
 
 def test_twelve_layers_under_a_bound_of_ten() -> None:
@@ -46,7 +46,7 @@ def test_twelve_layers_under_a_bound_of_ten() -> None:
 
 def test_a_retrofitted_model_is_planned_with_its_own_config_and_stays_as_it_was() -> None:
     model = tiny("llama")
-    retrofit(model, LipschitzConfig(attention_scale=2.0, w_max=3.0))
+    retrofit(model, paper(attention_scale=2.0, w_max=3.0))
     before = fingerprint(model)
     planned = plan_caps(model, 20.0)
     assert planned == replace(config_of(model), w_max=planned.w_max)
@@ -57,9 +57,9 @@ def test_a_retrofitted_model_is_planned_with_its_own_config_and_stays_as_it_was(
 
 def test_constants_that_a_retrofit_has_set_cannot_be_planned_otherwise() -> None:
     model = tiny("llama")
-    retrofit(model, LipschitzConfig(attention_scale=2.0))
+    retrofit(model, paper(attention_scale=2.0))
     with pytest.raises(ConfigError, match="attention_scale.*release"):
-        plan_caps(model, 10.0, LipschitzConfig())
+        plan_caps(model, 10.0, paper())
 
 
 def test_what_a_retrofit_would_refuse_is_refused_here_too() -> None:
@@ -68,11 +68,11 @@ def test_what_a_retrofit_would_refuse_is_refused_here_too() -> None:
     with pytest.raises(ConfigError, match="norms='keep'"):
         plan_caps(model, 10.0)
     with pytest.raises(ConfigError, match="matches no layer"):
-        plan_caps(tiny("gpt2"), 10.0, LipschitzConfig(overrides={"nowhere": 1.0}))
+        plan_caps(tiny("gpt2"), 10.0, paper(overrides={"nowhere": 1.0}))
 
 
 def test_a_target_below_the_residual_path_is_refused_with_what_it_costs() -> None:
-    config = LipschitzConfig(overrides={"lm_head": 8.0}, logit_scale=1.0)
+    config = paper(overrides={"lm_head": 8.0}, logit_scale=1.0)
     with pytest.raises(ConfigError, match=r"10\^0.4"):
         plan_caps(tiny("gpt2"), 0.01, config)
 

@@ -28,11 +28,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, project_, retrofit
+from lip_plugin import LipschitzMuon, certify, falsify, project_, retrofit
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.optim.groups import param_groups
 from tests.support.families import tiny
-from tests.support.oracles import CAP_TOLERANCE, worst_over_cap
+from tests.support.oracles import CAP_TOLERANCE, paper, worst_over_cap
 from tests.support.worst_cases import layered_gpt2, one_head_gpt2, published_claim
 
 HEADS = (4, 8, 12)
@@ -156,9 +156,7 @@ def adversarial_weights(heads: int, steps: int = 150) -> Any:
     width, tokens, h = 4 * heads, 17, 1e-3
     generator = torch.Generator().manual_seed(heads)
     model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
-    retrofit(
-        model, LipschitzConfig(granularity="matrix", biases="drop", init="keep", logit_scale=1.0)
-    )
+    retrofit(model, paper(granularity="matrix", biases="drop", init="keep", logit_scale=1.0))
     x = torch.randn(tokens, width, generator=generator, dtype=torch.float64).requires_grad_(True)
     v = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     moved = ("c_attn.weight", "attn.c_proj.weight", "lm_head.weight")

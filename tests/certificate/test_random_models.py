@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
+from lip_plugin import certify, falsify, project_, retrofit
 from tests.support.families import FAMILIES, tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 # Families with a number of their own for heads that share keys and values.
 # By how their names begin: a decoder and its classifier have the same fields.
@@ -75,7 +75,7 @@ def drawn_models(draw: st.DrawFn) -> dict[str, Any]:
 
 def build_model(drawn: dict[str, Any]) -> Any:
     model: Any = tiny(drawn["name"], **drawn["overrides"])
-    retrofit(model, LipschitzConfig(**drawn["config"]))
+    retrofit(model, paper(**drawn["config"]))
     randomize_(model, drawn["seed"])
     with torch.no_grad():
         for p in model.parameters():

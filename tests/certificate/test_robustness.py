@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import lip_plugin
 from lip_plugin import (
-    LipschitzConfig,
     activation_report,
     attacked_accuracy,
     certified_accuracy,
@@ -30,14 +29,14 @@ from lip_plugin.certificate.robustness.rules import move
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.norms import rms_norm
 from tests.support.families import CLASSIFIERS, FAMILIES, PADDED, PADDING, inputs_for, tiny
-from tests.support.oracles import logits_of, randomize_
+from tests.support.oracles import logits_of, paper, randomize_
 
 WIDE = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 
 
 def model_of(name: str, norms: str = "remove", seed: int = 3, **overrides: Any) -> nn.Module:
     model = tiny(name, **overrides)
-    retrofit(model, LipschitzConfig(norms=norms, attention_scale=2.0))
+    retrofit(model, paper(norms=norms, attention_scale=2.0))
     randomize_(model, seed)
     with torch.no_grad():  # moderate: certificates are neither empty nor trivial
         for p in model.parameters():

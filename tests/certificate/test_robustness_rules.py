@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.functional import jvp
 
 import lip_plugin.certificate.robustness.attention_rule as local_attention
-from lip_plugin import LipschitzConfig, certify, retrofit
+from lip_plugin import certify, retrofit
 from lip_plugin.certificate.graph.attention import Attention
 from lip_plugin.certificate.graph.build import Graph, build
 from lip_plugin.certificate.graph.containers import Chain, walk
@@ -27,7 +27,7 @@ from lip_plugin.certificate.robustness.rules import CURVATURE_UPPER, move, norm_
 from lip_plugin.errors import CertificateError
 from lip_plugin.model.activations import ACTIVATIONS
 from tests.support.families import FAMILIES, inputs_for, tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 # What float64 rounding may add to an attained movement: 1e-13 of the outputs' size, generously.
 ROUNDING = 1e-12
@@ -38,7 +38,7 @@ def _retrofitted(name: str, norms: str, overrides: tuple[tuple[str, Any], ...]) 
     model = tiny(name, **dict(overrides))
     # "capped": the entries of a gate's two factors too, low enough to matter
     kind, cap = ("remove", 0.3) if norms == "capped" else (norms, None)
-    retrofit(model, LipschitzConfig(norms=kind, attention_scale=3.0, gate_max=cap))
+    retrofit(model, paper(norms=kind, attention_scale=3.0, gate_max=cap))
     return model
 
 

@@ -8,17 +8,17 @@ import math
 import pytest
 import torch
 
-from lip_plugin import LipschitzConfig, project_, retrofit
+from lip_plugin import project_, retrofit
 from lip_plugin.certificate.diagnostics.rounding import _FUNCTION, forward_rounding_upper
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.activations import ACTIVATIONS
 from tests.support.families import FAMILIES, inputs_for, tiny
-from tests.support.oracles import logits_of, randomize_
+from tests.support.oracles import logits_of, paper, randomize_
 
 
 def small(family: str) -> torch.nn.Module:
     model = tiny(family)
-    retrofit(model, LipschitzConfig(w_max=1.0))
+    retrofit(model, paper(w_max=1.0))
     randomize_(model)
     project_(model)
     return model

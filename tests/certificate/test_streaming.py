@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from lip_plugin import LipschitzConfig, certify, project_, retrofit
+from lip_plugin import certify, project_, retrofit
 from lip_plugin.errors import (
     CertificateError,
     CheckpointError,
@@ -20,7 +20,7 @@ from lip_plugin.errors import (
 )
 from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from tests.support.families import CLASSIFIERS, HEADS, HF_FAMILIES, tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 
@@ -30,9 +30,7 @@ def saved(family, folder, norms="remove", size="50GB", **overrides):
     model = tiny(family, **overrides)
     if norms is not None:
         head = HEADS.get(family, "lm_head")
-        retrofit(
-            model, LipschitzConfig(w_max=1.7, overrides={head: 2.0}, biases="drop", norms=norms)
-        )
+        retrofit(model, paper(w_max=1.7, overrides={head: 2.0}, biases="drop", norms=norms))
     randomize_(model)
     if norms is not None:
         project_(model)

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from lip_plugin import Certificate, LipschitzConfig, LipschitzMuon, certify, project_
+from lip_plugin import Certificate, LipschitzMuon, certify, project_
 from lip_plugin.certificate.function_facts import function_of
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.certificate.result import _digest, _encode, check_same
 from lip_plugin.errors import CertificateError, LipschitzError
 from tests.support.families import FAMILIES
-from tests.support.oracles import random_model, randomize_
+from tests.support.oracles import paper, random_model, randomize_
 from tests.support.peft_models import base_of, tuner
 
 
@@ -70,7 +70,7 @@ EDITS: dict[str, tuple[str, str | None, Callable[[Any], None]]] = {
 @pytest.mark.parametrize("what", EDITS)
 def test_an_edited_function_is_not_the_one_that_was_certified(what: str, source: str) -> None:
     family, norms, edit = EDITS[what]
-    model = random_model(family, LipschitzConfig(norms=norms))
+    model = random_model(family, paper(norms=norms))
     project_(model)
     certificate = certify(model, source)
     certificate.verify(model)
@@ -114,7 +114,7 @@ def test_every_plain_number_of_every_node_is_in_the_function(name: str) -> None:
 
     Each scale, eps, tau, cap, window and kind is changed by itself.
     """
-    graph = build(random_model(name, LipschitzConfig(norms="keep")))
+    graph = build(random_model(name, paper(norms="keep")))
     before, changed = function_of(graph), 0
     from lip_plugin.certificate.graph.containers import walk
 
@@ -131,7 +131,7 @@ def test_every_plain_number_of_every_node_is_in_the_function(name: str) -> None:
 
 
 def test_certificates_of_before_say_nothing_of_the_function_and_still_verify() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     certificate = certify(model)
     settings = {k: v for k, v in certificate.settings.items() if k != "function"}
     replace(certificate, settings=settings).verify(model)
@@ -141,7 +141,7 @@ def test_certificates_of_before_say_nothing_of_the_function_and_still_verify() -
 
 
 def test_a_bound_from_caps_needs_blocks_within_them() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     project_(model)
     assert certify(model, "caps").lipschitz > 0
     with torch.no_grad():
@@ -165,7 +165,7 @@ def _lowered(certificate: Certificate, **changes: Any) -> Certificate:
 
 
 def test_every_number_of_a_certificate_is_reproduced() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     certificate = certify(model)
     check_same(_lowered(certificate), certificate)
     c = certificate
@@ -191,7 +191,7 @@ def test_every_number_of_a_certificate_is_reproduced() -> None:
 
 
 def test_verify_runs_the_object_that_it_was_given() -> None:
-    model = random_model("gpt2", LipschitzConfig())
+    model = random_model("gpt2", paper())
     certificate = certify(model)
     with pytest.raises(LipschitzError):
         certificate.verify(nn.Sequential(model))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, certify, retrofit
+from lip_plugin import certify, retrofit
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import ConfigError
 from lip_plugin.linalg.rows import row_distance_max_upper
 from tests.support.families import FAMILIES, tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 TOKENS = 6
 
@@ -24,7 +24,7 @@ def secants(family: str, measure) -> tuple[float, object]:
     A secant is `measure(difference of logits) / size(difference of inputs)`.
     """
     model = tiny(family)
-    retrofit(model, LipschitzConfig(w_max=1.5))
+    retrofit(model, paper(w_max=1.5))
     randomize_(model)
     certificate, graph = certify(model), build(model)
     d, r = certificate.d_in, certificate.radius
@@ -74,7 +74,7 @@ def test_a_linear_network_attains_all_three() -> None:
     tokens attain the l2 bound.
     """
     model = tiny("llama")
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     certificate = certify(model)
     rows = model.lm_head.weight.detach().double() * model.model.norm.scale
     residual = math.sqrt(rows.shape[1])
@@ -87,7 +87,7 @@ def test_a_linear_network_attains_all_three() -> None:
 
 def test_at_least_one_token() -> None:
     model = tiny("llama")
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     with pytest.raises(ConfigError, match="at least 1"):
         certify(model).l2(0)
 

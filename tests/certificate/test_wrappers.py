@@ -27,7 +27,7 @@ from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import CertificateError, UnsupportedModelError
 from lip_plugin.model.wrappers import Wrapper, exactly, register_wrapper
 from tests.support.families import FAMILIES, tiny
-from tests.support.oracles import random_model
+from tests.support.oracles import paper, random_model
 
 # torch.compile imports what is deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -36,7 +36,7 @@ IDS = torch.arange(24).reshape(2, 12) % 67
 
 @pytest.fixture
 def model() -> Any:
-    return random_model("gpt2", LipschitzConfig())
+    return random_model("gpt2", paper())
 
 
 class Louder(nn.Module):
@@ -251,7 +251,7 @@ def test_comparing_leaves_everything_as_it_was(model: Any) -> None:
 @pytest.mark.parametrize("factor", [1e-30, 1e-12, 1.0, 1e9])
 def test_the_comparison_is_right_at_any_scale(factor: float) -> None:
     """Logits of 1e-29 and of 1e9 are compared, and a hook on them is seen."""
-    model = random_model("llama", LipschitzConfig(), num_hidden_layers=8).double()
+    model = random_model("llama", paper(), num_hidden_layers=8).double()
     with torch.no_grad():
         model.lm_head.weight.mul_(factor)
     assert certify(model).lipschitz > 0
@@ -282,7 +282,7 @@ def test_saturated_attention_is_compared_too() -> None:
 
     Rounding inside a library is magnified there, and the graph says by how much.
     """
-    model = random_model("llama", LipschitzConfig(norms="keep"))
+    model = random_model("llama", paper(norms="keep"))
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(300.0)
     assert certify(model).lipschitz > 0
@@ -308,10 +308,8 @@ def test_patches_of_accelerate_are_known_and_remembered() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # of a test before, in float32
-    expected = certify(random_model("gpt2", LipschitzConfig())).lipschitz
-    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(
-        random_model("gpt2", LipschitzConfig())
-    )
+    expected = certify(random_model("gpt2", paper())).lipschitz
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(random_model("gpt2", paper()))
     assert "forward" in vars(model)
     assert structure_of(build(model)) is not None
     assert certify(model).lipschitz == expected
@@ -346,5 +344,5 @@ def test_every_family_is_remembered(name: str) -> None:
     Nothing that a library builds counts as foreign.
     """
     for norms in ("remove", "keep"):
-        one = random_model(name, LipschitzConfig(norms=norms))
+        one = random_model(name, paper(norms=norms))
         assert structure_of(build(one)) == structure_of(build(one)) is not None

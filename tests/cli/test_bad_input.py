@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lip_plugin import Certificate, LipschitzConfig, certify, project_, retrofit
+from lip_plugin import Certificate, certify, project_, retrofit
 from lip_plugin.certificate.fingerprint import Fingerprint, fingerprint
 from lip_plugin.certificate.result import _digest
 from lip_plugin.cli.commands import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
@@ -26,7 +26,7 @@ from lip_plugin.errors import (
 from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from lip_plugin.integrations.huggingface.metrics import write_certificate
 from tests.support.families import HF_FAMILIES, tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
 
@@ -35,7 +35,7 @@ def make(family, folder, norms="remove", certificate=True):
     """A saved model with its certificate beside it, as a Trainer's checkpoint has."""
     model = tiny(family)
     if norms is not None:
-        retrofit(model, LipschitzConfig(norms=norms))
+        retrofit(model, paper(norms=norms))
     randomize_(model)
     if norms == "remove":
         project_(model)
@@ -359,7 +359,7 @@ class TestBelongs:
         def llama(**config):
             torch.manual_seed(0)
             model = tiny("llama")
-            retrofit(model, LipschitzConfig(**config))
+            retrofit(model, paper(**config))
             return model
 
         certificate = certify(llama())
@@ -376,7 +376,7 @@ class TestBelongs:
         """
         model = tiny("llama")
         certificate = certify(model)
-        retrofit(model, LipschitzConfig(norms="keep", init="keep", w_max=100.0, gate_max=4.0))
+        retrofit(model, paper(norms="keep", init="keep", w_max=100.0, gate_max=4.0))
         with pytest.raises(CertificateError, match="other settings: lipschitz is"):
             certificate.verify(model)
 
@@ -405,7 +405,7 @@ class TestBelongs:
     def test_one_from_caps_counts_every_capped_weight_by_its_cap_bare_tables_included(self):
         """Those of vit's class token and positions are Parameters of their own, not layers."""
         model = tiny("vit")
-        retrofit(model, LipschitzConfig(biases="drop"))
+        retrofit(model, paper(biases="drop"))
         caps = certify(model, "caps")
         moved = [name for name, p in model.named_parameters() if p.requires_grad]
         assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= set(moved)
@@ -423,7 +423,7 @@ class TestBelongs:
 
 def retrofitted(**config):
     model = tiny("gpt2")
-    retrofit(model, LipschitzConfig(**config))
+    retrofit(model, paper(**config))
     project_(randomize_(model))
     for name, p in model.named_parameters():
         if name.endswith("bias"):

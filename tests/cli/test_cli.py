@@ -17,7 +17,6 @@ from transformers import Trainer, TrainingArguments
 from lip_plugin import (
     Certificate,
     LipschitzCallback,
-    LipschitzConfig,
     certify,
     falsify,
     project_,
@@ -31,7 +30,7 @@ from lip_plugin.integrations.huggingface.loading import load_saved_model
 from lip_plugin.integrations.nanogpt.checkpoint import load_nanogpt
 from lip_plugin.integrations.nanogpt.run import run as run_nanogpt
 from tests.support.families import tiny
-from tests.support.oracles import randomize_
+from tests.support.oracles import paper, randomize_
 
 STANDIN = Path(__file__).parents[1] / "support" / "nanogpt_standin"
 QUICK = ["--rounds", "1", "--steps", "5"]
@@ -344,7 +343,7 @@ class TestReport:
 
     def test_an_exceeded_bound_would_be_said(self):
         model = tiny("gpt2")
-        retrofit(model, LipschitzConfig())
+        retrofit(model, paper())
         project_(randomize_(model))
         attack, c = falsify(model, 2, 3), certify(model)
         wrong = Certificate(**{**vars(c), "lipschitz": attack.lower_bound / 2})

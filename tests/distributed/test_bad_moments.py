@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from lip_plugin import (
-    LipschitzConfig,
     LipschitzMuon,
     attach_projection,
     certify,
@@ -27,7 +26,7 @@ from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from lip_plugin.model.layers import constrained_modules
 from tests.distributed.test_distributed import launch
 from tests.support.families import tiny
-from tests.support.oracles import CAP_TOLERANCE, randomize_, worst_over_cap
+from tests.support.oracles import CAP_TOLERANCE, paper, randomize_, worst_over_cap
 
 SCRIPT = Path(__file__).parents[1] / "support" / "bad_moments_script.py"
 OPTIMIZERS = ("muon", "adamw", "sgd")
@@ -36,7 +35,7 @@ OPTIMIZERS = ("muon", "adamw", "sgd")
 def started(optimizer: str = "muon", **config) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = tiny("llama", hidden_size=16, num_hidden_layers=1)
     randomize_(model)
-    retrofit(model, LipschitzConfig(init="keep", **config))
+    retrofit(model, paper(init="keep", **config))
     if optimizer == "muon":
         return model, LipschitzMuon(model, lr=0.1)
     made = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](
@@ -230,7 +229,7 @@ def test_freezing_and_unfreezing_in_mid_run(optimizer):
 def test_caps_changed_in_mid_run_hold_everywhere_from_then_on(family, optimizer, tmp_path):
     model = tiny(family, hidden_size=16, num_hidden_layers=1)
     randomize_(model)
-    retrofit(model, LipschitzConfig(init="keep", norms="remove"))
+    retrofit(model, paper(init="keep", norms="remove"))
     if optimizer == "muon":
         made: torch.optim.Optimizer = LipschitzMuon(model, lr=0.1)
     else:

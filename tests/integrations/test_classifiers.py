@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.models.roberta import modeling_roberta
 
 from lip_plugin import (
-    LipschitzConfig,
     activation_report,
     attacked_accuracy,
     certified_accuracy,
@@ -32,7 +31,7 @@ from lip_plugin.errors import CertificateError, ConfigError
 from lip_plugin.integrations.huggingface.loading import certify_streamed
 from lip_plugin.model import architecture as core
 from tests.support.families import PADDED, PADDING, TEXT_CLASSIFIERS, inputs_for, tiny
-from tests.support.oracles import logits_of, random_model, randomize_
+from tests.support.oracles import logits_of, paper, random_model, randomize_
 
 LAST = tuple(name for name in PADDED if name in TEXT_CLASSIFIERS and not name.startswith("roberta"))
 
@@ -53,7 +52,7 @@ def test_the_graph_is_the_model_without_padding_and_another_model_with_it(name: 
 
     Each padded batch gives logits that the graph does not have.
     """
-    model = random_model(name, LipschitzConfig()).double()
+    model = random_model(name, paper()).double()
     ids = inputs_for(name, 3, 8)
     assert (
         worst_difference(graph_logits(model, ids), logits_of(model, ids)) < 1e-6
@@ -68,7 +67,7 @@ def test_the_graph_is_the_model_without_padding_and_another_model_with_it(name: 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_ids_with_padding_have_no_radius_and_the_message_says_what_to_do(name: str) -> None:
-    model = random_model(name, LipschitzConfig())
+    model = random_model(name, paper())
     ids = inputs_for(name, 2, 6)
     labels = logits_of(model, ids).argmax(-1)
     batch = {"input_ids": ids, "labels": labels[:, 0] if name in TEXT_CLASSIFIERS else labels}
@@ -90,7 +89,7 @@ def test_a_model_that_reads_ids_alike_has_a_radius_at_its_padding_id() -> None:
 
     bert's positions and its first token do not depend on ids, and its mask is refused elsewhere.
     """
-    model = random_model("bert_classifier", LipschitzConfig()).double()
+    model = random_model("bert_classifier", paper()).double()
     ids = inputs_for("bert_classifier", 2, 6)
     ids[:, 3] = model.config.pad_token_id
     assert torch.equal(
@@ -155,7 +154,7 @@ def test_padding_of_roberta_lies_in_the_radius_and_may_attain_it() -> None:
 
     It has a row of positions of its own, which no sequence without padding reads. Every row counts.
     """
-    model = random_model("roberta", LipschitzConfig())
+    model = random_model("roberta", paper())
     rows = model.roberta.embeddings
     with torch.no_grad():  # the largest sum of rows of all is that of padding at its place
         rows.word_embeddings.weight[PADDING] = 3.0
@@ -206,18 +205,18 @@ def test_a_wrong_description_is_refused(what: str, monkeypatch: pytest.MonkeyPat
     So is a wrong function.
     """
     name, changes = BREAKS[what]
-    certify(random_model(name, LipschitzConfig()))
+    certify(random_model(name, paper()))
     family = core._FAMILIES[name]
     wrong = replace(family, architecture=replace(family.architecture, **changes))
     monkeypatch.setitem(core._FAMILIES, name, wrong)
     with pytest.raises(CertificateError, match="reproduce"):
-        certify(random_model(name, LipschitzConfig()))
+        certify(random_model(name, paper()))
 
 
 def test_a_head_whose_function_was_exchanged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_roberta, "gelu", torch.relu)
     with pytest.raises(CertificateError, match="reproduce"):
-        certify(random_model("roberta", LipschitzConfig()))
+        certify(random_model("roberta", paper()))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_a_head_whose_function_was_exchanged_is_refused(monkeypatch: pytest.Monk
     ],
 )
 def test_a_function_is_not_scaled_and_counts_its_slope(name: str, kind: str, slope: float) -> None:
-    model = random_model(name, LipschitzConfig())
+    model = random_model(name, paper())
     (node,) = (n for n in build(model).readout if isinstance(n, Activation))
     assert (node.kind, float(node.factor)) == (kind, 1.0)
     (row,) = (row for row in certify(model).layers if row.name == node.name)
@@ -242,8 +241,8 @@ def test_a_function_is_not_scaled_and_counts_its_slope(name: str, kind: str, slo
 
 
 def test_drift_is_refused_between_models_that_read_other_tokens() -> None:
-    base = random_model("llama_classifier", LipschitzConfig())
-    tuned = random_model("llama_classifier", LipschitzConfig(), pad_token_id=12)
+    base = random_model("llama_classifier", paper())
+    tuned = random_model("llama_classifier", paper(), pad_token_id=12)
     with pytest.raises(ConfigError, match="pad_token_id is 9 in the base and 12 in the tuned"):
         drift(base, tuned, attack=False)
     tuned.config.pad_token_id = PADDING  # the cure that is named

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, release, retrofit
+from lip_plugin import LipschitzMuon, release, retrofit
 from lip_plugin.errors import ConfigError
 from lip_plugin.integrations.huggingface.families import HF_ARCHITECTURES
 from lip_plugin.model.architecture import families
@@ -21,6 +21,7 @@ from tests.support.oracles import (
     fingerprint,
     logits_of,
     loss_of,
+    paper,
     randomize_,
     retrofitted,
     table_of,
@@ -76,7 +77,7 @@ def test_a_tied_head_is_untied_by_an_equal_copy(family, tied):
     head, tokens = model.get_submodule(names.head), model.get_submodule(names.architecture.tokens)
     assert (head.weight is tokens.weight) == tied
     original, value = head.weight, head.weight.detach().clone()
-    report = retrofit(model, LipschitzConfig(init="keep"))
+    report = retrofit(model, paper(init="keep"))
     assert head.weight is not tokens.weight
     assert torch.equal(head.weight, value)
     assert (head.weight is original) == (not tied)
@@ -87,7 +88,7 @@ def test_a_tied_head_is_untied_by_an_equal_copy(family, tied):
 @every_family
 def test_twice_equals_once(family):
     model = tiny(family)
-    config = LipschitzConfig(w_max=1.5)
+    config = paper(w_max=1.5)
     assert len(retrofit(model, config)) > 20
     before = fingerprint(model)
     report = retrofit(model, config)
@@ -105,7 +106,7 @@ def test_another_config_on_a_retrofitted_model_is_refused(family):
     retrofit(model)
     before = fingerprint(model)
     with pytest.raises(ConfigError, match="release"):
-        retrofit(model, LipschitzConfig(w_max=2.0))
+        retrofit(model, paper(w_max=2.0))
     assert fingerprint(model)["modules"] == before["modules"]
 
 
@@ -139,7 +140,7 @@ def test_a_released_model_can_be_retrofitted_again_and_keeps_its_function(family
     assert torch.equal(logits_of(model, x), expected)  # the weights are trained: no fresh init
     assert [m[:3] for m in fingerprint(model)["modules"]] == [m[:3] for m in modules]
     release(model)
-    retrofit(model, LipschitzConfig(residual=0.3))
+    retrofit(model, paper(residual=0.3))
     expected = Recipe(family, model, residual=0.3)(x)
     assert torch.allclose(logits_of(model, x), expected, rtol=1e-4, atol=1e-4)  # float32
 
@@ -148,7 +149,7 @@ def test_a_released_model_can_be_retrofitted_again_and_keeps_its_function(family
 def test_a_fresh_model_starts_orthogonal_at_its_caps_with_zero_output_maps(family):
     for cap in (0.5, 1.0, 3.0):
         model = tiny(family)
-        retrofit(model, LipschitzConfig(w_max=cap))
+        retrofit(model, paper(w_max=cap))
         for name, module in constrained_modules(model):
             for segment, blocks in module.layout.views(module.weight.detach().double()):
                 if module.layout.norm == "row":
@@ -176,7 +177,7 @@ def test_a_fresh_model_starts_orthogonal_at_its_caps_with_zero_output_maps(famil
 def test_init_keep_leaves_every_weight(family):
     model = tiny(family)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    retrofit(model, LipschitzConfig(init="keep"))
+    retrofit(model, paper(init="keep"))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
@@ -186,9 +187,9 @@ def test_blocks_are_heads_or_whole_matrices(family, granularity):
     model = tiny(family)
     if family.startswith("gpt_neox") and granularity == "matrix":
         with pytest.raises(ConfigError, match="interleaved"):
-            retrofit(model, LipschitzConfig(granularity=granularity))
+            retrofit(model, paper(granularity=granularity))
         return
-    retrofit(model, LipschitzConfig(granularity=granularity))
+    retrofit(model, paper(granularity=granularity))
     names = table_of(model)
     d_head = 16 if family.startswith(("qwen3", "gemma")) else 8
     kv = 2 if hasattr(model.config, "num_key_value_heads") else 4
@@ -222,9 +223,7 @@ def test_overrides_name_layers_by_suffix_and_the_longest_wins(family):
     tokens = names.tables()[0][1]
     retrofit(
         model,
-        LipschitzConfig(
-            w_max=2.0, overrides={suffix: 0.5, second: 0.25, names.head: 7.0, tokens: 0.1}
-        ),
+        paper(w_max=2.0, overrides={suffix: 0.5, second: 0.25, names.head: 7.0, tokens: 0.1}),
     )
     caps = {n: {s.cap for s in m.layout.segments} for n, m in constrained_modules(model)}
     assert caps[first] == {0.5}
@@ -239,7 +238,7 @@ def test_overrides_name_layers_by_suffix_and_the_longest_wins(family):
 @every_family
 def test_embedding_tables_share_their_bound(family):
     model = tiny(family)
-    retrofit(model, LipschitzConfig(embedding_max=0.8))
+    retrofit(model, paper(embedding_max=0.8))
     names = table_of(model)
     layouts = {n: m.layout for n, m in constrained_modules(model)}
     caps = {role: layouts[name].segments[0].cap for role, name in names.tables()}
@@ -256,7 +255,7 @@ def test_dropped_biases_are_zero_and_stay_so(family):
         tiny(family, attention_bias=True) if family.startswith(("llama", "qwen3")) else tiny(family)
     )
     randomize_(model)
-    retrofit(model, LipschitzConfig(biases="drop", init="keep"))
+    retrofit(model, paper(biases="drop", init="keep"))
     unused = table_of(model).architecture.unused
     biases = {n: p for n, p in model.named_parameters() if n.endswith("bias") and n not in unused}
     none = ("mistral", "granite", "phi3", "gemma2", "gemma3", "olmo2")
@@ -273,7 +272,7 @@ def test_dropped_biases_are_zero_and_stay_so(family):
 def test_keeping_the_norms_changes_no_logit(family):
     model, x = randomize_(tiny(family)), inputs_for(family)
     expected, keys = logits_of(model, x), list(model.state_dict())
-    retrofit(model, LipschitzConfig(norms="keep"))
+    retrofit(model, paper(norms="keep"))
     assert torch.equal(logits_of(model, x), expected)
     assert list(model.state_dict()) == keys
     assert not any(isinstance(m, ConstantScale) for m in model.modules())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, release, retrofit
+from lip_plugin import LipschitzMuon, certify, release, retrofit
 from lip_plugin.surgery.state import find_retrofit
 from tests.support.families import (
     CLASSIFIERS,
@@ -24,6 +24,7 @@ from tests.support.oracles import (
     Recipe,
     logits_of,
     loss_of,
+    paper,
     randomize_,
     retrofitted,
     table_of,
@@ -48,7 +49,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_forward_is_the_recipe_to_1e_10(family, recipe):
     chosen = RECIPES[recipe]
-    model = retrofitted(family, LipschitzConfig(**chosen)).double()
+    model = retrofitted(family, paper(**chosen)).double()
     expected = Recipe(
         family,
         model,

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lip_plugin import Certificate, LipschitzConfig, LipschitzMuon
+from lip_plugin import Certificate, LipschitzMuon
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
 from lip_plugin.integrations.nanogpt.patch import Options, patch
 from lip_plugin.integrations.nanogpt.run import main, run
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.surgery.state import find_retrofit
-from tests.support.oracles import worst_over_cap
+from tests.support.oracles import paper, worst_over_cap
 
 STANDIN = Path(__file__).parents[1] / "support" / "nanogpt_standin"
 TEXT = "the quick brown fox jumps over the lazy dog; " * 60
@@ -125,7 +125,7 @@ def test_certificate_and_choices_lie_beside_the_checkpoint(trained):
 
 
 def test_options_are_the_configs_fields_and_the_rates():
-    assert Options.from_dict({"w_max": 2.0}).config == LipschitzConfig(w_max=2.0)
+    assert Options.from_dict({"w_max": 2.0}).config == paper(w_max=2.0)
     assert Options.from_dict({"overrides": {}}).config.overrides == {}
     assert Options.from_dict(Options(momentum=0.9).to_dict()) == Options(momentum=0.9)
 
@@ -188,7 +188,7 @@ def test_a_plain_load_of_the_checkpoint_fails_closed(tmp_path, norms):
 @pytest.mark.parametrize("bias", [False, True])
 def test_logits_equal_an_explicit_computation_of_the_recipe(bias):
     module = standin_model()
-    undo = patch(module.GPT, LipschitzConfig(w_max=1.5, logit_scale=1.0))
+    undo = patch(module.GPT, paper(w_max=1.5, logit_scale=1.0))
     torch.manual_seed(3)
     model = module.GPT(module.GPTConfig(n_layer=3, n_head=4, bias=bias)).double().eval()
     undo()
@@ -243,7 +243,7 @@ def test_pretrained_weights_need_a_word_about_norms(tmp_path, capsys):
 
 def test_pretrained_weights_are_within_the_caps_before_any_step():
     module = standin_model()
-    undo = patch(module.GPT, LipschitzConfig(w_max=0.2, norms="keep"))
+    undo = patch(module.GPT, paper(w_max=0.2, norms="keep"))
     assert worst_over_cap(module.GPT.from_pretrained("gpt2")) <= 1.0 + 1e-3
     undo()
     assert find_retrofit(module.GPT.from_pretrained("gpt2")) is None
@@ -311,7 +311,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
 
 def test_a_class_is_patched_once_and_given_back():
     module = standin_model()
-    undo = patch(module.GPT, LipschitzConfig(w_max=2.0), lr=0.02)
+    undo = patch(module.GPT, paper(w_max=2.0), lr=0.02)
     with pytest.raises(ConfigError, match="patched already"):
         patch(module.GPT)
     model = module.GPT(module.GPTConfig(n_layer=1))

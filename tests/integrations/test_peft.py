@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin import (
-    LipschitzConfig,
     LipschitzMuon,
     attach_projection,
     certify,
@@ -35,6 +34,7 @@ from lip_plugin.model.layout import ROW, Layout, Segment
 from lip_plugin.model.scales import branch_scale
 from lip_plugin.optim.enforce import step_projection_
 from tests.support.families import tiny
+from tests.support.oracles import paper
 
 peft = pytest.importorskip("peft")
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": "all-linear", "qwen3": "all-linear"}
@@ -54,7 +54,7 @@ def lora(family: str, r: int = 4, **options: Any) -> Any:
 
 def adapted(family: str, r: int = 4, w_max: float = 1.0, **options: Any) -> Any:
     base = tiny(family, num_hidden_layers=1)
-    retrofit(base, LipschitzConfig(w_max=w_max))
+    retrofit(base, paper(w_max=w_max))
     return peft.get_peft_model(base, lora(family, r, **options))
 
 
@@ -278,7 +278,7 @@ def test_on_a_base_at_its_caps_adapters_still_learn() -> None:
 
 def test_bfloat16_bases_and_adapters_are_within_what_their_storage_can_tell() -> None:
     base = tiny("llama", num_hidden_layers=1)
-    retrofit(base, LipschitzConfig(w_max=1.2))
+    retrofit(base, paper(w_max=1.2))
     base.to(torch.bfloat16)
     model = peft.get_peft_model(base, lora("llama"))
     assert trainable(model)[0].dtype == torch.float32  # peft's own choice
@@ -304,7 +304,7 @@ def test_merging_gives_the_same_function_and_branch_scales_stay(family: str) -> 
         merged = model.merge_and_unload()
         together = merged(input_ids=IDS).logits
         base_only = tiny(family, num_hidden_layers=1)
-        retrofit(base_only, LipschitzConfig(w_max=2.0))
+        retrofit(base_only, paper(w_max=2.0))
         assert (
             base_only(input_ids=IDS).logits - apart
         ).abs().max() > 1e-4  # the adapters do something
@@ -334,7 +334,7 @@ def test_a_certificate_from_caps_knows_the_caps_of_wrapped_layers() -> None:
     peft renames the weight of a wrapped layer, whose cap stays. Only the factors count as they are.
     """
     base = tiny("gpt2", num_hidden_layers=1)
-    retrofit(base, LipschitzConfig(biases="drop"))
+    retrofit(base, paper(biases="drop"))
     model = peft.get_peft_model(base, lora("gpt2", target_modules=["c_fc"]))
     for p in model.get_submodule(
         "base_model.model.transformer.h.0.mlp.c_fc.base_layer"
@@ -348,7 +348,7 @@ def test_adapters_are_saved_and_loaded_on_a_saved_constrained_base(tmp_path: Any
     from transformers import AutoModelForCausalLM
 
     base = tiny("gpt2", num_hidden_layers=1)
-    retrofit(base, LipschitzConfig(w_max=1.5))
+    retrofit(base, paper(w_max=1.5))
     base.save_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, lora("gpt2"))
     fill(model, 0.1)

@@ -13,7 +13,6 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lip_plugin import (
-    LipschitzConfig,
     LipschitzMuon,
     certified_radius,
     certify,
@@ -23,7 +22,7 @@ from lip_plugin import (
 )
 from lip_plugin.errors import CertificateError, LipschitzError, UnsupportedModelError
 from tests.support.families import CLASSIFIERS, tiny
-from tests.support.oracles import random_model, randomize_
+from tests.support.oracles import paper, random_model, randomize_
 
 IDS = torch.arange(24).reshape(2, 12) % 67
 CERTIFIED = {"LORA", "OFT", "HRA"}
@@ -134,7 +133,7 @@ def test_a_head_that_is_trained_beside_the_adapters_is_the_one_that_counts(famil
     task_type SEQ_CLS puts a copy of the head into modules_to_save, and runs that in its place.
     """
     targets = "all-linear" if "distil" not in family else ["q_lin", "lin1"]
-    base = random_model(family, LipschitzConfig())
+    base = random_model(family, paper())
     project_(base)
     model: Any = peft.get_peft_model(
         base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets)

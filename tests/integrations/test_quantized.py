@@ -15,7 +15,6 @@ bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 
 from lip_plugin import (  # noqa: E402
-    LipschitzConfig,
     LipschitzMuon,
     attach_projection,
     certify,
@@ -27,6 +26,7 @@ from lip_plugin import (  # noqa: E402
 from lip_plugin.errors import UnsupportedModelError  # noqa: E402
 from lip_plugin.integrations.bitsandbytes import dequantize  # noqa: E402
 from lip_plugin.integrations.peft.enforce import merged_block_norms  # noqa: E402
+from tests.support.oracles import paper  # noqa: E402
 from tests.support.peft_models import IDS, trainable  # noqa: E402
 
 
@@ -97,7 +97,7 @@ def test_eight_bits_and_caps_on_codes_are_refused() -> None:
         certify(quantized("llama", "int8"))
     model = quantized("llama")
     with pytest.raises(UnsupportedModelError, match="quantized"):
-        retrofit(model, LipschitzConfig(norms="keep"))
+        retrofit(model, paper(norms="keep"))
     unready = bnb.nn.Linear4bit(8, 8)
     with pytest.raises(UnsupportedModelError, match="quantized when it moves to a device"):
         dequantize(unready)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lip_plugin import Certificate, LipschitzConfig, calibrate, certify, project_, retrofit
+from lip_plugin import Certificate, calibrate, certify, project_, retrofit
 from lip_plugin.errors import CheckpointError
 from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from lip_plugin.integrations.huggingface.metrics import write_certificate
@@ -20,7 +20,7 @@ from lip_plugin.model.saved_names import CALIBRATED, METHOD, SCALED, plain_name,
 from lip_plugin.surgery.state import find_retrofit
 from tests.integrations.test_saving import python
 from tests.support.families import inputs_for, tiny
-from tests.support.oracles import logits_of, randomize_
+from tests.support.oracles import logits_of, paper, randomize_
 
 LOAD = """
 import transformers
@@ -37,7 +37,7 @@ def saved(folder: Path, family: str = "gpt2", norms: str = "remove"):
     if norms == "calibrated":
         randomize_(model)
         floors = calibrate(model, [inputs_for(family)])
-    retrofit(model, LipschitzConfig(norms=norms, norm_floors=floors))
+    retrofit(model, paper(norms=norms, norm_floors=floors))
     if norms == "remove":
         randomize_(model)
     project_(model)
@@ -146,7 +146,7 @@ def test_names_are_put_in_front_once_however_often_a_model_is_retrofitted(tmp_pa
     as_before(tmp_path)
     skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert skeleton.config.activation_function == "lip_plugin:gelu_new"
-    retrofit(skeleton, LipschitzConfig(norms="remove"))
+    retrofit(skeleton, paper(norms="remove"))
     assert skeleton.config.activation_function == SCALED + "gelu_new"
     for prefix in (*BEFORE, *BEFORE.values()):
         if prefix.endswith(":"):

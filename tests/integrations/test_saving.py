@@ -27,10 +27,10 @@ from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.scales import ConstantScale
 from lip_plugin.surgery.state import find_retrofit
 from tests.support.families import CLASSIFIERS, HF_FAMILIES, auto_class, inputs_for, tiny
-from tests.support.oracles import CAP_TOLERANCE, logits_of, randomize_, worst_over_cap
+from tests.support.oracles import CAP_TOLERANCE, logits_of, paper, randomize_, worst_over_cap
 
 hf_family = pytest.mark.parametrize("family", HF_FAMILIES)
-CONFIG = LipschitzConfig(w_max=1.7, method="hard_cap", residual=0.3)
+CONFIG = paper(w_max=1.7, method="hard_cap", residual=0.3)
 LOAD = """
 import warnings
 import torch
@@ -88,7 +88,7 @@ def test_without_the_plugin_every_family_fails_closed(norms, tmp_path):
     # With kept norms nothing of ours is in the config's fields, so four families stand for all.
     families = HF_FAMILIES if norms == "remove" else ("gpt2", "llama", "bert", "vit")
     for family in families:
-        saved(family, tmp_path / family, LipschitzConfig(norms=norms))
+        saved(family, tmp_path / family, paper(norms=norms))
         code += f"""
 try:
     transformers.{auto_class(family).__name__}.from_pretrained({str(tmp_path / family)!r})
@@ -132,7 +132,7 @@ def test_it_loads_with_its_config_its_constants_and_its_caps(family, tmp_path):
 
 def test_dropped_biases_stay_fixed_after_loading(tmp_path):
     """Loading makes new Parameters, which would train again."""
-    model, _, _ = saved("gpt2", tmp_path, LipschitzConfig(biases="drop"))
+    model, _, _ = saved("gpt2", tmp_path, paper(biases="drop"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     fixed = [{n for n, p in x.named_parameters() if not p.requires_grad} for x in (model, loaded)]
     assert len(fixed[0]) == 8
@@ -219,7 +219,7 @@ def test_a_tied_model_is_saved_with_a_head_of_its_own(family, tmp_path):
 
 @hf_family
 def test_kept_norms_are_saved_and_loaded(family, tmp_path):
-    model, ids, expected = saved(family, tmp_path, LipschitzConfig(norms="keep"))
+    model, ids, expected = saved(family, tmp_path, paper(norms="keep"))
     loaded, info = auto_class(family).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert torch.equal(logits_of(loaded, ids), expected)
@@ -329,5 +329,5 @@ def test_from_config_of_a_saved_model_gives_no_silent_half(tmp_path):
         ConfigError, match="from scratch"
     ):  # its config came from a folder of weights
         retrofit(model)
-    retrofit(model, LipschitzConfig(norms="remove", init="orthogonal", w_max=1.7))
+    retrofit(model, paper(norms="remove", init="orthogonal", w_max=1.7))
     assert worst_over_cap(model) <= 1.0

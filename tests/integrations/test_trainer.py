@@ -21,7 +21,6 @@ from transformers import (
 from lip_plugin import (
     Certificate,
     LipschitzCallback,
-    LipschitzConfig,
     LipschitzMuon,
     certify,
     retrofit,
@@ -35,6 +34,7 @@ from tests.support.oracles import (
     CAP_TOLERANCE,
     assert_unchanged,
     fingerprint,
+    paper,
     randomize_,
     worst_over_cap,
 )
@@ -374,12 +374,12 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_unbroken_one_does(family, tmp_
 
 def test_a_retrofitted_model_keeps_its_own_config(tmp_path):
     model = tiny("gpt2", **SMALL)
-    retrofit(model, LipschitzConfig(w_max=2.5))
+    retrofit(model, paper(w_max=2.5))
     trainer = trainer_of(tmp_path, model, max_steps=2)
     trainer.train()
     assert find_retrofit(model)[1].config.w_max == 2.5
     with pytest.raises(ConfigError, match="another config"):
-        trainer_of(tmp_path, model, LipschitzCallback(LipschitzConfig(w_max=3.0)))
+        trainer_of(tmp_path, model, LipschitzCallback(paper(w_max=3.0)))
 
 
 def test_training_twice_goes_on_within_the_caps(tmp_path):
@@ -431,7 +431,7 @@ def test_a_pretrained_model_is_refused_unless_norms_is_chosen_in_words(tmp_path)
     with pytest.raises(ConfigError, match="norms='keep'"):
         trainer_of(tmp_path, model)
     assert_unchanged(model, before)
-    trainer = trainer_of(tmp_path, model, LipschitzCallback(LipschitzConfig(norms="keep")))
+    trainer = trainer_of(tmp_path, model, LipschitzCallback(paper(norms="keep")))
     trainer.train()
     assert worst_over_cap(model) <= 1.0 + CAP_TOLERANCE
 
@@ -443,7 +443,7 @@ def test_adapters_on_a_base_without_caps_are_refused_with_the_order(tmp_path):
     )
     before = fingerprint(model)
     with pytest.raises(TrainerError, match=r"(?s)retrofit\(base.*get_peft_model"):
-        trainer_of(tmp_path, model, LipschitzCallback(LipschitzConfig()))
+        trainer_of(tmp_path, model, LipschitzCallback(paper()))
     assert_unchanged(model, before)
     trainer_of(tmp_path, model)  # without a config their change gets a budget
     assert "lip_budget" in vars(model.base_model.model.model.layers[0].self_attn.q_proj)

@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from lip_plugin import Certificate, LipschitzCallback, LipschitzConfig, certify, drift, retrofit
+from lip_plugin import Certificate, LipschitzCallback, certify, drift, retrofit
 from lip_plugin.certificate.comparison.structure import structure_of
 from lip_plugin.certificate.graph.build import build
 from lip_plugin.errors import CertificateError
 from lip_plugin.integrations.peft.enforce import merged_block_norms
+from tests.support.oracles import paper
 
 # TRL 1.16 still asks transformers for a name that goes in v6
 pytestmark = pytest.mark.filterwarnings(
@@ -91,7 +92,7 @@ def test_sft_with_adapters_keeps_caps_or_budgets_and_logs_a_certificate(
 ) -> None:
     model = tiny("llama", num_hidden_layers=1)
     if retrofitted:
-        retrofit(model, LipschitzConfig(w_max=1.1))
+        retrofit(model, paper(w_max=1.1))
     run = trainer(model, tmp_path)
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     run.train()

@@ -16,7 +16,6 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lip_plugin import (
-    LipschitzConfig,
     calibrate,
     certify,
     drift,
@@ -33,6 +32,7 @@ from lip_plugin.certificate.graph.nodes import Norm
 from lip_plugin.certificate.robustness.rules import norm_rule
 from lip_plugin.model.normalization import Floored, floor_
 from tests.support.families import FAMILIES, inputs_for
+from tests.support.oracles import paper
 from tests.support.pretrained_models import calibrated, lively, logits
 
 # A floor that half of the tokens are below is tried on all families. A floor that no token is
@@ -186,9 +186,7 @@ def test_lower_floors_are_nearer_to_the_model_and_higher_ones_prove_more(family:
     for quantile in (0.0, 0.3, 1.0):
         twin = copy.deepcopy(model)
         floors = calibrate(twin, [inputs], quantile=quantile)
-        retrofit(
-            twin, LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own_caps(twin))
-        )
+        retrofit(twin, paper(norms="calibrated", norm_floors=floors, overrides=own_caps(twin)))
         off.append(float((logits(twin, inputs) - before).norm() / before.norm()))
         proven.append(certify(twin).log10_lipschitz)
     assert off[0] < 1e-4

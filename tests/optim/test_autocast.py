@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, project_
+from lip_plugin import LipschitzMuon, attach_projection, certify, project_
 from lip_plugin.config import METHOD_NAMES
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from tests.support.families import inputs_for
-from tests.support.oracles import loss_of, rand, random_model, worst_over_cap
+from tests.support.oracles import loss_of, paper, rand, random_model, worst_over_cap
 
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 
@@ -34,7 +34,7 @@ def test_orthogonalizing_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["muon", "attached"])
 def test_caps_hold_after_steps_inside_autocast(kind: str) -> None:
     """Without the guard the weights of this very run became inf."""
-    model = random_model("gpt2", LipschitzConfig(), hidden_size=128)
+    model = random_model("gpt2", paper(), hidden_size=128)
     project_(model)
     optimizer: torch.optim.Optimizer
     if kind == "muon":

@@ -21,6 +21,7 @@ from tests.support.oracles import (
     assert_unchanged,
     fingerprint,
     loss_of,
+    paper,
     randomize_,
     worst_over_cap,
 )
@@ -107,7 +108,7 @@ def test_after_remove_nothing_is_projected_any_more(make):
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_holds_the_caps_under_adamw_and_sgd_at_large_rates(method):
     for optimizer_class, lr in ((torch.optim.AdamW, 0.05), (torch.optim.SGD, 5.0)):
-        model = small("llama", LipschitzConfig(method=method, w_max=0.8))
+        model = small("llama", paper(method=method, w_max=0.8))
         optimizer = optimizer_class(model.parameters(), lr=lr)
         attach_projection(optimizer, model)
         steps(model, optimizer, 15, lambda m=model: check(m))
@@ -119,7 +120,7 @@ def check(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_method_chosen_at_the_call_wins_over_the_configs(method):
-    model = small("gpt2", LipschitzConfig(method="hard_cap"))
+    model = small("gpt2", paper(method="hard_cap"))
     optimizer = adamw(model)
     attach_projection(optimizer, model, method=method)
     steps(model, optimizer, 3)
@@ -179,7 +180,7 @@ def test_without_a_retrofit_there_is_an_error_and_not_silence(call):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_project_returns_norms_that_bound_the_truth_and_are_within_the_caps(family, method):
     head = HEADS.get(family, "lm_head")
-    model = randomize_(small(family, LipschitzConfig(w_max=0.7, overrides={head: 2.0})))
+    model = randomize_(small(family, paper(w_max=0.7, overrides={head: 2.0})))
     assert worst_over_cap(model) > 1.2
     report = project_(model, method)
     assert [b.name for b in report] == [n for n, _ in constrained_modules(model)]

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lip_plugin import (
-    LipschitzConfig,
     LipschitzMuon,
     attach_projection,
     config_of,
@@ -23,7 +22,7 @@ from lip_plugin import (
 )
 from lip_plugin.errors import ConfigError, LipschitzError, UnsupportedModelError
 from tests.support.families import tiny
-from tests.support.oracles import CAP_TOLERANCE, worst_over_cap
+from tests.support.oracles import CAP_TOLERANCE, paper, worst_over_cap
 
 IDS = torch.arange(48).reshape(4, 12) % 67
 FAMILIES = ["gpt2", "llama"]
@@ -250,7 +249,7 @@ def test_an_optimizer_is_copied_and_pickled_without_its_model() -> None:
 def test_models_with_kept_norms_are_watched_as_well() -> None:
     """Models with norms="keep" are watched as well."""
     model = tiny("llama")
-    retrofit(model, LipschitzConfig(norms="keep"))
+    retrofit(model, paper(norms="keep"))
     optimizer = muon(model)
     _replaced_parameter(model)
     with pytest.raises(ConfigError, match="not among"):

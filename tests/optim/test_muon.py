@@ -29,6 +29,7 @@ from tests.support.oracles import (
     assert_unchanged,
     fingerprint,
     loss_of,
+    paper,
     randomize_,
     worst_over_cap,
 )
@@ -97,7 +98,7 @@ def adversarial_gradients_(model: nn.Module, step: int) -> None:
 
 def stress(family: str, method: str, lr: float, steps: int) -> None:
     """Take steps with adversarial gradients, with a float64 SVD of every block after each."""
-    model = small(family, LipschitzConfig(method=method, w_max=1.2, overrides={"lm_head": 0.7}))
+    model = small(family, paper(method=method, w_max=1.2, overrides={"lm_head": 0.7}))
     optimizer = LipschitzMuon(model, lr=lr)
     worst = []
     for step in range(steps):
@@ -156,7 +157,7 @@ def test_every_block_is_within_its_cap_after_each_of_200_training_steps(family, 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_holds_every_family_over_200_training_steps(family, method, autocast):
-    model = small(family, LipschitzConfig(method=method, w_max=1.1))
+    model = small(family, paper(method=method, w_max=1.1))
     worst = []
     train(
         model,
@@ -210,7 +211,7 @@ def test_a_missing_projection_would_be_seen():
 @pytest.mark.parametrize("lr", [1e-3, 0.05, 0.7])
 def test_a_block_moves_by_at_most_lr_and_not_by_much_less(family, lr):
     # caps far away, so that the projection has nothing to do
-    model = small(family, LipschitzConfig(w_max=1e3, embedding_max=1e3, init="keep"))
+    model = small(family, paper(w_max=1e3, embedding_max=1e3, init="keep"))
     optimizer = LipschitzMuon(model, lr=lr)
     for step in (61, 62, 63, 65, 66):
         before = {n: m.weight.detach().double().clone() for n, m in constrained_modules(model)}
@@ -295,7 +296,7 @@ def test_every_parameter_is_in_the_group_of_its_kind(family):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["soft_cap", "hard_cap", "spectral_hammer"])
 def test_saved_and_restored_it_goes_on_to_the_last_bit(family, method):
-    config = LipschitzConfig(method=method, w_max=0.9)
+    config = paper(method=method, w_max=0.9)
     model = small(family, config)
     optimizer = LipschitzMuon(model, lr=0.15, embedding_lr=0.1, momentum=0.9, weight_decay=0.01)
     train(model, optimizer, 5)
@@ -355,7 +356,7 @@ def test_each_kind_moves_by_its_own_rate(factor):
 
     The first step of AdamW moves a bias by its rate, and a row by embedding_lr in RMS norm.
     """
-    model = small("gpt2", LipschitzConfig(w_max=1e3, embedding_max=1e3, init="keep"))
+    model = small("gpt2", paper(w_max=1e3, embedding_max=1e3, init="keep"))
     optimizer = LipschitzMuon(model, lr=0.1, embedding_lr=0.3, adamw_lr=0.01)
     for group in optimizer.param_groups:
         group["lr"] *= factor
@@ -425,7 +426,7 @@ def write_through_an_alias(p: nn.Parameter) -> None:
 )
 @pytest.mark.parametrize("method", ["soft_cap", "weight_decay", "spectral_normalize"])
 def test_a_weight_written_to_from_outside_is_back_within_its_cap_after_the_next_step(write, method):
-    model = small("gpt2", LipschitzConfig(method=method))
+    model = small("gpt2", paper(method=method))
     optimizer = LipschitzMuon(model, lr=0.1)
     train(model, optimizer, 3)
     for _, module in constrained_modules(model):
@@ -578,7 +579,7 @@ def test_fused_attention_heads_are_stepped_one_by_one():
 
     Muon on the whole matrix would move all of them.
     """
-    model = small("gpt2", LipschitzConfig(w_max=1e3))  # a soft cap nearby would shrink the others
+    model = small("gpt2", paper(w_max=1e3))  # a soft cap nearby would shrink the others
     optimizer = LipschitzMuon(model, lr=0.1)
     module = model.transformer.h[0].attn.c_attn
     module.weight.grad = torch.zeros_like(module.weight)

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, retrofit
+from lip_plugin import LipschitzMuon, certify, retrofit
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.optim import muon
 from tests.support.families import tiny
-from tests.support.oracles import CAP_TOLERANCE, randomize_, worst_over_cap
+from tests.support.oracles import CAP_TOLERANCE, paper, randomize_, worst_over_cap
 
 
 def started(dtype: torch.dtype = torch.float32, **config) -> tuple[nn.Module, LipschitzMuon]:
     model = tiny("llama", hidden_size=16, num_hidden_layers=1).to(dtype)
     randomize_(model)
-    retrofit(model, LipschitzConfig(init="keep", **config))
+    retrofit(model, paper(init="keep", **config))
     return model, LipschitzMuon(model, lr=0.1)
 
 

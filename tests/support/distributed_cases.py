@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, certify, retrofit
+from lip_plugin import LipschitzMuon, attach_projection, certify, retrofit
 from lip_plugin.distributed.gather import gathered
 from lip_plugin.surgery.block_norms import block_norms
 from tests.support.families import tiny
-from tests.support.oracles import randomize_, worst_over_cap
+from tests.support.oracles import paper, randomize_, worst_over_cap
 
 STEPS, BATCH, TOKENS = 20, 4, 12
 # The width is 24, with 4 heads of 6 rows, so that pieces of 24 / 4 or 12 / 4 rows cut through
@@ -75,7 +75,7 @@ def model_of(case: Case) -> nn.Module:
     model = tiny(case.family, vocab_size=case.vocabulary, **{**_SMALL, **case.model})
     model = model.double() if case.double else model
     randomize_(model)  # no map starts at zero, and most blocks start above their caps
-    retrofit(model, LipschitzConfig(init="keep", **case.config))
+    retrofit(model, paper(init="keep", **case.config))
     if case.frozen:
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and not name.endswith(case.frozen))

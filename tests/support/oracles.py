@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lip_plugin import LipschitzConfig, retrofit
+from lip_plugin.config import LEGACY, LOGIT_SCALE
 from lip_plugin.model.architecture import find_family
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.parts import Parts, parts
@@ -79,9 +80,14 @@ def random_model(name: str, config: LipschitzConfig | None, **overrides: Any) ->
     return randomize_(model)
 
 
+def paper(**changes: Any) -> LipschitzConfig:
+    """The recipe of arXiv 2507.13338, which `Recipe` writes out, with the default logit scale."""
+    return LipschitzConfig(**{**LEGACY, **changes})
+
+
 def retrofitted(family: str, config: LipschitzConfig | None = None, **overrides: Any) -> nn.Module:
     """A tiny constrained model with random weights, so that no zero map hides a branch."""
-    return random_model(family, config or LipschitzConfig(), **overrides)
+    return random_model(family, config or paper(), **overrides)
 
 
 def table_of(model: nn.Module) -> Parts:
@@ -332,7 +338,7 @@ class Recipe:
         # OPT's post-norm models and the BERTs have no norm slot behind the last block, where the
         # scale would go.
         slot = not family.startswith("opt_") and "bert" not in family
-        self.logit_scale = logit_scale if logit_scale is not None else 10.0 if slot else 1.0
+        self.logit_scale = logit_scale if logit_scale is not None else LOGIT_SCALE if slot else 1.0
 
     def linear(self, name: str, x: Tensor, bias: float = 1.0) -> Tensor:
         w = self.w[f"{name}.weight"]
@@ -467,9 +473,12 @@ class Recipe:
         maps = [self.linear(name, x) for name in names]
         if self.family == "phi3":
             maps = list(maps[0].chunk(2, dim=-1))
-        hidden = self.act(maps[0])
-        if len(maps) == 2:
-            hidden = hidden * maps[1]
+        if len(maps) == 2 and self.activation == "abs":
+            g, u = maps
+            hidden = ((g**2 + u**2 + 1e-6).sqrt() - 1e-3) / math.sqrt(2.0)
+        else:
+            hidden = self.act(maps[0])
+            hidden = hidden * maps[1] if len(maps) == 2 else hidden
         # OPT's branch is scaled at the activation, so its last bias is added as it is to what the
         # model carries: x / c, or x itself with norms behind the sum
         bias = 1.0

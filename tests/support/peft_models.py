@@ -13,9 +13,10 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from lip_plugin import LipschitzConfig, project_, retrofit, set_caps_
+from lip_plugin import project_, retrofit, set_caps_
 from lip_plugin.integrations.peft.layers import wrapped_layers
 from tests.support.families import tiny
+from tests.support.oracles import paper
 
 IDS = torch.arange(48).reshape(4, 12) % 67
 TOLERANCE = 1e-3  # what the plugin promises; the maps themselves stay within 1e-4
@@ -53,7 +54,7 @@ def base_of(
 ) -> Any:
     """A retrofitted model whose output maps are not zero (DoRA divides by rows of W0)."""
     base = tiny(family, num_hidden_layers=1)
-    retrofit(base, LipschitzConfig(w_max=1.0))
+    retrofit(base, paper(w_max=1.0))
     if filled:
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():

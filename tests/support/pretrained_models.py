@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from lip_plugin import LipschitzConfig, calibrate, own_caps, retrofit
+from lip_plugin import calibrate, own_caps, retrofit
 from lip_plugin.model.architecture import find_family
 from tests.support.families import inputs_for, tiny
+from tests.support.oracles import paper
 
 
 def logits(model: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,5 @@ def calibrated(family: str, quantile: float = 0.5, times: float = 1.0, **overrid
     model = lively(family, **overrides)
     found = calibrate(model, [inputs_for(family)], quantile=quantile)
     floors = {slot: times * floor for slot, floor in found.items()}
-    retrofit(
-        model, LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own_caps(model))
-    )
+    retrofit(model, paper(norms="calibrated", norm_floors=floors, overrides=own_caps(model)))
     return model

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script, run by
 import torch
 from transformers import Trainer, TrainingArguments
 
-from lip_plugin import LipschitzCallback, LipschitzConfig, RetrofitSchedule, config_of
+from lip_plugin import LipschitzCallback, RetrofitSchedule, config_of
 from lip_plugin.surgery.block_norms import block_norms
 from tests.support.distributed_cases import leave
 from tests.support.families import data_for, tiny
+from tests.support.oracles import paper
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,7 @@ def main(out: Path) -> None:
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     # each process has batches of its own: the constants must be one process's all the same
     batches = [torch.randint(67, (4, 12), generator=torch.Generator().manual_seed(rank))]
-    config = LipschitzConfig(norms="calibrated", w_max=0.4, embedding_max=0.4)
+    config = paper(norms="calibrated", w_max=0.4, embedding_max=0.4)
     callback = LipschitzCallback(config, schedule=RetrofitSchedule(every=2), calibration=batches)
     args = TrainingArguments(
         str(out / "run"),

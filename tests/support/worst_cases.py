@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, retrofit
+from lip_plugin import retrofit
 from tests.support.families import tiny
+from tests.support.oracles import paper
 
 
 def one_head_rows(d: int, d_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +47,7 @@ def one_head_gpt2(heads: int, width: int = 48) -> Any:
     Every norm is 1 or 0, and embeddings have RMS norm 1.
     """
     model: Any = tiny("gpt2", num_hidden_layers=1, hidden_size=width, num_attention_heads=heads)
-    retrofit(model, LipschitzConfig(granularity="matrix", logit_scale=1.0))
+    retrofit(model, paper(granularity="matrix", logit_scale=1.0))
     attention, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
     with torch.no_grad():
         for p in model.parameters():
@@ -91,7 +92,7 @@ def layered_gpt2(heads: int, layers: int, width: int = 48) -> Any:
     model: Any = tiny(
         "gpt2", num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads
     )
-    retrofit(model, LipschitzConfig(granularity="matrix", logit_scale=1.0))
+    retrofit(model, paper(granularity="matrix", logit_scale=1.0))
     one = one_head_gpt2(heads, width)
     with torch.no_grad():
         for p in model.parameters():

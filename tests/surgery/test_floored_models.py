@@ -35,6 +35,7 @@ from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.normalization import Floored
 from lip_plugin.model.saved_names import CALIBRATED, CALIBRATED_NAMES
 from tests.support.families import DECODERS, FAMILIES, HF_FAMILIES, auto_class, inputs_for, tiny
+from tests.support.oracles import paper
 from tests.support.peft_models import TARGETS, TOLERANCE, disturb, trainable, worst_merged
 from tests.support.pretrained_models import calibrated, lively, logits
 
@@ -115,7 +116,7 @@ def test_pickle_copy_release_and_another_retrofit() -> None:
     release(model)
     assert torch.equal(before, logits(model, inputs))
     with pytest.raises(ConfigError, match="norm_floors of 0"):
-        retrofit(model, LipschitzConfig(norms="keep"))
+        retrofit(model, paper(norms="keep"))
     higher = {slot: 2 * floor for slot, floor in config.norm_floors.items()}
     retrofit(model, LipschitzConfig.from_dict({**config.to_dict(), "norm_floors": higher}))
     assert not torch.equal(before, logits(model, inputs))
@@ -152,7 +153,7 @@ def test_floors_move_in_mid_run_everywhere(tmp_path: Any) -> None:
             set_norm_floors_(model, wrong)
     assert config_of(model) == before
     kept = tiny("llama")
-    retrofit(kept, LipschitzConfig(norms="keep"))
+    retrofit(kept, paper(norms="keep"))
     with pytest.raises(ConfigError, match="'keep', not 'calibrated'"):
         set_norm_floors_(kept, {})
 
@@ -174,10 +175,10 @@ def test_a_norm_with_a_forward_of_its_own_is_refused() -> None:
     slot = model.transformer.ln_f
     slot.forward = slot.forward  # as accelerate's hooks do
     with pytest.raises(UnsupportedModelError, match="ln_f carries a forward of its own"):
-        retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
+        retrofit(model, paper(norms="calibrated", norm_floors=floors))
     assert not hasattr(model, "lip_retrofit")
     del slot.forward
-    retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors))
+    retrofit(model, paper(norms="calibrated", norm_floors=floors))
     before, state = logits(model, ids), copy.deepcopy(config_of(model))
     slot.forward = slot.forward
     with pytest.raises(UnsupportedModelError, match="carries a forward"):

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lip_plugin import (
-    LipschitzConfig,
     attach_projection,
     certify,
     falsify,
@@ -23,7 +22,7 @@ from lip_plugin.certificate.graph.nodes import Gate
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
 from lip_plugin.model.scales import EntryCap, entry_cap
 from tests.support.families import FAMILIES, tiny
-from tests.support.oracles import logits_of, randomize_
+from tests.support.oracles import logits_of, paper, randomize_
 
 GATED = [
     name
@@ -34,7 +33,7 @@ GATED = [
 
 def model_with(family: str, **fields) -> nn.Module:
     model = tiny(family)
-    retrofit(model, LipschitzConfig(**fields))
+    retrofit(model, paper(**fields))
     return randomize_(model)
 
 
@@ -82,7 +81,7 @@ def test_from_caps_the_factor_is_the_cap_and_no_longer_the_width() -> None:
     for gate_max, found in constants.items():
         for d in (32, 128):
             model = tiny("llama", hidden_size=d, intermediate_size=2 * d, num_hidden_layers=1)
-            retrofit(model, LipschitzConfig(gate_max=gate_max))
+            retrofit(model, paper(gate_max=gate_max))
             mlp = certify(model, "caps").layers[1]
             found.append(mlp.lipschitz - 1)
     assert constants[None][1] / constants[None][0] == pytest.approx(2.0, rel=0.01)
@@ -142,7 +141,7 @@ def test_adapters_behind_a_cap_are_refused_by_name() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = tiny("llama")
-    retrofit(model, LipschitzConfig(gate_max=1.0))
+    retrofit(model, paper(gate_max=1.0))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
     with pytest.raises(UnsupportedModelError, match="gate_max=None"):
         certify(wrapped)
@@ -154,4 +153,4 @@ def test_adapters_behind_a_cap_are_refused_by_name() -> None:
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, True])
 def test_caps_that_are_no_caps_are_refused(bad: float) -> None:
     with pytest.raises(ConfigError, match="gate_max"):
-        LipschitzConfig(gate_max=bad)
+        paper(gate_max=bad)

@@ -12,7 +12,7 @@ import pickle
 import pytest
 import torch
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, project_, release, retrofit
+from lip_plugin import LipschitzMuon, certify, falsify, project_, release, retrofit
 from lip_plugin.errors import ConfigError, UnsupportedModelError
 from lip_plugin.model.architecture import find_family
 from lip_plugin.model.parts import parts
@@ -20,9 +20,8 @@ from lip_plugin.model.position import OffsetBias, biased_attention, position_bia
 from lip_plugin.surgery.state import find_retrofit
 from lip_plugin.surgery.untrained import untrained
 from tests.support.families import DECODERS, ENCODERS, FAMILIES, auto_class, inputs_for, tiny
-from tests.support.oracles import Recipe, logits_of, loss_of, randomize_, worst_over_cap
+from tests.support.oracles import Recipe, logits_of, loss_of, paper, randomize_, worst_over_cap
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma2", "gemma3", "olmo2")
 PARALLEL = ("gpt_neox",)
 NO_FINAL_NORM = ("opt_post", "opt_projected", *ENCODERS)
 # vit has patches, and transformers gives gemma2 no attention by scaled_dot_product_attention
@@ -46,8 +45,6 @@ OPTIONS = {
 def options_of(family: str, name: str) -> dict:
     """The options that this family has a place for."""
     chosen = dict(OPTIONS[name])
-    if family.startswith(GATED):
-        chosen.pop("activation", None)
     if family in PARALLEL:
         chosen.pop("residual", None)
     if family in NO_FINAL_NORM:
@@ -58,7 +55,7 @@ def options_of(family: str, name: str) -> dict:
 def with_options(family: str, name: str = "all", **overrides):
     """Retrofitted with the options, and random weights everywhere."""
     model = tiny(family, **overrides)
-    retrofit(model, LipschitzConfig(**options_of(family, name)))
+    retrofit(model, paper(**options_of(family, name)))
     randomize_(model)
     names = parts(model, find_family(model).architecture)
     for _, p, zero in untrained(model, names, find_retrofit(model)[1].config):
@@ -188,7 +185,7 @@ def test_padding_on_the_left_changes_no_logit(family):
 @every_family
 def test_it_trains_within_its_caps_and_what_is_fixed_stays(family):
     model = tiny(family)
-    retrofit(model, LipschitzConfig(**options_of(family, "all"), biases="drop"))
+    retrofit(model, paper(**options_of(family, "all"), biases="drop"))
     fixed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer, x = LipschitzMuon(model, lr=0.1, adamw_lr=0.1), inputs_for(family)
     table = attention_of(model).position_bias.weight
@@ -211,7 +208,7 @@ def test_it_trains_within_its_caps_and_what_is_fixed_stays(family):
 def test_learned_positions_make_room_for_biases(family):
     """The table is zero and fixed, and the tokens have all of embedding_max but a millionth."""
     model = tiny(family)
-    retrofit(model, LipschitzConfig(position_bias="learned"))
+    retrofit(model, paper(position_bias="learned"))
     state = find_retrofit(model)[1]
     table = model.get_submodule(state.architecture.positions)
     assert not table.weight.any()
@@ -277,10 +274,10 @@ def test_copies_pickles_and_released_models_keep_the_function(family):
         assert isinstance(attention_of(twin), type(attention_of(model)))
     release(model)
     assert torch.equal(logits_of(model, x), expected)
-    retrofit(model, LipschitzConfig(**options_of(family, "all"), method="hard_cap"))
+    retrofit(model, paper(**options_of(family, "all"), method="hard_cap"))
     assert torch.equal(logits_of(model, x), expected)  # tables that are there are kept
     release(model)
-    retrofit(model, LipschitzConfig())
+    retrofit(model, paper())
     assert not any(position_bias(m) is not None for m in model.modules())
     assert certify(model).lipschitz < math.inf
 
@@ -313,13 +310,14 @@ def test_without_content_queries_and_keys_change_nothing():
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("gpt2", {"attention_scale": 0}, "position_bias"),
+        ("gpt2", {"attention_scale": 0, "position_bias": None}, "position_bias"),
         ("gpt2", {"norms": "keep", "activation": "abs"}, "activation"),
         ("gpt2", {"norms": "keep", "logit_scale": 2.0}, "logit_scale"),
         ("gpt2", {"residual": (0.5, 1.0)}, "residual"),
+        ("gpt2", {"residual": "deep"}, "residual"),
         ("gpt2", {"residual": (0.5,)}, "residual"),
         ("gpt2", {"position_bias": "rotary"}, "learned"),
-        ("llama", {"activation": "abs"}, "gated"),
+        ("llama", {"activation": "abs", "gate_max": 8.0}, "gate_max"),
         ("gpt_neox", {"residual": (0.5, 0.9)}, "parallel"),
         ("bert", {"logit_scale": 2.0}, "overrides"),
         ("vit", {"position_bias": "learned"}, "patches"),
@@ -330,7 +328,7 @@ def test_what_has_no_place_is_refused_before_anything_changes(family, fields, me
     model = tiny(family)
     before = {n: type(m) for n, m in model.named_modules()}
     with pytest.raises(ConfigError, match=message):
-        retrofit(model, LipschitzConfig(**fields))
+        retrofit(model, paper(**fields))
     assert {n: type(m) for n, m in model.named_modules()} == before
 
 
@@ -339,8 +337,8 @@ def test_residual_weights_that_leave_float32_are_refused_and_the_default_does_no
     weights = (0.75, 0.9) if family == "gpt2" else 0.95
     deep = tiny(family, num_hidden_layers=30)
     with pytest.raises(ConfigError, match="Leave residual out"):
-        retrofit(deep, LipschitzConfig(residual=weights))
-    retrofit(deep, LipschitzConfig())
+        retrofit(deep, paper(residual=weights))
+    retrofit(deep, paper())
     randomize_(deep)
     project_(deep)
     x = inputs_for(family)
@@ -369,7 +367,7 @@ def test_an_attention_that_does_not_use_the_function_is_noticed():
 def test_tables_of_biases_move_at_half_the_matrices_rate(family):
     """AdamW's first step is its rate in every entry that has a gradient, whatever adamw_lr is."""
     model = tiny(family)
-    retrofit(model, LipschitzConfig(**options_of(family, "all")))
+    retrofit(model, paper(**options_of(family, "all")))
     randomize_(model)
     table = attention_of(model).position_bias.weight
     before = table.detach().clone()

@@ -24,7 +24,7 @@ from lip_plugin.model.parts import parts
 from lip_plugin.model.scales import ConstantScale, branch_scale
 from lip_plugin.surgery.state import find_retrofit
 from tests.support.families import FAMILIES, tiny
-from tests.support.oracles import assert_unchanged, fingerprint, logits_of, randomize_
+from tests.support.oracles import assert_unchanged, fingerprint, logits_of, paper, randomize_
 
 
 def other_family(name: str, **fields) -> nn.Module:
@@ -142,10 +142,10 @@ def test_overrides_that_match_nothing_are_refused_with_names_that_would(family):
         tiny(family),
         ConfigError,
         r"(?s)mlp\.nothing.*named like",
-        LipschitzConfig(overrides={"mlp.nothing": 1.0}),
+        paper(overrides={"mlp.nothing": 1.0}),
     )
     # a suffix is cut at dots: "proj" is not "c_proj" or "o_proj"
-    refuse(tiny(family), ConfigError, "'proj'", LipschitzConfig(overrides={"proj": 1.0}))
+    refuse(tiny(family), ConfigError, "'proj'", paper(overrides={"proj": 1.0}))
 
 
 def test_weights_tied_in_conflict_are_refused_by_their_names():
@@ -160,7 +160,7 @@ def test_weights_tied_in_conflict_are_refused_by_their_names():
 
 @pytest.mark.parametrize("family", ["gpt2", "nanogpt"])
 def test_a_tied_head_that_may_not_be_untied_is_refused(family):
-    refuse(tiny(family), TiedWeightsError, "untie_head=True", LipschitzConfig(untie_head=False))
+    refuse(tiny(family), TiedWeightsError, "untie_head=True", paper(untie_head=False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -249,10 +249,10 @@ def test_a_pretrained_model_is_refused_unless_norms_is_chosen_in_words(family, t
     x = torch.randint(67, (2, 9))
     expected = logits_of(model, x)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    retrofit(model, LipschitzConfig(norms="keep"))
+    retrofit(model, paper(norms="keep"))
     assert torch.equal(logits_of(model, x), expected)
     release(model)
-    retrofit(model, LipschitzConfig(norms="remove"))
+    retrofit(model, paper(norms="remove"))
     assert not torch.allclose(logits_of(model, x), expected, atol=1e-2)
     # whoever says "remove" of a loaded model keeps its weights: "auto" initializes only fresh ones
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
@@ -263,7 +263,7 @@ def test_norms_that_are_gone_cannot_be_kept(family):
     model = tiny(family)
     retrofit(model)
     release(model)
-    refuse(model, ConfigError, "norms.*gone", LipschitzConfig(norms="keep"))
+    refuse(model, ConfigError, "norms.*gone", paper(norms="keep"))
 
 
 def test_config_none_means_the_defaults():
@@ -271,7 +271,7 @@ def test_config_none_means_the_defaults():
     torch.manual_seed(3)
     retrofit(model)
     torch.manual_seed(3)
-    retrofit(other, LipschitzConfig())
+    retrofit(other, paper())
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
@@ -282,7 +282,7 @@ def test_config_none_means_the_defaults():
 def test_the_report_has_a_line_for_every_change_and_prints_as_a_table(family):
     model = tiny(family)
     names = parts(model, find_family(model).architecture)
-    report = retrofit(model, LipschitzConfig(w_max=1.25))
+    report = retrofit(model, paper(w_max=1.25))
     told = [name for name, _ in report.changes]
     assert {*names.norms(), *(name for _, name in names.tables()), names.head} <= set(told)
     assert {name for name, _ in constrained_modules(model)} <= set(told)
@@ -367,4 +367,4 @@ def test_every_refusal_is_one_of_our_named_errors():
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert", "vit", "nanogpt"])
 def test_a_model_without_layers_is_refused(family):
     with pytest.raises(UnsupportedModelError, match="at least one"):
-        retrofit(tiny(family, num_hidden_layers=0), LipschitzConfig())
+        retrofit(tiny(family, num_hidden_layers=0), paper())

@@ -18,6 +18,7 @@ from lip_plugin.optim.enforce import keep_within_caps_
 from lip_plugin.surgery.block_norms import block_norms
 from lip_plugin.training import calibration
 from tests.support.families import FAMILIES, inputs_for, tiny
+from tests.support.oracles import paper
 from tests.support.pretrained_models import lively, logits
 
 
@@ -28,7 +29,7 @@ def test_own_caps_and_floors_of_zero_change_no_bit(family: str) -> None:
     floors = calibrate(model, [inputs])
     assert torch.equal(before, logits(model, inputs)), "calibrate leaves the model as it was"
     assert not any(m._forward_pre_hooks for m in model.modules())
-    config = LipschitzConfig(norms="calibrated", norm_floors=dict.fromkeys(floors, 0.0))
+    config = paper(norms="calibrated", norm_floors=dict.fromkeys(floors, 0.0))
     retrofit(model, LipschitzConfig.from_json(config.to_json()))
     assert all(floor > 0 for floor in floors.values())
     assert torch.equal(before, logits(model, inputs))
@@ -43,9 +44,9 @@ def test_floors_at_the_smallest_token_change_no_bit_but_the_bound(family: str) -
     before, twin = logits(model, inputs), copy.deepcopy(model)
     floors = calibrate(model, [inputs], quantile=0.0)
     own = own_caps(model)
-    retrofit(model, LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own))
+    retrofit(model, paper(norms="calibrated", norm_floors=floors, overrides=own))
     assert torch.equal(before, logits(model, inputs))
-    retrofit(twin, LipschitzConfig(norms="keep", overrides=own))
+    retrofit(twin, paper(norms="keep", overrides=own))
     assert certify(model).log10_lipschitz < certify(twin).log10_lipschitz - 1
 
 
@@ -54,7 +55,7 @@ def test_floors_at_the_smallest_token_change_no_bit_but_the_bound(family: str) -
 def test_caps_at_a_models_own_norms_change_no_bit(family: str, method: str) -> None:
     model = lively(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    retrofit(model, LipschitzConfig(norms="keep", method=method, overrides=own_caps(model)))
+    retrofit(model, paper(norms="keep", method=method, overrides=own_caps(model)))
     keep_within_caps_(model)
     now = dict(model.named_parameters())  # an untied head is one more
     assert all(torch.equal(old, now[name]) for name, old in before.items())
@@ -107,9 +108,7 @@ def test_the_floor_is_a_quantile_of_what_the_norm_divides_by() -> None:
 def test_in_turn_every_slot_sees_what_it_will_see(family: str) -> None:
     model, ids = lively(family), inputs_for(family)
     floors = calibrate(model, ids, quantile=0.5)
-    retrofit(
-        model, LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own_caps(model))
-    )
+    retrofit(model, paper(norms="calibrated", norm_floors=floors, overrides=own_caps(model)))
     seen: dict[str, torch.Tensor] = {}
 
     def hook(slot: str, module: Any, args: Any) -> None:
@@ -151,9 +150,7 @@ def test_attention_sinks_do_no_harm() -> None:
         model.bert.embeddings.position_embeddings.weight[0] *= 40
     before = logits(model, ids)
     floors = calibrate(model, ids, quantile=0.05)
-    retrofit(
-        model, LipschitzConfig(norms="calibrated", norm_floors=floors, overrides=own_caps(model))
-    )
+    retrofit(model, paper(norms="calibrated", norm_floors=floors, overrides=own_caps(model)))
     assert float((logits(model, ids) - before).norm() / before.norm()) < 0.05
 
 
@@ -165,39 +162,37 @@ def test_bad_input() -> None:
     slot = next(iter(floors))
     cases: list[tuple[Any, type, str]] = [
         (
-            lambda: retrofit(model, LipschitzConfig(norms="calibrated")),
+            lambda: retrofit(model, paper(norms="calibrated")),
             ConfigError,
             r"norm_floors=calibrate\(model, batches\)",
         ),
         (
-            lambda: retrofit(model, LipschitzConfig(norms="calibrated", norm_floors={slot: 1.0})),
+            lambda: retrofit(model, paper(norms="calibrated", norm_floors={slot: 1.0})),
             ConfigError,
             "norm_floors lacks .* Its slots: transformer.h.0.ln_1",
         ),
         (
-            lambda: retrofit(
-                model, LipschitzConfig(norms="calibrated", norm_floors={**floors, "x": 1.0})
-            ),
+            lambda: retrofit(model, paper(norms="calibrated", norm_floors={**floors, "x": 1.0})),
             ConfigError,
             "'x', which is no norm slot",
         ),
         (
-            lambda: LipschitzConfig(norms="keep", norm_floors=floors),
+            lambda: paper(norms="keep", norm_floors=floors),
             ConfigError,
             "norms='calibrated'",
         ),
         (
-            lambda: LipschitzConfig(norms="calibrated", norm_floors={slot: -1.0}),
+            lambda: paper(norms="calibrated", norm_floors={slot: -1.0}),
             ConfigError,
             "from 1e-12",
         ),
         (
-            lambda: LipschitzConfig(norms="calibrated", norm_floors={slot: math.inf}),
+            lambda: paper(norms="calibrated", norm_floors={slot: math.inf}),
             ConfigError,
             "1e12",
         ),
         (
-            lambda: LipschitzConfig(norms="calibrated", norm_floors=floors, logit_scale=3.0),
+            lambda: paper(norms="calibrated", norm_floors=floors, logit_scale=3.0),
             ConfigError,
             "calibrated",
         ),
@@ -230,7 +225,7 @@ def test_bad_input() -> None:
         calibrate(gone, [ids])
     release(gone)
     with pytest.raises(ConfigError, match="are gone"):
-        retrofit(gone, LipschitzConfig(norms="calibrated", norm_floors=floors))
+        retrofit(gone, paper(norms="calibrated", norm_floors=floors))
     with torch.no_grad():
         model.transformer.wte.weight[:, 0] = math.inf
     with pytest.raises(NonFiniteError, match="ln_1 reads nan or inf"):

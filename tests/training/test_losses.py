@@ -9,14 +9,15 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from lip_plugin import LipschitzCallback, LipschitzConfig, LipschitzMuon, MarginLoss, retrofit
+from lip_plugin import LipschitzCallback, LipschitzMuon, MarginLoss, retrofit
 from lip_plugin.errors import ConfigError, NotRetrofittedError
 from tests.support.families import data_for, tiny
+from tests.support.oracles import paper
 
 
 def model_of(family: str = "gpt2", **config):
     model = tiny(family, hidden_size=16, num_hidden_layers=1)
-    retrofit(model, LipschitzConfig(**config))
+    retrofit(model, paper(**config))
     return model
 
 

@@ -33,9 +33,10 @@ from lip_plugin.surgery.block_norms import block_norms
 from lip_plugin.surgery.state import find_retrofit
 from lip_plugin.training.calibration import with_floors
 from tests.support.families import data_for, inputs_for, tiny
+from tests.support.oracles import paper
 from tests.support.pretrained_models import lively, logits
 
-TARGET = LipschitzConfig(norms="calibrated", w_max=0.4, embedding_max=0.4, method="hard_cap")
+TARGET = paper(norms="calibrated", w_max=0.4, embedding_max=0.4, method="hard_cap")
 
 
 def batches() -> list[torch.Tensor]:
@@ -90,7 +91,7 @@ def test_a_loop_goes_from_the_pretrained_model_to_its_target(family: str) -> Non
 def test_norms_may_stay_while_caps_tighten() -> None:
     model = lively("gpt2")
     schedule = RetrofitSchedule(caps=(0.0, 1.0))
-    schedule.begin_(model, LipschitzConfig(norms="keep", w_max=1.0))
+    schedule.begin_(model, paper(norms="keep", w_max=1.0))
     for progress in (0.3, 0.6, 1.0):
         schedule.apply_(model, None, progress)
     assert max(own_caps(model).values()) <= 1 + 1e-3
@@ -110,12 +111,12 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="calibration=batches"):
         schedule.begin_(model, TARGET)
     with pytest.raises(ConfigError, match="norms='calibrated'"):
-        schedule.begin_(model, LipschitzConfig(norms="remove"), batches())
-    typo = LipschitzConfig(norms="calibrated", overrides={"nothing": 1.0})
+        schedule.begin_(model, paper(norms="remove"), batches())
+    typo = paper(norms="calibrated", overrides={"nothing": 1.0})
     with pytest.raises(ConfigError, match="'nothing'. matches no layer"):
         schedule.begin_(model, typo, batches())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    retrofit(model, LipschitzConfig(norms="keep"))
+    retrofit(model, paper(norms="keep"))
     with pytest.raises(ConfigError, match="call begin_"):
         schedule.apply_(model, None, 0.5)
     with pytest.raises(ConfigError, match="same pretrained weights.*resume_from_checkpoint"):
@@ -209,7 +210,7 @@ def test_what_would_do_nothing_or_harm_is_refused(tmp_path: Path) -> None:
         (
             lively("gpt2"),
             {},
-            LipschitzConfig(norms="keep"),
+            paper(norms="keep"),
             {"calibration": batches()},
             "has no effect",
         ),
@@ -265,7 +266,7 @@ def test_the_callback_calibrates_without_a_schedule(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, logging_steps=1)
     model = lively("gpt2")
     caps = own_caps(model)
-    config = LipschitzConfig(norms="calibrated", overrides=caps)
+    config = paper(norms="calibrated", overrides=caps)
     run = Trainer(
         model,
         args,
@@ -283,7 +284,7 @@ def test_the_callback_calibrates_without_a_schedule(tmp_path: Path) -> None:
 
 def test_a_model_with_floors_keeps_them_when_it_is_trained_on() -> None:
     model = lively("gpt2")
-    asked = LipschitzConfig(norms="calibrated", overrides=own_caps(model))
+    asked = paper(norms="calibrated", overrides=own_caps(model))
     retrofit(model, with_floors(model, asked, batches()))
     other = [torch.randint(67, (4, 12))]
     assert with_floors(model, asked, other).norm_floors == config_of(model).norm_floors
