@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lip_plugin import LipschitzConfig
-from lip_plugin.config import METHOD_NAMES, PRESETS
+from lip_plugin.config import LEGACY, METHOD_NAMES, PRESETS
 from lip_plugin.errors import ConfigError, LipschitzError
 from lip_plugin.linalg.projections import METHODS
 
@@ -40,16 +40,17 @@ def test_the_methods_a_config_accepts_are_those_that_exist():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    method=st.sampled_from(METHOD_NAMES),
+    method=st.sampled_from(("auto", *METHOD_NAMES)),
     w_max=st.floats(1e-300, 1e300),
     overrides=st.dictionaries(
         st.text(min_size=1, max_size=8), st.floats(1e-300, 1e300), max_size=3
     ),
     granularity=st.sampled_from(["head", "matrix"]),
     norms=st.sampled_from([None, "remove", "keep"]),
-    residual=st.none() | st.floats(1e-9, 0.999),
-    value_scale=st.floats(1e-9, 1e9),
-    biases=st.sampled_from(["keep", "drop"]),
+    residual=st.sampled_from([None, "auto"]) | st.floats(1e-9, 0.999),
+    value_scale=st.just("auto") | st.floats(1e-9, 1e9),
+    activation=st.sampled_from([None, "auto"]),
+    biases=st.sampled_from(["auto", "keep", "drop"]),
     untie_head=st.booleans(),
     init=st.sampled_from(["auto", "orthogonal", "keep"]),
 )
@@ -64,7 +65,7 @@ def test_json_gives_back_an_equal_config(**fields):
 @pytest.mark.parametrize("value", NOT_POSITIVE, ids=lambda v: repr(v)[:9])
 def test_a_number_that_is_not_finite_and_positive_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
-        LipschitzConfig(**{name: value})
+        LipschitzConfig(**{**LEGACY, name: value})
 
 
 @pytest.mark.parametrize("value", NOT_POSITIVE, ids=lambda v: repr(v)[:9])

@@ -33,7 +33,7 @@ from lip_plugin.face import require_module
 from lip_plugin.surgery.state import find_retrofit
 from tests.integrations.test_trainer import SMALL, arguments, trainer_of
 from tests.support.families import data_for, tiny
-from tests.support.oracles import assert_unchanged, fingerprint
+from tests.support.oracles import assert_unchanged, fingerprint, paper
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_a_state_of_another_config_is_refused_with_both_and_the_cure_before_anyt
     None
 ):
     models = [tiny("gpt2"), tiny("gpt2")]
-    retrofit(models[0])
-    retrofit(models[1], LipschitzConfig(biases="drop"))
+    retrofit(models[0], paper())
+    retrofit(models[1], paper(biases="drop"))
     old, optimizer = (LipschitzMuon(model, lr=0.1) for model in models)
     rates = [g["lr"] for g in optimizer.param_groups]
     state = old.state_dict()
@@ -238,7 +238,7 @@ def test_a_state_of_another_config_is_refused_with_both_and_the_cure_before_anyt
 def test_a_trainer_that_resumes_with_another_config_says_so(tmp_path) -> None:
     fields = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_of(tmp_path, tiny("gpt2", **SMALL), **fields).train()
-    other = trainer_of(tmp_path, tiny("gpt2", **SMALL), LipschitzCallback("robust"), **fields)
+    other = trainer_of(tmp_path, tiny("gpt2", **SMALL), LipschitzCallback("paper"), **fields)
     with pytest.raises(CheckpointError, match="another LipschitzConfig"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

@@ -271,7 +271,7 @@ def test_config_none_means_the_defaults():
     torch.manual_seed(3)
     retrofit(model)
     torch.manual_seed(3)
-    retrofit(other, paper())
+    retrofit(other, LipschitzConfig())
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
@@ -300,7 +300,7 @@ def test_the_constants_are_those_of_the_telescoped_residual():
     logits, and the scale comes last.
     """
     model = tiny("gpt2", num_hidden_layers=3)
-    retrofit(model)
+    retrofit(model, paper())
     a, c = 1 / 6, [(5 / 6) ** k for k in range(7)]
     for i, layer in enumerate(model.transformer.h):
         assert layer.ln_1.scale == pytest.approx(c[2 * i], rel=1e-15)
@@ -329,7 +329,7 @@ def test_frozen_parameters_stay_frozen_and_an_untied_head_inherits():
     model = tiny("gpt2")
     model.transformer.wte.weight.requires_grad_(False)
     model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
-    retrofit(model)
+    retrofit(model, paper())
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {
         "transformer.wte.weight",
@@ -341,7 +341,7 @@ def test_frozen_parameters_stay_frozen_and_an_untied_head_inherits():
 def test_a_retrofit_inside_inference_or_no_grad_still_trains():
     model = tiny("llama")
     with torch.no_grad():
-        retrofit(model)
+        retrofit(model, paper())
     logits_of(model, torch.randint(67, (2, 9))).sum().backward()
     assert all(p.requires_grad for p in model.parameters())
     assert model.lm_head.weight.grad is not None
