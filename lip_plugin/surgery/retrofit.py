@@ -29,7 +29,7 @@ from lip_plugin.model.parts import Parts, parts
 from lip_plugin.surgery.automatic import resolved
 from lip_plugin.surgery.caps import caps_by_name
 from lip_plugin.surgery.checks import check_model, norms_are_gone, refuse_shards
-from lip_plugin.surgery.depth import warn_if_faint
+from lip_plugin.surgery.depth import refuse_faint
 from lip_plugin.surgery.orthogonal_init import init_orthogonal_
 from lip_plugin.surgery.plan import Plan, RetrofitReport
 from lip_plugin.surgery.presets import chosen_config
@@ -82,6 +82,8 @@ def retrofit(
     check_model(model, names, config, pretrained=family.is_pretrained(model), loading=_loading)
     opened = config.residual == AUTO
     config = resolved(config, model, names)
+    if config.recipe and not _loading and not opened:
+        refuse_faint(names, config)
     plan = Plan()
     _plan_untie(plan, model, names)
     _plan_caps(plan, model, names, config)
@@ -100,8 +102,6 @@ def retrofit(
     set_state(model, RetrofitState(config, family.architecture))
     family.on_retrofit(model, config)
     logger.info("retrofit of %s: %d changes", type(model).__name__, len(report))
-    if config.recipe and not _loading:
-        warn_if_faint(names, config)
     return report
 
 
