@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lip_plugin import LipschitzMuon, certify, config_of, falsify, retrofit
-from lip_plugin.config import PRESETS
+from lip_plugin.config_values import PRESETS
 
 TWINS = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (0.01, 0.02, 0.05)}
 RESULTS = ROOT / "docs" / "depth.jsonl"

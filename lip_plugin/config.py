@@ -8,56 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lip_plugin.errors import ConfigError
-
-# An option with this value gets one that fits the model: its family, its depth and the other
-# options. lip_plugin/surgery/automatic.py has the formulas.
-AUTO = "auto"
-METHOD_NAMES = (
-    "soft_cap",
-    "hard_cap",
-    "spectral_normalize",
-    "spectral_hammer",
-    "stiefel",
-    "spectral_weight_decay",
-    "weight_decay",
+from lip_plugin.config_values import (
+    AUTO,
+    CHOICES,
+    FLOOR_MIN,
+    PRESETS,
+    check_positive,
+    check_residual,
 )
-# The default factor on the logits. Factors of 40 and more gave the best accuracy, and a factor of 3
-# the widest margins: docs/LOG.md, 2026-11-24.
-LOGIT_SCALE = 40.0
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": (AUTO, *METHOD_NAMES),
-    "granularity": ("head", "matrix"),
-    "norms": (None, "remove", "keep", "calibrated"),
-    "biases": (AUTO, "keep", "drop"),
-    "init": ("auto", "orthogonal", "keep"),
-    "position_bias": (AUTO, None, "learned", "alibi"),
-    "activation": (AUTO, None, "abs"),
-}
-# What models have that were saved before an option existed, and models that keep their norms. It is
-# the recipe of arXiv 2507.13338.
-LEGACY: dict[str, Any] = {
-    "method": "soft_cap",
-    "position_bias": None,
-    "attention_scale": 1.0,
-    "value_scale": 1.0 / 3.0,
-    "residual": None,
-    "activation": None,
-    "biases": "keep",
-}
-# What `LipschitzConfig.preset` hands out: the options that differ from the defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "accurate": {},
-    "robust": {"logit_scale": 5.0},
-    "paper": {**LEGACY, "logit_scale": 1.0},
-}
-# The smallest floor under a norm besides 0: gain / floor has to be a float32.
-FLOOR_MIN = 1e-12
+from lip_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -70,8 +33,10 @@ class LipschitzConfig:
     weights" means that it measures the weights as they are. "From caps" means that it uses the caps
     alone, so that it holds for a whole training run.
 
-    `LipschitzConfig()` is the recipe of arXiv 2507.13338, with logits large enough to train on. In
-    what was measured, the presets "robust" and "accurate" gave more accuracy at a smaller bound.
+    Options that are "auto" get a value that fits the model when it is retrofitted: its family, its
+    depth and the other options (`lip_plugin.surgery.automatic`). The values are saved with the
+    model, and `config_of(model)` shows them. `LipschitzConfig()` is the preset "accurate", and
+    `LipschitzConfig.preset("paper")` is the recipe of arXiv 2507.13338.
 
     Seven options belong to the recipe that removes norms. If norms are kept or calibrated,
     `position_bias`, `activation` and `logit_scale` are refused, and `residual`, `attention_scale`,
@@ -79,12 +44,13 @@ class LipschitzConfig:
     models; docs/LOG.md has their commands, dates and settings.
 
     Args:
-        method: The map that brings every block back within its cap after each optimizer step. The
-            default `"soft_cap"` costs a few matrix products and ends below the cap. `"hard_cap"`
-            and `"stiefel"` use the whole cap: in one comparison they predicted 2 points more, at a
-            bound of 1.00 instead of 0.69. `"hard_cap"` is the slowest of the seven. The others are
-            `"spectral_normalize"`, `"spectral_hammer"`, `"spectral_weight_decay"` and
-            `"weight_decay"`. See `lip_plugin.linalg.projections`.
+        method: The map that brings every block back within its cap after each optimizer step.
+            `"auto"` is `"stiefel"` if norms are removed: every block stays orthogonal at its cap,
+            which predicted 1 to 2 points more than `"soft_cap"`, at a bound of 1.0 instead of 0.6
+            at the network's own scale. It is `"soft_cap"` otherwise, which costs a few matrix
+            products and keeps the singular values that are below the cap. The others are
+            `"hard_cap"`, `"spectral_normalize"`, `"spectral_hammer"`, `"spectral_weight_decay"`
+            and `"weight_decay"`. See `lip_plugin.linalg.projections`.
 
         w_max: The cap of every linear map that has no override. The default is 1. (Embedding tables
             and patch embeddings follow `embedding_max` instead.) Raise it if the model does not
@@ -124,30 +90,33 @@ class LipschitzConfig:
             `RetrofitSchedule` raises floors during training.
 
         residual: The step size a of the residual, x <- (1-a) x + a f(x). It is a number between 0
-            and 1, or a pair of them, for attention and for MLPs. The default None is the paper's
-            1/(2L) for L layers, or 1/(L+1) where attention and MLP run in parallel and their mean
-            is f; such a family takes one number only. The presets use (0.75, 0.9). If a branch has
-            a constant of at most 1, a large step costs nothing in the bound. It also widens
-            margins, which helps to prove single predictions. The price is numerical range: the
-            model carries x divided by the product of all 1-a, so use float32 or bfloat16 with large
-            steps, not float16. Steps that are too large for the depth of the model are refused.
+            and 1, or a pair of them, for attention and for MLPs. `"auto"` is min(0.75, 2.4 / L) and
+            min(0.9, 3 / L) for L layers, or one number min(0.75, 4.2 / L) for families that run
+            both in parallel; a fresh model then starts with open branches (see `init`). None is the
+            paper's 1/(2L), or 1/(L+1) in parallel. If a branch has a constant of at most 1, a large
+            step costs nothing in the bound. The price is numerical range: the model carries x
+            divided by the product of all 1-a, so use float32 or bfloat16 with large steps, not
+            float16. Steps of your own that are too large for the depth are refused.
 
-        attention_scale: Attention logits are attention_scale * q.k / d_head. The default is 1, as
-            in the paper. A larger value makes attention sharper, and what its scores add to the
-            bound grows in proportion. The value 0 leaves attention by position alone, which needs
-            `position_bias`; the weights of q and k are then not trained. In one comparison content
-            attention gave no accuracy beside learned position biases and doubled the bound.
+        attention_scale: Attention logits are attention_scale * q.k / d_head. The value 0 leaves
+            attention by position alone; the weights of q and k are then not trained. That is what
+            `"auto"` means wherever position biases have a place, and 1 elsewhere. A larger value
+            makes attention sharper, and what its scores add to the bound grows in proportion. On
+            text, content attention gave no accuracy beside learned position biases; anything that
+            must be looked up by content needs it.
 
         position_bias: Adds a bias to every attention logit that depends only on the head and on the
-            offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409) and is
-            trained; `"alibi"` stays fixed. The default None adds nothing. A bias that does not
-            depend on the input costs nothing in the bound, and the learned one gave 15 points over
-            fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model of
+            offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409), or
+            with one peak for each head where `residual` is "auto", and is trained; `"alibi"` stays
+            fixed. None adds nothing. `"auto"` is "learned" where it has a place. A bias that does
+            not depend on the input costs nothing in the bound, and the learned one gave 15 points
+            over fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model of
             tokens (not of images) that attends by torch's scaled_dot_product_attention.
 
-        value_scale: A factor on the output of every attention branch. The default is the paper's
-            1/3; the presets use 1. A larger value gives attention more influence, and multiplies
-            what attention adds to the bound.
+        value_scale: A factor on the output of every attention branch. `"auto"` makes a head whose
+            maps are within 1 a map that is 1-Lipschitz at any attention_scale s: 1 / (sqrt(1 + s^2)
+            + s), or 1 / (1 + 2 s) if keys are turned by their position. So a sharp head is a quiet
+            one. The paper's is 1/3. A larger value multiplies what attention adds to the bound.
 
         embedding_max: The bound on the token norm of what enters the first block. (A patch bias,
             and what a model with kept norms does before that block, can add to it.) The default is
@@ -163,39 +132,40 @@ class LipschitzConfig:
             on the patch embedding.
 
         gate_max: Limits both factors of a gated MLP (llama and its kin) to c tanh(z / c), entry by
-            entry, with c = gate_max. The default None leaves them as they are. Set it for gated
-            models with a certificate from caps: such an MLP multiplies entries with each other,
-            which costs that bound a factor of sqrt(d) for each MLP, and with gate_max twice
-            gate_max instead. The value 8 cost 0.002 nats and divided the bound from caps by 300 in
-            a model of two layers. Adapters on these layers are refused, because what they add would
-            come after the limit.
+            entry, with c = gate_max, if the MLP keeps its product (`activation=None`, which is then
+            what "auto" means). Such an MLP multiplies entries with each other, which costs a
+            certificate from caps a factor of sqrt(d) for each MLP, and with gate_max twice gate_max
+            instead. Adapters on these layers are refused, because what they add would come after
+            the limit.
 
-        activation: `"abs"` puts the absolute value in the place of the MLP's own activation. Its
-            slopes are 1 and -1, so it keeps the norm of what passes and of its gradient, where a
-            gelu halves both; it gave 6 points over gelu. The default None keeps the model's own
-            activation, divided by its largest slope. Gated MLPs refuse it, because their products
-            need their own activation.
+        activation: `"abs"`, which is what "auto" means, puts the absolute value in the place of the
+            MLP's own activation. Its slopes are 1 and -1, so it keeps the norm of what passes and
+            of its gradient, where a gelu halves both; it gave 6 points over gelu. In a gated MLP it
+            takes the place of the product: the absolute value sqrt(g^2 + u^2) of each pair, scaled
+            to slope 1. That is no steeper at any width, where a product costs sqrt(d), and it gave
+            6 points over the product. None keeps the model's own activation, divided by its largest
+            slope.
 
         logit_scale: A factor on what enters the head, and so on the logits and on their bound. It
             is an inverse temperature, which the weights cannot learn because they are capped.
             Predictions and certified radii do not depend on it, but training does: a small value
-            gives wide margins, a large one accuracy. The default None is 10 if norms are removed
+            gives wide margins, a large one accuracy. The default None is 40 if norms are removed
             and the family has a norm behind its last block; elsewhere it is 1, and other values are
-            refused. The preset "robust" has 5 and "accurate" has 40.
+            refused. The preset "robust" has 5.
 
-        biases: `"keep"`, the default, trains the biases. They have no cap: the certificate measures
-            them, and one from caps holds only while they are what they were. `"drop"` fixes the
-            biases of all linear maps at zero, as the presets "robust" and "accurate" do. Drop them
-            if a bound has to hold for a whole run.
+        biases: `"drop"`, which is what "auto" means if norms are removed, fixes the biases of all
+            linear maps at zero. `"keep"` trains them. They have no cap: the certificate measures
+            them, and one from caps holds only while they are what they were.
 
         untie_head: If the head is tied to the token embedding, give the head its own copy of the
             weight. The default is True and costs the memory of one more table. The two have
             different constraints (a matrix and a table of rows), so False refuses a tied model.
 
-        init: Where training starts. `"orthogonal"` makes every block orthogonal at norm min(1, cap)
-            and the output maps of attention and MLP zero, as in the paper; this overwrites the
-            weights. `"keep"` leaves them as they are. The default `"auto"` is orthogonal if norms
-            are removed from a model that was never loaded from anywhere, and keep otherwise.
+        init: Where training starts. `"orthogonal"` makes every block orthogonal at norm min(1,
+            cap); this overwrites the weights. The output maps of attention and MLP are then zero,
+            as in the paper, or orthogonal as well if `residual` is "auto". `"keep"` leaves all
+            weights as they are. The default `"auto"` is orthogonal if norms are removed from a
+            model that was never loaded from anywhere, and keep otherwise.
 
     Raises:
         ConfigError: A value is outside its range, or two options contradict each other. The message
@@ -222,7 +192,7 @@ class LipschitzConfig:
     init: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(
@@ -230,13 +200,13 @@ class LipschitzConfig:
                     f"{', '.join(map(repr, choices))}."
                 )
         for name in ("w_max", "embedding_max", "pixel_max"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.value_scale != AUTO:
-            _check_positive("value_scale", self.value_scale)
+            check_positive("value_scale", self.value_scale)
         if self.attention_scale != AUTO and (
             self.attention_scale != 0 or isinstance(self.attention_scale, bool)
         ):
-            _check_positive("attention_scale", self.attention_scale)
+            check_positive("attention_scale", self.attention_scale)
         elif self.attention_scale == 0 and self.position_bias is None:
             raise ConfigError(
                 "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a "
@@ -246,7 +216,7 @@ class LipschitzConfig:
             n for n in ("position_bias", "activation") if getattr(self, n) not in (None, AUTO)
         ]
         if self.logit_scale is not None:
-            _check_positive("logit_scale", self.logit_scale)
+            check_positive("logit_scale", self.logit_scale)
         if self.norms in ("keep", "calibrated") and (chosen or self.logit_scale not in (None, 1)):
             raise ConfigError(
                 f"LipschitzConfig({(chosen or ['logit_scale'])[0]}=..., norms={self.norms!r}): "
@@ -265,14 +235,14 @@ class LipschitzConfig:
                 raise ConfigError(
                     f"LipschitzConfig(overrides=...): {layer!r} is not the name of a layer."
                 )
-            _check_positive(f"overrides[{layer!r}]", cap)
+            check_positive(f"overrides[{layer!r}]", cap)
         object.__setattr__(self, "overrides", dict(self.overrides))
         if self.gate_max is not None:
-            _check_positive("gate_max", self.gate_max)
+            check_positive("gate_max", self.gate_max)
         if isinstance(self.residual, (list, tuple)):
             object.__setattr__(self, "residual", tuple(self.residual))
         if self.residual not in (None, AUTO):
-            _check_residual(self.residual)
+            check_residual(self.residual)
 
     @property
     def recipe(self) -> bool:
@@ -302,19 +272,14 @@ class LipschitzConfig:
     def preset(cls, name: str, **changes: Any) -> LipschitzConfig:
         """A named choice of options that were measured together, with `changes` on top.
 
-        What a model's family has no place for is not left out here. `retrofit`, `LipschitzCallback`
-        and `plan_caps` do leave it out if they are given the name alone, as in `retrofit(model,
-        "robust")`. All figures are from text and models of 3 blocks (docs/LOG.md, 2026-11-24 and
-        2026-11-25). Deeper models are untried.
-
         Args:
-            name: A key of PRESETS. `"robust"` is for margins: attention by position alone, the
-                absolute value as activation, large steps of the residual. Many predictions are
-                proven at perturbations of 1 %. At 3 and 10 %, a logit_scale of 3.3 and 2 proves
-                more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many predictions are
-                proven, and more of them are right. `"accurate"` is the same with a larger
-                logit_scale, for the most accuracy. `"paper"` is the recipe of arXiv 2507.13338 to
-                the letter. Its logits are as small as its caps make them.
+            name: A key of PRESETS. `"accurate"` is `LipschitzConfig()`: attention by position
+                alone, absolute values as activation, steps of the residual that follow the depth. `"robust"` is the same with a smaller logit_scale, for wide margins:
+                many predictions are proven at perturbations of 1 %. At 3 and 10 %, a logit_scale of
+                3.3 and 2 proves more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many
+                predictions are proven, and more of them are right. `"paper"` is the recipe of arXiv
+                2507.13338 to the letter. Its logits are as small as its caps make them. What was
+                measured with which depth and family is in docs/depth.md.
             changes: Fields of LipschitzConfig that replace those of the preset.
 
         Raises:
@@ -390,26 +355,3 @@ class LipschitzConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"not a LipschitzConfig: {error}") from error
         return cls.from_dict(values)
-
-
-# Refuses anything but one number between 0 and 1, or a pair of them.
-def _check_residual(residual: Any) -> None:
-    weights = residual if isinstance(residual, tuple) else (residual,)
-    if isinstance(residual, tuple) and len(residual) != 2:
-        raise ConfigError(
-            f"LipschitzConfig(residual={residual}): one number, or those of (attention, MLP)."
-        )
-    for a in weights:
-        is_number = isinstance(a, (int, float)) and not isinstance(a, bool)
-        if not is_number or not 0 < a < 1:
-            raise ConfigError(
-                f"LipschitzConfig(residual={residual!r}): a in (1-a) x + a f(x) is a number "
-                "between 0 and 1, or a pair of them, of (attention, MLP)."
-            )
-
-
-# Refuses anything but a finite number above 0.
-def _check_positive(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"LipschitzConfig({name}={value!r}): must be a finite number above 0.")

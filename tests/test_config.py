@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lip_plugin import LipschitzConfig
-from lip_plugin.config import LEGACY, METHOD_NAMES, PRESETS
+from lip_plugin.config_values import LEGACY, METHOD_NAMES, PRESETS
 from lip_plugin.errors import ConfigError, LipschitzError
 from lip_plugin.linalg.projections import METHODS
 

@@ -23,7 +23,7 @@ from frontier_tasks.runs import BUDGETS, RATES, Run, char_runs, mlp_runs
 from frontier_tasks.table import draw, front, points, table
 
 from lip_plugin import certify
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config_values import METHOD_NAMES
 from tests.support.oracles import CAP_TOLERANCE, paper
 
 pytest.importorskip("sklearn")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lip_plugin import LipschitzMuon, attach_projection
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config_values import METHOD_NAMES
 from lip_plugin.model.position import OffsetBias
 from lip_plugin.optim.groups import POSITION_RATE
 

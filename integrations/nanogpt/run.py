@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from lip_plugin.certificate.certify import certify
-from lip_plugin.config import LEGACY
+from lip_plugin.config_values import LEGACY
 from lip_plugin.errors import CertificateError, ConfigError, LipschitzError, UnsupportedModelError
 from lip_plugin.files import write_whole
 from lip_plugin.integrations.nanogpt.checkout import (

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lip_plugin.certificate.function_facts import buffers_of, function_of
 from lip_plugin.certificate.graph.build import Graph
-from lip_plugin.config import LEGACY, LipschitzConfig
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import LEGACY
 from lip_plugin.errors import UnsupportedModelError
 from lip_plugin.model.batches import refuse_sharded
 from lip_plugin.model.layers import RowParameter, constrained_modules

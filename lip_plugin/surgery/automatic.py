@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.config import AUTO, LEGACY, LOGIT_SCALE, LipschitzConfig
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import AUTO, LEGACY, LOGIT_SCALE
 from lip_plugin.model.parts import Parts
 
 
@@ -22,7 +23,7 @@ def depth_steps(layers: int, *, parallel: bool = False) -> float | tuple[float, 
     They fall as 1 / layers, so that the product of all 1-a, which is what the identity path passes
     on, stays above exp(-11) at any depth. Up to three layers they are the largest that were of use.
     """
-    attention, mlp = min(0.75, 2.4 / layers), min(0.9, 6.0 / layers)
+    attention, mlp = min(0.75, 2.4 / layers), min(0.9, 3.0 / layers)
     return min(0.75, 4.2 / layers) if parallel else (attention, mlp)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.config import PRESETS, LipschitzConfig
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import PRESETS
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import did_you_mean
 from lip_plugin.model.architecture import find_family
@@ -24,7 +25,7 @@ def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
     depends on the family is "auto" in the presets, and gets its value at the retrofit.
 
     Args:
-        name: one of `lip_plugin.config.PRESETS`.
+        name: one of `lip_plugin.config_values.PRESETS`.
         model: a model of a known family, retrofitted or not, without wrappers.
 
     Raises:

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lip_plugin.config import AUTO, LipschitzConfig
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import AUTO
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import require_module
 from lip_plugin.model.architecture import find_family

@@ -27,7 +27,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lip_plugin.config import FLOOR_MIN, LipschitzConfig
+from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import FLOOR_MIN
 from lip_plugin.distributed.owners import on_first
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import require_module

@@ -81,7 +81,7 @@ def test_every_image_within_the_assumed_pixels_lies_in_the_radius(source: str) -
 
 def test_the_convolution_and_the_bare_tables_are_kept_within_their_caps() -> None:
     model = tiny("vit")
-    retrofit(model)
+    retrofit(model, paper())
     conv = model.vit.embeddings.patch_embeddings.projection
     assert type(conv) is ConstrainedConv2d
     optimizer, x = LipschitzMuon(model, lr=0.3), inputs_for("vit", 5)
@@ -110,6 +110,6 @@ def test_overlapping_patches_are_refused_by_name() -> None:
     model = tiny("vit")
     model.vit.embeddings.patch_embeddings.projection.stride = (2, 2)
     with pytest.raises(UnsupportedModelError, match="projection.*stride"):
-        retrofit(model)
+        retrofit(model, paper())
     with pytest.raises(UnsupportedModelError, match="projection"):
         certify(model)

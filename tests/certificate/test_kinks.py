@@ -112,9 +112,7 @@ def test_tokens_without_gradient_cost_nothing_and_eps_join_in_order() -> None:
         )
         for e in (0.5, 1.0, 2.0)
     ]
-    whole = parts[0].joined(
-        [Kinks(parts[0].at, p.sizes, p.norms, p.total, 1.0) for p in parts[1:]]
-    )
+    whole = parts[0].joined([Kinks(parts[0].at, p.sizes, p.norms, p.total, 1.0) for p in parts[1:]])
     g = torch.zeros(1, 3, 4, dtype=torch.float64)
     g[:, 1] = -1.0
     price = whole.price(g)

@@ -208,7 +208,7 @@ def test_fused_and_interleaved_maps_are_measured_part_by_part(family: str) -> No
 
 def test_interleaved_heads_are_blocks_of_the_stored_weight() -> None:
     model: Any = tiny("gpt_neox")
-    retrofit(model)
+    retrofit(model, paper())
     layout = model.gpt_neox.layers[0].attention.query_key_value.layout
     assert [s.role for s in layout.segments] == ["q", "k", "v"] * 4
     assert layout.covers(model.gpt_neox.layers[0].attention.query_key_value.weight)
@@ -219,12 +219,12 @@ def test_interleaved_heads_are_blocks_of_the_stored_weight() -> None:
 
 def test_multipliers_and_softcaps_leave_the_forward_and_the_config() -> None:
     model: Any = tiny("granite")
-    retrofit(model)
+    retrofit(model, paper())
     assert model.model.embedding_multiplier == model.config.embedding_multiplier == 1.0
     assert model.model.layers[1].residual_multiplier == model.config.residual_multiplier == 1.0
     assert model.config.logits_scaling == 1.0
     model = tiny("gemma2")
-    retrofit(model)
+    retrofit(model, paper())
     assert model.model.layers[0].self_attn.attn_logit_softcapping is None
     assert model.config.attn_logit_softcapping is None
     assert model.config.final_logit_softcapping is None
@@ -322,7 +322,7 @@ def test_an_adapter_is_scaled_like_the_map_it_wraps(family: str) -> None:
     """
     peft = pytest.importorskip("peft")
     model: Any = tiny(family)
-    retrofit(model)
+    retrofit(model, paper())
     randomize_(model)
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config).double().eval()
@@ -340,7 +340,7 @@ def test_an_adapter_is_scaled_like_the_map_it_wraps(family: str) -> None:
 def test_ten_percent_of_a_scale_in_an_unusual_place_is_seen(family: str) -> None:
     """A wrong scale on an input, an activation or a dropout is refused."""
     model: Any = tiny(family)
-    retrofit(model)
+    retrofit(model, paper())
     randomize_(model)
     certify(model)
     names = build(model).parts.layers[1]

@@ -21,7 +21,7 @@ from lip_plugin import (
     retrofit,
     set_caps_,
 )
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config_values import METHOD_NAMES
 from lip_plugin.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from lip_plugin.model.layers import constrained_modules
 from tests.distributed.test_distributed import launch

@@ -106,7 +106,7 @@ def test_a_classifier_without_padding_id_is_run_one_sequence_at_a_time(
     ids[0, -1] = PADDING  # an id like any other here
     with pytest.raises(ValueError, match="batch sizes > 1"):
         model(ids)
-    retrofit(model)
+    retrofit(model, paper())
     randomize_(model).double()
     one_by_one = torch.cat([logits_of(model, one) for one in ids.split(1)])
     assert worst_difference(graph_logits(model, ids), one_by_one) < 1e-6  # rotations in float32
@@ -120,7 +120,7 @@ def test_a_padding_id_outside_the_small_models_vocabulary_is_streamed(
     name: str, tmp_path: Any
 ) -> None:
     model = tiny(name, vocab_size=200, pad_token_id=150, max_position_embeddings=200)
-    retrofit(model)
+    retrofit(model, paper())
     randomize_(model).save_pretrained(tmp_path)
     assert certify_streamed(tmp_path) == certify(model)
 
@@ -142,7 +142,7 @@ def test_inputs_of_the_comparison_are_all_ids_but_padding(name: str, padding: in
 
 def test_positions_that_reach_no_further_than_five_tokens_are_compared_on_five() -> None:
     model = tiny("roberta", max_position_embeddings=PADDING + 6)
-    retrofit(model)
+    retrofit(model, paper())
     assert build(randomize_(model)).entry.longest == 5
     assert certify(model).lipschitz > 0
     ids = inputs_for("roberta", 2, 5)

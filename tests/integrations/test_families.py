@@ -42,7 +42,7 @@ def test_only_the_norms_leave_the_state_dict(family):
     model = tiny(family)
     before, names = list(model.state_dict()), table_of(model)
     gone = tuple(f"{name}." for name in names.norms())
-    retrofit(model)
+    retrofit(model, paper())
     assert list(model.state_dict()) == [k for k in before if not k.startswith(gone)]
     assert all(isinstance(model.get_submodule(n), ConstantScale) for n in names.norms())
 
@@ -54,7 +54,7 @@ def test_the_parameters_are_the_very_same_objects(family):
     cls, dtype = type(model), next(model.parameters()).dtype
     head, unused = f"{table_of(model).head}.weight", table_of(model).architecture.unused
     was_tied = before[head] is next(model.parameters())
-    retrofit(model)
+    retrofit(model, paper())
     assert type(model) is cls
     for name, p in model.named_parameters(remove_duplicate=False):
         assert p.dtype == dtype
@@ -103,7 +103,7 @@ def test_twice_equals_once(family):
 @every_family
 def test_another_config_on_a_retrofitted_model_is_refused(family):
     model = tiny(family)
-    retrofit(model)
+    retrofit(model, paper())
     before = fingerprint(model)
     with pytest.raises(ConfigError, match="release"):
         retrofit(model, paper(w_max=2.0))
@@ -136,7 +136,7 @@ def test_a_released_model_can_be_retrofitted_again_and_keeps_its_function(family
     model, x = retrofitted(family), inputs_for(family)
     expected, modules = logits_of(model, x), fingerprint(model)["modules"]
     release(model)
-    assert len(retrofit(model)) > 0
+    assert len(retrofit(model, paper())) > 0
     assert torch.equal(logits_of(model, x), expected)  # the weights are trained: no fresh init
     assert [m[:3] for m in fingerprint(model)["modules"]] == [m[:3] for m in modules]
     release(model)

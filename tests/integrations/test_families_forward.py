@@ -163,7 +163,7 @@ def test_padding_on_the_left_changes_no_logit(family):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_are_kept(family, dtype):
     model = tiny(family).to(dtype)
-    retrofit(model)
+    retrofit(model, paper())
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert logits_of(model, inputs_for(family)).dtype == dtype
     # orthogonal blocks rounded to bf16: 2^-9 per entry at most, less for the norm of a matrix
@@ -224,7 +224,7 @@ def test_training_mode_devices_and_hooks_survive(family):
     model.get_submodule(table_of(model).layers[0].attention.module).register_forward_hook(
         lambda *_: calls.append(1)
     )
-    retrofit(model)
+    retrofit(model, paper())
     assert all(
         m.training == flags.get(n, flags.get(n.rpartition(".")[0]))
         for n, m in model.named_modules()
@@ -237,7 +237,7 @@ def test_training_mode_devices_and_hooks_survive(family):
 def test_a_state_dict_moves_to_another_retrofitted_model(family):
     model, x = retrofitted(family), inputs_for(family)
     other = tiny(family)
-    retrofit(other)
+    retrofit(other, paper())
     result = other.load_state_dict(model.state_dict())
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -259,7 +259,7 @@ def test_a_deep_copy_is_retrofitted_and_independent(family):
 @every_family
 def test_it_trains_within_its_caps_and_under_its_certificate(family):
     model = tiny(family)
-    retrofit(model)
+    retrofit(model, paper())
     x = inputs_for(family) if family in CLASSIFIERS else torch.arange(24).remainder(7).repeat(2, 1)
     optimizer = LipschitzMuon(model, lr=0.1)
     losses = []

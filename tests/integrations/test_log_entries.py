@@ -22,6 +22,7 @@ from lip_plugin.integrations.huggingface.metrics import (
 )
 from tests.integrations.test_trainer import SMALL, losses, trainer_of
 from tests.support.families import tiny
+from tests.support.oracles import paper
 
 FROM_WEIGHTS = ("lip/log10_certificate", "lip/radius", "lip/attention_entropy_proven")
 FROM_CAPS = ("lip/log10_certificate_caps",)
@@ -64,7 +65,7 @@ def test_a_run_whose_model_has_no_certificate_goes_on_with_warnings(tmp_path, ca
 
 def test_what_can_be_had_is_logged_beside_what_cannot(monkeypatch):
     model, ids = tiny("gpt2", **SMALL), torch.randint(67, (2, 8))
-    retrofit(model)
+    retrofit(model, paper())
     whole, problems = measure(model, ids)
     assert problems == []
     timed = {"lip/seconds_projecting", "lip/seconds_certifying"}
@@ -86,7 +87,7 @@ def test_what_can_be_had_is_logged_beside_what_cannot(monkeypatch):
 
 def test_disagreement_between_processes_and_a_bug_are_not_swallowed(monkeypatch, tmp_path):
     model = tiny("gpt2", **SMALL)
-    retrofit(model)
+    retrofit(model, paper())
     for error in (DistributedError("they differ"), ZeroDivisionError("a bug")):
 
         def fails(*args, error=error, **kwargs):
@@ -103,7 +104,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny("gpt2", **SMALL)
-    retrofit(model)
+    retrofit(model, paper())
     if rank == 0:
         hooked(model)  # only there is anything computed, and only there does it fail
     run = Path(folder, "run")

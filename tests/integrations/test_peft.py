@@ -409,7 +409,7 @@ def test_adapters_without_a_rule_are_refused_by_name(
 
 def test_tuners_other_than_lora_and_layers_without_a_cap_are_refused() -> None:
     base = tiny("gpt2", num_hidden_layers=1)
-    retrofit(base)
+    retrofit(base, paper())
     config = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)
     with pytest.raises(UnsupportedModelError, match="c_attn is wrapped by peft"):
         project_adapters(peft.get_peft_model(base, config))
@@ -457,7 +457,7 @@ def test_the_order_retrofit_after_peft_is_refused() -> None:
     model = peft.get_peft_model(base, lora("gpt2"))
     for wrong in (base, model):
         with pytest.raises(UnsupportedModelError, match=r"Order: retrofit.*get_peft_model"):
-            retrofit(wrong)
+            retrofit(wrong, paper())
 
 
 def test_frozen_weights_are_decomposed_only_where_needed_and_again_after_they_were_written_to(

@@ -209,7 +209,7 @@ def test_it_loads_in_bfloat16(family, tmp_path):
 @pytest.mark.parametrize("family", [f for f in HF_FAMILIES if f not in CLASSIFIERS])
 def test_a_tied_model_is_saved_with_a_head_of_its_own(family, tmp_path):
     model = tiny(family, tie_word_embeddings=True)
-    retrofit(model)
+    retrofit(model, paper())
     randomize_(model).save_pretrained(tmp_path)
     loaded = auto_class(family).from_pretrained(tmp_path)
     assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
@@ -328,6 +328,6 @@ def test_from_config_of_a_saved_model_gives_no_silent_half(tmp_path):
     with pytest.raises(
         ConfigError, match="from scratch"
     ):  # its config came from a folder of weights
-        retrofit(model)
+        retrofit(model, paper())
     retrofit(model, paper(norms="remove", init="orthogonal", w_max=1.7))
     assert worst_over_cap(model) <= 1.0

@@ -263,7 +263,7 @@ def test_an_optimizer_built_before_the_head_is_untied_is_refused_because_the_hea
             callbacks=[LipschitzCallback()],
         )
     assert_unchanged(model, before)
-    retrofit(model)
+    retrofit(model, paper())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     trainer = Trainer(
         model,

@@ -14,14 +14,14 @@ from lip_plugin import LipschitzMuon, attach_projection, retrofit
 from lip_plugin.errors import ConfigError, NonFiniteError
 from lip_plugin.optim.groups import param_groups
 from tests.support.families import tiny
-from tests.support.oracles import CAP_TOLERANCE, worst_over_cap
+from tests.support.oracles import CAP_TOLERANCE, paper, worst_over_cap
 
 IDS = torch.arange(48).reshape(4, 12) % 67
 
 
 def capped() -> Any:
     model = tiny("gpt2")
-    retrofit(model)
+    retrofit(model, paper())
     return model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lip_plugin import LipschitzMuon, attach_projection, certify, project_
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config_values import METHOD_NAMES
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from tests.support.families import inputs_for

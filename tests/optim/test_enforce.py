@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, project_, retrofit
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config_values import METHOD_NAMES
 from lip_plugin.errors import ConfigError, LipschitzError, NonFiniteError, NotRetrofittedError
 from lip_plugin.model import adapters
 from lip_plugin.model.adapters import BlockNorms, LayerWrapper, register_layer_wrapper

@@ -30,7 +30,7 @@ FAMILIES = ["gpt2", "llama"]
 
 def capped(family: str) -> Any:
     model = tiny(family)
-    retrofit(model)
+    retrofit(model, paper())
     return model
 
 
@@ -158,7 +158,7 @@ def test_an_optimizer_of_before_the_retrofit_is_refused_by_the_order_of_lines() 
     """Its list lacks the untied head, which would never train."""
     model = tiny("gpt2")
     optimizer = torch.optim.AdamW(model.parameters())
-    retrofit(model)
+    retrofit(model, paper())
     with pytest.raises(
         ConfigError, match=r"lm_head\.weight is trainable and not among.*Order: retrofit"
     ):
@@ -173,7 +173,7 @@ def test_swapped_arguments_are_told_apart() -> None:
     with pytest.raises(ConfigError, match="the optimizer comes first"):
         attach_projection(model, optimizer)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="takes the model"):
-        attach_projection(optimizer, retrofit(model))  # type: ignore[arg-type]
+        attach_projection(optimizer, retrofit(model, paper()))  # type: ignore[arg-type]
 
 
 def test_adapters_that_the_optimizer_does_not_have_are_named() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lip_plugin import LipschitzConfig, LipschitzMuon, project_, retrofit
-from lip_plugin.config import METHOD_NAMES
+from lip_plugin.config_values import METHOD_NAMES
 from lip_plugin.errors import (
     ConfigError,
     NonFiniteError,
@@ -540,8 +540,8 @@ def test_it_is_a_torch_optimizer_to_everything_that_asks():
 def test_equal_blocks_are_stepped_as_one_batch_with_the_same_result_as_alone():
     """Two layers batched together equal two layers stepped one after the other."""
     model, twin = tiny("llama"), tiny("llama")
-    retrofit(model)
-    retrofit(twin)
+    retrofit(model, paper())
+    retrofit(twin, paper())
     twin.load_state_dict(model.state_dict())
     together, alone = LipschitzMuon(model, lr=0.2), []
     for group in param_groups(twin, 0.2, 0.2, 3e-3):

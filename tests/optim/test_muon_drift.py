@@ -10,11 +10,12 @@ from lip_plugin import LipschitzMuon, retrofit
 from lip_plugin.optim import muon
 from lip_plugin.surgery.block_norms import block_norms
 from tests.support.families import tiny
+from tests.support.oracles import paper
 
 
 def worst_after(steps: int) -> float:
     model = tiny("gpt2")
-    retrofit(model)
+    retrofit(model, paper())
     optimizer = LipschitzMuon(model, lr=1e-6)  # so small that nothing but the drift moves a norm
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():

@@ -25,7 +25,7 @@ from lip_plugin.surgery.block_norms import block_norms
 from tests.support import peft_ddp_cases
 from tests.support.distributed_cases import leave
 from tests.support.families import tiny
-from tests.support.oracles import loss_of, worst_over_cap
+from tests.support.oracles import loss_of, paper, worst_over_cap
 
 torch.set_num_threads(1)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
@@ -94,7 +94,7 @@ def sharded(folder: Path) -> dict:
 
     if dist.get_rank() == 0:
         base = tiny("llama", **SMALL)
-        retrofit(base)
+        retrofit(base, paper())
         base.save_pretrained(folder / "base")
     dist.barrier()
     spread = DistributedConfig(fsdp_size=dist.get_world_size())
@@ -137,7 +137,7 @@ def by_hand(kind: str) -> dict:
     rank = dist.get_rank()
     model = tiny("llama", **SMALL)
     torch.manual_seed(100 + rank)
-    retrofit(model)
+    retrofit(model, paper())
     wrapped = nn.parallel.DistributedDataParallel(model)
     if kind == "muon":
         optimizer = LipschitzMuon(wrapped, lr=0.1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lip_plugin import LipschitzConfig, retrofit
-from lip_plugin.config import LEGACY, LOGIT_SCALE
+from lip_plugin.config_values import LEGACY, LOGIT_SCALE
 from lip_plugin.model.architecture import find_family
 from lip_plugin.model.layers import constrained_modules
 from lip_plugin.model.parts import Parts, parts

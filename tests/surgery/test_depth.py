@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lip_plugin import LipschitzConfig, retrofit
+from lip_plugin.config_values import PRESETS
 from lip_plugin.errors import ConfigError
 from tests.support.families import DECODERS, inputs_for, tiny
 from tests.support.oracles import logits_of, loss_of, paper
@@ -50,3 +51,19 @@ def test_what_leaves_float32_is_refused_with_a_cure_that_works() -> None:
     with pytest.raises(ConfigError, match="48 layers.*Leave residual out"):
         retrofit(tiny("gpt2", num_hidden_layers=48), config)
     retrofit(tiny("gpt2", num_hidden_layers=48), paper(residual="auto"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", EVERY)
+def test_a_signal_reaches_the_logits_and_a_gradient_every_block(family: str, preset: str) -> None:
+    """From the first step on, both are within a factor of 100 of the model with one layer.
+
+    A branch is multiplied by its residual weight, which falls as 1 / layers, and its gradient with
+    it. So gradients are compared times the number of layers. With "paper" the output maps are zero,
+    and their gradients are what there is.
+    """
+    size, least = signal(family, preset, 1)
+    for layers in (3, 12, 24):
+        found, gradient = signal(family, preset, layers)
+        assert size / 100 <= found <= size * 100
+        assert gradient * layers >= least / 100

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from lip_plugin import LipschitzCallback, LipschitzConfig, certify, config_of, plan_caps, retrofit
-from lip_plugin.config import AUTO, PRESETS
+from lip_plugin.config_values import AUTO, PRESETS
 from lip_plugin.errors import ConfigError
 from lip_plugin.surgery.automatic import balanced_value_scale, depth_steps
 from tests.integrations.test_trainer import SMALL, trainer_of

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 from lip_plugin import LipschitzConfig, certify, release, retrofit
-from lip_plugin.config import LOGIT_SCALE
+from lip_plugin.config_values import LOGIT_SCALE
 from lip_plugin.errors import (
     ConfigError,
     LipschitzError,

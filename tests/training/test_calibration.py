@@ -220,7 +220,7 @@ def test_bad_input() -> None:
     assert [type(m) for m in model.modules()] == classes
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
     gone = tiny("gpt2")
-    retrofit(gone)
+    retrofit(gone, paper())
     with pytest.raises(UnsupportedModelError, match="replaced already"):
         calibrate(gone, [ids])
     release(gone)
