@@ -16,6 +16,7 @@ from lip_plugin.config_values import (
     AUTO,
     CHOICES,
     FLOOR_MIN,
+    LEGACY,
     PRESETS,
     check_positive,
     check_residual,
@@ -110,8 +111,8 @@ class LipschitzConfig:
             with one peak for each head where `residual` is "auto", and is trained; `"alibi"` stays
             fixed. None adds nothing. `"auto"` is "learned" where it has a place. A bias that does
             not depend on the input costs nothing in the bound, and the learned one gave 15 points
-            over fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model of
-            tokens (not of images) that attends by torch's scaled_dot_product_attention.
+            over fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model
+            of tokens (not of images) that attends by torch's scaled_dot_product_attention.
 
         value_scale: A factor on the output of every attention branch. `"auto"` makes a head whose
             maps are within 1 a map that is 1-Lipschitz at any attention_scale s: 1 / (sqrt(1 + s^2)
@@ -274,9 +275,10 @@ class LipschitzConfig:
 
         Args:
             name: A key of PRESETS. `"accurate"` is `LipschitzConfig()`: attention by position
-                alone, absolute values as activation, steps of the residual that follow the depth. `"robust"` is the same with a smaller logit_scale, for wide margins:
-                many predictions are proven at perturbations of 1 %. At 3 and 10 %, a logit_scale of
-                3.3 and 2 proves more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many
+                alone, absolute values as activation, steps of the residual that follow the depth.
+                `"robust"` is the same with a smaller logit_scale, for wide margins: many
+                predictions are proven at perturbations of 1 %. At 3 and 10 %, a logit_scale of 3.3
+                and 2 proves more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many
                 predictions are proven, and more of them are right. `"paper"` is the recipe of arXiv
                 2507.13338 to the letter. Its logits are as small as its caps make them. What was
                 measured with which depth and family is in docs/depth.md.
