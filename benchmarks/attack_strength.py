@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import Table, finish, headline, machine, parsed, parser
+from common import Table, finish, headline, machine, parsed, parser, recipe
 
-from lip_plugin import LipschitzConfig, certify, falsify, project_, retrofit
+from lip_plugin import certify, falsify, project_, retrofit
 from lip_plugin.certificate.attack.exhaustive import dense_search
 from lip_plugin.certificate.graph.build import build
 from tests.support.families import FAMILIES, tiny
@@ -53,7 +53,7 @@ def family(name: str, norms: str | None) -> Any:
     """A model with random weights, projected onto caps of 1.5; untouched if `norms` is None."""
     model: Any = randomize_(tiny(name))
     if norms is not None:
-        retrofit(model, LipschitzConfig(w_max=1.5, norms=norms))
+        retrofit(model, recipe(w_max=1.5, norms=norms))
         randomize_(model)
         project_(model)
     return model
@@ -75,7 +75,7 @@ def small(name: str) -> Any:
     model: Any = randomize_(
         tiny(name, hidden_size=2, num_attention_heads=1, num_hidden_layers=1, vocab_size=5)
     )
-    retrofit(model, LipschitzConfig(attention_scale=4.0))
+    retrofit(model, recipe(attention_scale=4.0))
     return randomize_(model)
 
 

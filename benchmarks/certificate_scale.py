@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, Table, finish, headline, machine, output_of, parser
+from common import MIB, Table, finish, headline, machine, output_of, parser, recipe
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, certify, retrofit
+from lip_plugin import certify, retrofit
 from lip_plugin.certificate.fingerprint import fingerprint, stored_tensors
 from lip_plugin.integrations.huggingface.loading import certify_streamed
 from lip_plugin.linalg.norms import sigma_max_exact, sigma_max_upper
@@ -68,7 +68,7 @@ def write_model(folder: Path, layers: int, width: int, heads: int, vocabulary: i
     """
     with torch.device("meta"):
         model = GPT2LMHeadModel(config_of(layers, width, heads, vocabulary))
-    retrofit(model, LipschitzConfig(), _loading=True)  # a skeleton: its values come from the files
+    retrofit(model, recipe(), _loading=True)  # a skeleton: its values come from the files
     model.config.architectures, model.config.dtype = ["GPT2LMHeadModel"], torch.bfloat16
     model.config.save_pretrained(folder)
     shards: dict[str, list[str]] = {}
@@ -106,7 +106,7 @@ def measured(call: Any) -> dict[str, Any]:
 def in_memory(shape: tuple[int, int, int], vocabulary: int) -> dict[str, Any]:
     """certify() of a fresh model: the first call, which also compares it, and a later one."""
     model = GPT2LMHeadModel(config_of(*shape, vocabulary))
-    retrofit(model, LipschitzConfig())
+    retrofit(model, recipe())
     first = measured(lambda: certify(model))
     again = measured(lambda: certify(model))
     start = time.process_time()

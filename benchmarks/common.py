@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import attach_projection
+from lip_plugin import LipschitzConfig, attach_projection
+from lip_plugin.config_values import LEGACY
 from lip_plugin.tables import line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +165,11 @@ def character_model(family: str, vocabulary: int, width: int, layers: int, lengt
     nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     made = getattr(transformers, config)(**sizes, **nothing, **more)
     return getattr(transformers, cls)(made)
+
+
+def recipe(**changes: Any) -> LipschitzConfig:
+    """The recipe of arXiv 2507.13338 with changes, so that a benchmark stays what it measured."""
+    return LipschitzConfig(**{**LEGACY, **changes})
 
 
 def own_loss(model: Any, batch: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from common import (
     parsed,
     parser,
     ratios,
+    recipe,
     synchronize,
     torchrun,
 )
@@ -42,7 +43,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, attach_projection, retrofit
+from lip_plugin import LipschitzMuon, attach_projection, retrofit
 from lip_plugin.distributed import owners as ours
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
@@ -76,7 +77,7 @@ def model_of(options: argparse.Namespace, device: str) -> nn.Module:
         max_position_embeddings=options.length,
     )
     model = LlamaForCausalLM(config).to(device)
-    retrofit(model, LipschitzConfig(gate_max=8))
+    retrofit(model, recipe(gate_max=8))
     return model
 
 

@@ -25,11 +25,12 @@ from common import (
     own_loss,
     parsed,
     parser,
+    recipe,
     windows,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
+from lip_plugin import LipschitzMuon, certify, falsify, retrofit
 
 CAPS = (None, 8.0, 4.0, 2.0)
 
@@ -57,7 +58,7 @@ def train(text: Characters, cap: float | None, options: argparse.Namespace) -> A
     model.loss_type = "ForCausalLM"
     retrofit(
         model,
-        LipschitzConfig(
+        recipe(
             w_max=options.w_max,
             overrides={"lm_head": 8.0},
             logit_scale=1.0,

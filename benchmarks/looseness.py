@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Table, finish, headline, machine, parsed, parser
+from common import Table, finish, headline, machine, parsed, parser, recipe
 from tqdm import tqdm
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, certify, falsify, retrofit
+from lip_plugin import LipschitzMuon, certify, falsify, retrofit
 from lip_plugin.certificate.attack.falsify import falsify_node
 from lip_plugin.certificate.attack.starts import d_in_of
 from lip_plugin.certificate.certify import bound_of
@@ -51,7 +51,7 @@ def train(steps: int) -> Any:
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": 31}
     model: Any = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    config = LipschitzConfig(
+    config = recipe(
         w_max=2.0, biases="drop", attention_scale=4.0, overrides={"lm_head": 8.0}, logit_scale=1.0
     )
     retrofit(model, config)

@@ -39,12 +39,13 @@ from common import (
     parsed,
     parser,
     read_text,
+    recipe,
     timed,
     windows,
 )
 from torch import Tensor
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, constrain_adapters, retrofit, set_caps_
+from lip_plugin import LipschitzMuon, constrain_adapters, retrofit, set_caps_
 from lip_plugin.integrations.peft.enforce import merged_block_norms, project_adapters
 from lip_plugin.integrations.peft.layers import lora_layers, merged_weight
 
@@ -82,7 +83,7 @@ def pretrained(text: Tensor, args: argparse.Namespace, size: int) -> Any:
     """A constrained model that was trained on a text."""
     torch.manual_seed(0)
     model = character_gpt2(size, 64, 2, LENGTH)
-    retrofit(model, LipschitzConfig())
+    retrofit(model, recipe())
     optimizer = LipschitzMuon(model, lr=0.1)
     for step, batch in enumerate(batches(text, args.pretrain, 32, 1)):
         for group in optimizer.param_groups:

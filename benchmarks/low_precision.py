@@ -32,13 +32,14 @@ from common import (
     own_loss,
     parsed,
     parser,
+    recipe,
     windows,
 )
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, activation_report, certify, retrofit
+from lip_plugin import LipschitzMuon, activation_report, certify, retrofit
 
 FORMATS = {
     "bfloat16": torch.bfloat16,
@@ -168,7 +169,7 @@ def main() -> None:
     held_out = text.held_out[: options.sequences * options.length].view(-1, options.length)
     batches = list(held_out.split(32))
     constrained = fresh(size, options)
-    config = LipschitzConfig(
+    config = recipe(
         w_max=options.w_max,
         overrides={"lm_head": options.head_max},
         logit_scale=1.0,

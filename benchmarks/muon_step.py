@@ -37,12 +37,13 @@ from common import (
     parsed,
     parser,
     ratios,
+    recipe,
     wall,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lip_plugin import LipschitzConfig, LipschitzMuon, retrofit
+from lip_plugin import LipschitzMuon, retrofit
 from lip_plugin.linalg.polar import orthogonalize
 from lip_plugin.linalg.projections import project
 from lip_plugin.optim.groups import param_groups
@@ -62,7 +63,7 @@ def matrices(width: int, layers: int, device: str) -> GPT2LMHeadModel:
         eos_token_id=0,
     )
     model = GPT2LMHeadModel(config).to(device)
-    retrofit(model, LipschitzConfig(init="keep"))
+    retrofit(model, recipe(init="keep"))
     generator = torch.Generator(device).manual_seed(0)
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith(NAMES))

@@ -88,7 +88,7 @@ def base_of(options: argparse.Namespace, vocabulary: list[str], english: Dataset
         english,
         Path(options.out, "base"),
         options,
-        LipschitzCallback(LipschitzConfig(biases="drop")),
+        LipschitzCallback(LipschitzConfig.preset("paper", biases="drop", logit_scale=10.0)),
         0.1,
     )
     model.save_pretrained(Path(options.out, "base", "model"))

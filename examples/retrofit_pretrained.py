@@ -125,7 +125,9 @@ def main() -> None:
     marks = {"with its norms": loss_of(model, data, out)}
     own, floors = own_caps(model), calibrate(model, batches, quantile=options.quantile)
     for name, config in {
-        "norms removed by the recipe": LipschitzConfig(norms="remove", init="keep", overrides=own),
+        "norms removed by the recipe": LipschitzConfig.preset(
+            "paper", norms="remove", init="keep", overrides=own
+        ),
         "floors, not trained on": LipschitzConfig(
             norms="calibrated", norm_floors=floors, overrides=own
         ),

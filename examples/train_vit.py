@@ -126,6 +126,8 @@ def main() -> None:
     out = Path(options.out)
     images, labels, held_out, truth = load(options)
     config = LipschitzConfig(
+        method="soft_cap",
+        activation=None,
         w_max=options.w_max,
         overrides={"classifier": options.head_max},
         logit_scale=1.0,

@@ -45,7 +45,7 @@ LEGACY: dict[str, Any] = {
 # What `LipschitzConfig.preset` hands out: the options that differ from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {},
-    "robust": {"logit_scale": 5.0},
+    "robust": {"logit_scale": 5.0, "method": "soft_cap"},
     "paper": {**LEGACY, "logit_scale": 1.0},
 }
 # The smallest floor under a norm besides 0: gain / floor has to be a float32.

@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import character_gpt2, characters, windows
+from common import character_gpt2, characters, recipe, windows
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from frontier_tasks.runs import Run, Steps
-from lip_plugin import LipschitzConfig, attacked_accuracy, certified_accuracy, certify, retrofit
+from lip_plugin import attacked_accuracy, certified_accuracy, certify, retrofit
 from lip_plugin.surgery.state import find_retrofit
 
 EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -65,7 +65,7 @@ def train(
     torch.manual_seed(seed)
     model = character_gpt2(split.vocabulary, options.width, 3, options.length).to(DEVICE)
     if run.config is not None:
-        retrofit(model, LipschitzConfig(**run.config))
+        retrofit(model, recipe(**run.config))
     stepping = Steps(run, model, lr, steps)
     model.train()
     for _ in range(steps):

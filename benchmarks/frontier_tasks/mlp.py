@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from common import recipe
 from torch import Tensor, nn
 
 from frontier_tasks.runs import Run, Steps
@@ -189,7 +190,7 @@ def train(
     torch.manual_seed(seed)
     x, y = split.train
     model = Images((x.shape[1], *options.widths, int(y.max()) + 1))
-    constrain(model, LipschitzConfig(**(run.config or {})), capped=run.config is not None)
+    constrain(model, recipe(**(run.config or {})), capped=run.config is not None)
     stepping = Steps(run, model, lr, steps)
     for _ in range(steps):
         at = torch.randint(len(x), (options.batch,))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from common import recipe
 from torch import Tensor
 
 from lip_plugin import LipschitzConfig, RetrofitSchedule, calibrate, certify, own_caps, retrofit
@@ -103,7 +104,7 @@ def prepare(model: Any, way: str, task: Task, args: argparse.Namespace) -> Retro
     )
     caps = (0.1, 0.8) if "w_max" in tight else (0.0, 0.0)
     if way == "recipe":
-        retrofit(model, LipschitzConfig(norms="remove", init="keep", overrides=own))
+        retrofit(model, recipe(norms="remove", init="keep", overrides=own))
     elif way == "keep" or way in NAIVE:
         slots = list(calibrate(model, batches))
         retrofit(model, LipschitzConfig(norms="keep", overrides=own))
