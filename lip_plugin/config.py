@@ -49,7 +49,9 @@ class LipschitzConfig:
             `"auto"` is `"stiefel"` if norms are removed: every block stays orthogonal at its cap,
             which predicted 1 to 2 points more than `"soft_cap"`, at a bound of 1.0 instead of 0.6
             at the network's own scale. It is `"soft_cap"` otherwise, which costs a few matrix
-            products and keeps the singular values that are below the cap. The others are
+            products and keeps the singular values that are below the cap. Choose that for a base
+            that adapters will train on under the same caps, because orthogonal blocks leave them no
+            room. The others are
             `"hard_cap"`, `"spectral_normalize"`, `"spectral_hammer"`, `"spectral_weight_decay"`
             and `"weight_decay"`. See `lip_plugin.linalg.projections`.
 
