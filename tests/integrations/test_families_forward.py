@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lip_plugin import LipschitzMuon, certify, release, retrofit
+from lip_plugin.config_values import LOGIT_SCALE
 from lip_plugin.surgery.state import find_retrofit
 from tests.support.families import (
     CLASSIFIERS,
@@ -106,7 +107,7 @@ def test_hidden_states_are_those_of_the_recipe_over_c_k(family):
     head.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
     logits_of(model, x)
     a, steps = (1 / 3, 2) if family == "gpt_neox" else (1 / 4, 4)
-    assert slot.scale == pytest.approx((1 - a) ** steps * 10.0, rel=1e-14)
+    assert slot.scale == pytest.approx((1 - a) ** steps * LOGIT_SCALE, rel=1e-14)
     last = seen["u"][:, 0] if family == "vit" else seen["u"]
     assert torch.equal(last * slot.scale, seen["x"])
 
