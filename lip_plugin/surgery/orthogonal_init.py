@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def init_orthogonal_(model: nn.Module, *, open_branches: bool) -> None:
+def init_orthogonal_(model: nn.Module, *, open_branches: bool = False) -> None:
     """Initialize a retrofitted model in place, within its caps.
 
     - A block of a matrix becomes orthogonal with an RMS->RMS norm of min(1, cap).

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lip_plugin import Certificate, LipschitzMuon
+from lip_plugin import Certificate, LipschitzConfig, LipschitzMuon, certify
+from lip_plugin.config_values import LEGACY
 from lip_plugin.errors import CertificateError, ConfigError, UnsupportedModelError
 from lip_plugin.integrations.nanogpt.patch import Options, patch
 from lip_plugin.integrations.nanogpt.run import main, run
@@ -62,7 +63,7 @@ def trained(tmp_path_factory):
     """
     folder = checkout(tmp_path_factory.mktemp("nanogpt") / "repo")
     before = digests(folder)
-    result = run(folder, ["--max_iters=40"], {"w_max": 1.5, "lr": 0.1})
+    result = run(folder, ["--max_iters=40"], {**LEGACY, "w_max": 1.5, "lr": 0.1})
     return folder, result, before
 
 
@@ -85,6 +86,18 @@ def test_it_trains_with_our_optimizer_and_the_loss_falls(trained):
     assert isinstance(result["optimizer"], LipschitzMuon)
     assert result["losses"][0] > 3.0
     assert result["losses"][-1] < 0.7 * result["losses"][0]
+
+
+def test_the_default_options_train_as_well_at_a_bound_of_one(tmp_path):
+    folder = checkout(tmp_path / "repo")
+    result = run(folder, ["--max_iters=30"], {"lr": 0.1})
+    assert result["losses"][-1] < 0.7 * result["losses"][0]
+    model = result["raw_model"]
+    assert find_retrofit(model)[1].config.attention_scale == 0
+    # four maps in each layer and the head, each within CAP_SLACK of its cap
+    assert certify(model).lipschitz <= 40 * 1.001**20
+    stored = json.loads((folder / "out" / "lipschitz.json").read_text())
+    assert "auto" not in {v for k, v in stored.items() if k != "init"}
 
 
 def test_every_block_is_within_its_cap_after_the_run(trained):
@@ -125,14 +138,14 @@ def test_certificate_and_choices_lie_beside_the_checkpoint(trained):
 
 
 def test_options_are_the_configs_fields_and_the_rates():
-    assert Options.from_dict({"w_max": 2.0}).config == paper(w_max=2.0)
+    assert Options.from_dict({"w_max": 2.0}).config == LipschitzConfig(w_max=2.0)
     assert Options.from_dict({"overrides": {}}).config.overrides == {}
     assert Options.from_dict(Options(momentum=0.9).to_dict()) == Options(momentum=0.9)
 
 
 def test_certifying_does_not_change_what_is_trained(trained, copy, monkeypatch):
     monkeypatch.setattr("lip_plugin.integrations.nanogpt.run._Run._certify", lambda *a: None)
-    again = run(copy, ["--max_iters=40", "--out_dir=other"], {"w_max": 1.5, "lr": 0.1})
+    again = run(copy, ["--max_iters=40", "--out_dir=other"], {**LEGACY, "w_max": 1.5, "lr": 0.1})
     assert again["losses"] == trained[1]["losses"]
 
 

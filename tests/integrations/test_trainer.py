@@ -201,7 +201,7 @@ def test_the_default_learning_rate_is_replaced_and_a_chosen_one_is_kept(tmp_path
     )
     chosen.train()
     assert {g["lr"] for g in chosen.optimizer.param_groups} == {0.02}
-    options = LipschitzCallback(lr=0.3, adamw_lr=0.006, momentum=0.8)
+    options = LipschitzCallback(paper(), lr=0.3, adamw_lr=0.006, momentum=0.8)
     own = trainer_of(
         tmp_path, tiny("gpt2", **SMALL), options, lr_scheduler_type="constant", max_steps=1
     )
