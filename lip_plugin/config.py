@@ -95,8 +95,7 @@ class LipschitzConfig:
         residual: The step size a of the residual, x <- (1-a) x + a f(x). It is a number between 0
             and 1, or a pair of them, for attention and for MLPs. `"auto"` is min(0.75, 2.4 / L) and
             min(0.9, 3 / L) for L layers, or one number min(0.75, 4.2 / L) for families that run
-            both in parallel; a fresh model then starts with open branches (see `init`). None is the
-            paper's 1/(2L), or 1/(L+1) in parallel. If a branch has a constant of at most 1, a large
+            both in parallel. None is the paper's 1/(2L), or 1/(L+1) in parallel. If a branch has a constant of at most 1, a large
             step costs nothing in the bound. The price is numerical range: the model carries x
             divided by the product of all 1-a, so use float32 or bfloat16 with large steps, not
             float16. Steps of your own that are too large for the depth are refused.
@@ -166,7 +165,8 @@ class LipschitzConfig:
 
         init: Where training starts. `"orthogonal"` makes every block orthogonal at norm min(1,
             cap); this overwrites the weights. The output maps of attention and MLP are then zero,
-            as in the paper, or orthogonal as well if `residual` is "auto". `"keep"` leaves all
+            as in the paper, or orthogonal as well if `residual` is "auto" and the method is
+            "stiefel". `"keep"` leaves all
             weights as they are. The default `"auto"` is orthogonal if norms are removed from a
             model that was never loaded from anywhere, and keep otherwise.
 

@@ -1,9 +1,8 @@
 """The start of a model that is trained from scratch: orthogonal blocks.
 
 Open this file to see what `LipschitzConfig(init="orthogonal")` writes into the weights. There are
-two starts. With residual weights that the user chose, output maps are zero, as in arXiv 2507.13338.
-With those of `residual="auto"` they are orthogonal too, because then the branches and not the
-identity path carry the signal through a deep model.
+two starts. Output maps are zero, as in arXiv 2507.13338. Or they are orthogonal too, with
+`residual="auto"` and `method="stiefel"`; then the branches carry a signal as well.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def init_orthogonal_(model: nn.Module, *, open_branches: bool = False) -> None:
+def init_orthogonal_(model: nn.Module, *, open_branches: bool = False, peaks: bool = False) -> None:
     """Initialize a retrofitted model in place, within its caps.
 
     - A block of a matrix becomes orthogonal with an RMS->RMS norm of min(1, cap).
     - The output maps of attention and MLP become zero, so every branch starts at zero. With
       `open_branches` they become orthogonal like the others.
-    - With `open_branches`, learned biases by position start with a peak for each head
-      (`peaked_biases`).
+    - With `peaks`, learned biases by position start with a peak for each head (`peaked_biases`).
     - Each row of a table gets an RMS norm equal to its cap: tables of positions get sinusoids, the
       others random rows.
     - Biases of constrained layers become zero.
@@ -55,7 +53,7 @@ def init_orthogonal_(model: nn.Module, *, open_branches: bool = False) -> None:
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             bias.zero_()
-    if open_branches:
+    if peaks:
         learned = [m for m in model.modules() if isinstance(m, OffsetBias) and m.learned]
         for layer, bias in enumerate(learned):
             bias.weight.copy_(peaked_biases(bias.weight.shape[0], bias.weight.shape[1], layer))

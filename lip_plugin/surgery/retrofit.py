@@ -81,9 +81,9 @@ def retrofit(
     names = parts(model, family.architecture)
     fresh = not family.is_pretrained(model) and not norms_are_gone(model, names)
     check_model(model, names, config, pretrained=family.is_pretrained(model), loading=_loading)
-    opened = config.residual == AUTO
+    follows_depth = config.residual == AUTO
     config = resolved(config, model, names)
-    if config.recipe and not _loading and not opened:
+    if config.recipe and not _loading:
         refuse_faint(names, config)
     plan = Plan()
     _plan_untie(plan, model, names)
@@ -94,8 +94,15 @@ def retrofit(
         _plan_calibrated(plan, model, name, config)
     fresh = fresh and config.norms == "remove"
     if not _loading and (config.init == "orthogonal" or (config.init == "auto" and fresh)):
+        # Orthogonal blocks stay so from the first step on. With other projections, output maps of
+        # zero were the better start.
+        opened = follows_depth and config.method == "stiefel"
         what = "orthogonal blocks" if opened else "orthogonal blocks, zero output maps"
-        plan.add("init", what, lambda: init_orthogonal_(model, open_branches=opened))
+        plan.add(
+            "init",
+            what,
+            lambda: init_orthogonal_(model, open_branches=opened, peaks=follows_depth),
+        )
     for name, p, zero in untrained(model, names, config):
         what = "fixed at zero" if zero else "not trained"
         plan.add(name, what, lambda p=p, zero=zero: zero_and_freeze_(p, zero))  # type: ignore[misc]

@@ -26,6 +26,7 @@ from lip_plugin.certificate.result import LayerBound
 from lip_plugin.cli.charts import bars, interval, lines, number
 from lip_plugin.cli.commands import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.cli.report import Report, render
+from lip_plugin.config_values import LEGACY
 from lip_plugin.integrations.huggingface.loading import load_saved_model
 from lip_plugin.integrations.nanogpt.checkpoint import load_nanogpt
 from lip_plugin.integrations.nanogpt.run import run as run_nanogpt
@@ -187,7 +188,7 @@ def checkout(tmp_path_factory):
     (folder / "data.txt").write_text(
         "the quick brown fox jumps over the lazy dog; " * 60, encoding="utf-8"
     )
-    run_nanogpt(folder, ["--max_iters=40"], {"w_max": 1.5})
+    run_nanogpt(folder, ["--max_iters=40"], {**LEGACY, "w_max": 1.5})
     return folder
 
 
