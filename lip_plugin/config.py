@@ -95,10 +95,10 @@ class LipschitzConfig:
         residual: The step size a of the residual, x <- (1-a) x + a f(x). It is a number between 0
             and 1, or a pair of them, for attention and for MLPs. `"auto"` is min(0.75, 2.4 / L) and
             min(0.9, 3 / L) for L layers, or one number min(0.75, 4.2 / L) for families that run
-            both in parallel. None is the paper's 1/(2L), or 1/(L+1) in parallel. If a branch has a constant of at most 1, a large
-            step costs nothing in the bound. The price is numerical range: the model carries x
-            divided by the product of all 1-a, so use float32 or bfloat16 with large steps, not
-            float16. Steps of your own that are too large for the depth are refused.
+            both in parallel. None is the paper's 1/(2L), or 1/(L+1) in parallel. If a branch has a
+            constant of at most 1, a large step costs nothing in the bound. The price is numerical
+            range: the model carries x divided by the product of all 1-a, so use float32 or bfloat16
+            with large steps, not float16. Steps that are too large for the depth are refused.
 
         attention_scale: Attention logits are attention_scale * q.k / d_head. The value 0 leaves
             attention by position alone; the weights of q and k are then not trained. That is what
@@ -166,9 +166,9 @@ class LipschitzConfig:
         init: Where training starts. `"orthogonal"` makes every block orthogonal at norm min(1,
             cap); this overwrites the weights. The output maps of attention and MLP are then zero,
             as in the paper, or orthogonal as well if `residual` is "auto" and the method is
-            "stiefel". `"keep"` leaves all
-            weights as they are. The default `"auto"` is orthogonal if norms are removed from a
-            model that was never loaded from anywhere, and keep otherwise.
+            "stiefel". `"keep"` leaves all weights as they are. The default `"auto"` is orthogonal
+            if norms are removed from a model that was never loaded from anywhere, and keep
+            otherwise.
 
     Raises:
         ConfigError: A value is outside its range, or two options contradict each other. The message

@@ -150,3 +150,13 @@ def test_two_residual_weights_survive_json_as_a_pair():
         == LipschitzConfig.from_json(config.to_json())
     )
     assert json.loads(config.to_json()) == config.to_dict()
+
+
+def test_a_config_saved_before_an_option_existed_means_what_it_meant():
+    """A missing option is not "auto": the model was trained without it."""
+    for values in ({"w_max": 1.2}, {"w_max": 1.2, "method": "hard_cap", "residual": [0.5, 0.9]}):
+        found = LipschitzConfig.from_saved(values)
+        assert found == LipschitzConfig(**{**LEGACY, "logit_scale": 1.0, **values})
+        assert "auto" not in {k: v for k, v in found.to_dict().items() if k != "init"}.values()
+    with pytest.raises(ConfigError):
+        LipschitzConfig.from_saved({"w_max": -1.0})

@@ -1,10 +1,9 @@
 """Does a residual with these weights carry a signal through this many layers?
 
-In x <- (1-a) x + a f(x) every layer passes on (1-a) of what it is given. With residual weights that
-the user chose, the output maps start at zero. So the product of all the 1-a is all that reaches the
-logits at the start, and all of the gradient that reaches the first layer. (With `residual="auto"`
-the branches start open and carry the signal themselves.) The model carries x divided by that
-product, so that nothing of it is lost to rounding, but the loss sees the product itself.
+In x <- (1-a) x + a f(x) every layer passes on (1-a) of what it is given. Where output maps start at
+zero, the product of all the 1-a is all that reaches the logits at the start, and all of the
+gradient that reaches the first layer. The model carries x divided by that product, so that nothing
+of it is lost to rounding, but the loss sees the product itself.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ _SMALLEST_SHARE = 2.0**-100
 # (docs/LOG.md, 2026-11-30). With a dropout of 0.1 it did not learn with 3.9e-7 either, so the limit
 # lies above that.
 _FAINT = 1e-6
-_CURE = (
-    'Leave residual out: "auto" follows the number of layers, and lets the branches carry the '
-    "signal from the first step on."
-)
+_CURE = 'Leave residual out: "auto" follows the number of layers.'
 
 
 def passed_on(names: Parts, config: LipschitzConfig) -> float:
@@ -54,7 +50,7 @@ def refuse_faint(names: Parts, config: LipschitzConfig) -> None:
     """Raise ConfigError, with the numbers, if a fresh model would not start to learn.
 
     Args:
-        names: the parts of a model whose output maps start at zero.
+        names: the parts of the model.
         config: its config, with no value left open.
     """
     layers = len(names.layers)
