@@ -55,7 +55,7 @@ def drawn_models(draw: st.DrawFn) -> dict[str, Any]:
         "w_max": draw(numbers),
         "attention_scale": draw(numbers),
         "value_scale": draw(numbers),
-        "residual": draw(st.sampled_from([None, 0.03, 0.5, 0.97])),
+        "residual": draw(st.sampled_from([None, 0.03, 0.5, 0.9])),
         "norms": draw(st.sampled_from(["remove", "remove", "keep"])),
         "biases": draw(st.sampled_from(["keep", "drop"])),
         # rows that are interleaved by head are no blocks of their own

@@ -29,7 +29,7 @@ from tests.support.oracles import (
 
 def small(family: str = "gpt2", config: LipschitzConfig | None = None) -> nn.Module:
     model = tiny(family, hidden_size=16, num_hidden_layers=1)
-    retrofit(model, config)
+    retrofit(model, config or paper())
     return model
 
 

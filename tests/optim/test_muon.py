@@ -43,7 +43,7 @@ def small(family: str, config: LipschitzConfig | None = None) -> nn.Module:
     if family.startswith("qwen3"):
         fields["head_dim"] = 8
     model = tiny(family, **SMALL, **fields)
-    retrofit(model, config)
+    retrofit(model, config or paper())
     return model
 
 
