@@ -109,8 +109,8 @@ class LipschitzConfig:
 
         position_bias: Adds a bias to every attention logit that depends only on the head and on the
             offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409), or
-            with one peak for each head where `residual` is "auto", and is trained; `"alibi"` stays
-            fixed. None adds nothing. `"auto"` is "learned" where it has a place. A bias that does
+            with one peak for each head where the start is open (see `init`), and is trained;
+            `"alibi"` stays fixed. None adds nothing. `"auto"` is "learned" where it has a place. A bias that does
             not depend on the input costs nothing in the bound, and the learned one gave 15 points
             over fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model
             of tokens (not of images) that attends by torch's scaled_dot_product_attention.

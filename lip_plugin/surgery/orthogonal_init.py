@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def init_orthogonal_(model: nn.Module, *, open_branches: bool = False, peaks: bool = False) -> None:
+def init_orthogonal_(model: nn.Module, *, open_branches: bool = False) -> None:
     """Initialize a retrofitted model in place, within its caps.
 
     - A block of a matrix becomes orthogonal with an RMS->RMS norm of min(1, cap).
     - The output maps of attention and MLP become zero, so every branch starts at zero. With
       `open_branches` they become orthogonal like the others.
-    - With `peaks`, learned biases by position start with a peak for each head (`peaked_biases`).
+    - With `open_branches`, learned biases by position start with a peak for each head
+      (`peaked_biases`).
     - Each row of a table gets an RMS norm equal to its cap: tables of positions get sinusoids, the
       others random rows.
     - Biases of constrained layers become zero.
@@ -53,7 +54,7 @@ def init_orthogonal_(model: nn.Module, *, open_branches: bool = False, peaks: bo
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             bias.zero_()
-    if peaks:
+    if open_branches:
         learned = [m for m in model.modules() if isinstance(m, OffsetBias) and m.learned]
         for layer, bias in enumerate(learned):
             bias.weight.copy_(peaked_biases(bias.weight.shape[0], bias.weight.shape[1], layer))

@@ -94,15 +94,11 @@ def retrofit(
         _plan_calibrated(plan, model, name, config)
     fresh = fresh and config.norms == "remove"
     if not _loading and (config.init == "orthogonal" or (config.init == "auto" and fresh)):
-        # Orthogonal blocks stay so from the first step on. With other projections, output maps of
-        # zero were the better start.
+        # Where blocks stay orthogonal, an open start was better. With other projections, output
+        # maps of zero were (docs/LOG.md, 2026-11-30).
         opened = follows_depth and config.method == "stiefel"
         what = "orthogonal blocks" if opened else "orthogonal blocks, zero output maps"
-        plan.add(
-            "init",
-            what,
-            lambda: init_orthogonal_(model, open_branches=opened, peaks=follows_depth),
-        )
+        plan.add("init", what, lambda: init_orthogonal_(model, open_branches=opened))
     for name, p, zero in untrained(model, names, config):
         what = "fixed at zero" if zero else "not trained"
         plan.add(name, what, lambda p=p, zero=zero: zero_and_freeze_(p, zero))  # type: ignore[misc]

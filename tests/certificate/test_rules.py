@@ -51,7 +51,7 @@ def steepest(
     best = 0.0
     for _ in range(steps):
         e = x * ((r - h) / rms(x).clamp_min(1e-9)).clamp_max(1.0).unsqueeze(-1)
-        # First by the largest entry: squares of numbers below 1e-154 are 0, and so would be the norm.
+        # First by the largest entry, because squares of numbers below 1e-162 are 0.
         v = v / v.abs().amax(-1, keepdim=True).clamp_min(1e-300)
         v = (v / rms(v).unsqueeze(-1).clamp_min(1e-300)).detach().requires_grad_(True)
         gains = rms(run(e + h * v) - run(e - h * v)).amax(-1) / (2 * h)
