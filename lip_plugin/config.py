@@ -108,12 +108,12 @@ class LipschitzConfig:
             must be looked up by content needs it.
 
         position_bias: Adds a bias to every attention logit that depends only on the head and on the
-            offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409), or
-            with one peak for each head where the start is open (see `init`), and is trained;
-            `"alibi"` stays fixed. None adds nothing. `"auto"` is "learned" where it has a place. A bias that does
-            not depend on the input costs nothing in the bound, and the learned one gave 15 points
-            over fixed ALiBi. A table of learned positions is then fixed at zero. It needs a model
-            of tokens (not of images) that attends by torch's scaled_dot_product_attention.
+            offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409), or with
+            one peak for each head where the start is open (see `init`), and is trained; `"alibi"`
+            stays fixed. None adds nothing. `"auto"` is "learned" where it has a place. A bias that
+            does not depend on the input costs nothing in the bound, and the learned one gave 15
+            points over fixed ALiBi. A table of learned positions is then fixed at zero. It needs a
+            model of tokens (not of images) that attends by torch's scaled_dot_product_attention.
 
         value_scale: A factor on the output of every attention branch. `"auto"` makes a head whose
             maps are within 1 a map that is 1-Lipschitz at any attention_scale s: 1 / (sqrt(1 + s^2)
