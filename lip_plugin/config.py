@@ -144,9 +144,8 @@ class LipschitzConfig:
             MLP's own activation. Its slopes are 1 and -1, so it keeps the norm of what passes and
             of its gradient, where a gelu halves both; it gave 6 points over gelu. In a gated MLP it
             takes the place of the product: the absolute value sqrt(g^2 + u^2) of each pair, scaled
-            to slope 1. That is no steeper at any width, where a product costs sqrt(d), and it gave
-            6 points over the product. None keeps the model's own activation, divided by its largest
-            slope.
+            to slope 1. That is no steeper at any width, where a product costs sqrt(d). None keeps
+            the model's own activation, divided by its largest slope.
 
         logit_scale: A factor on what enters the head, and so on the logits and on their bound. It
             is an inverse temperature, which the weights cannot learn because they are capped.

@@ -53,8 +53,8 @@ class Half:
     def __init__(self, first: Tensor) -> None:
         self.first = first
 
-    def __mul__(self, second: Tensor) -> Tensor:
-        return pair_abs(self.first, second)
+    def __mul__(self, second: Any) -> Tensor:
+        return _joined(self.first, second)
 
     @classmethod
     def __torch_function__(
@@ -64,14 +64,25 @@ class Half:
             return NotImplemented
         first, second = args
         if isinstance(first, Half):
-            return pair_abs(first.first, second)
-        return pair_abs(second.first, first)
+            return _joined(first.first, second)
+        return _joined(second.first, first)
+
+
+# `pair_abs` of the two halves, if the second one is what it has to be.
+def _joined(first: Tensor, second: Any) -> Tensor:
+    if not isinstance(second, Tensor) or second.shape != first.shape:
+        raise TypeError(
+            "The first half of a gated MLP's pairs was multiplied with something else than the "
+            "second half, a tensor of the same shape."
+        )
+    return pair_abs(first, second)
 
 
 class PairAbs(nn.Module):
     """Stands in the place of a gated MLP's activation, and makes its product a `pair_abs`.
 
-    A forward that does anything but multiply its output with one tensor raises TypeError.
+    A forward that does anything but multiply its output with a tensor of the same shape raises
+    TypeError.
     """
 
     def forward(self, x: Tensor) -> Half:

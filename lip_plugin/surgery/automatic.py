@@ -21,7 +21,7 @@ def depth_steps(layers: int, *, parallel: bool = False) -> float | tuple[float, 
     """The residual weights for this many layers: of attention and of MLPs, or one for both.
 
     They fall as 1 / layers, so that the product of all 1-a, which is what the identity path passes
-    on, stays above exp(-11) at any depth. Up to three layers they are the largest that were of use.
+    on, is at least 1.5e-5 at any depth. Up to three layers they are the largest that were of use.
     """
     attention, mlp = min(0.75, 2.4 / layers), min(0.9, 3.0 / layers)
     return min(0.75, 4.2 / layers) if parallel else (attention, mlp)

@@ -13,6 +13,7 @@ from lip_plugin.certificate.graph.attention import Attention
 from lip_plugin.certificate.graph.base import Node
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.nodes import Activation, Norm
+from lip_plugin.certificate.graph.pairs import Modulus
 from lip_plugin.errors import CertificateError
 from lip_plugin.model.scales import branch_scale
 
@@ -53,6 +54,12 @@ def check_node(node: Node) -> None:
         # There is no float32 inside an activation. So it is compared to 1e-9, that is to 1e-5 of
         # `TOLERANCE`.
         difference = relative_difference(node.run(x), expected) * 1e5
+    elif isinstance(node, Modulus):
+        g, u = torch.randn(2, 961, generator=generator, dtype=torch.float64) * torch.logspace(
+            -4, 2, 961, dtype=torch.float64
+        )
+        expected = node.module(g) * u
+        difference = relative_difference(node.run(torch.cat([g, u])), expected) * 1e5
     elif isinstance(node, Attention) and node.rotary is not None:
         difference = _not_a_rotation(node)
     else:

@@ -19,8 +19,8 @@ loss is, for every lambda > 0, at most
         max over 0 <= d <= s_i of (factor abs(g_i) (d - abs(z_i))_+ - lambda d^2)
 
 where (x)_+ is max(x, 0). Each inner maximum is 0, or it is attained at d = min(s_i, factor
-abs(g_i) / (2 lambda)). For a pair the same holds with
-min(d^2 / (2 R), 2 d) in the place of (d - abs(z_i))_+. Proofs are in docs/maths/radius.md.
+abs(g_i) / (2 lambda)). For a pair the same holds with min(d^2 / (2 R), 2 d) in the place of
+(d - abs(z_i))_+. Proofs are in docs/maths/radius.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from torch import Tensor
 # gives a true bound, so a coarse grid loses only tightness.
 _PRICES = (0.012, 0.025, 0.05, 0.09, 0.15, 0.25, 0.4)
 # What float32 may have cost in `price`. `_UP` covers sums of a few thousand terms. `_CANCELLED`
-# covers what cancels inside a term: 6 units of c_i d_i each, where norm2(d) <= S / (2 price).
+# covers what cancels inside a term: 6 units of c_i d_i each, where norm2(d) <= S / (2 price). With
+# a slope of 2 both the terms and the d are twice as large.
 _UP, _CANCELLED = 1 + 1e-4, 3e-5
 
 
@@ -94,7 +95,8 @@ class Convex:
                 rate = (price * length / total.clamp_min(1e-300)).clamp_min(1e-30)
                 gain = self._gain(c, reach, at, rate.unsqueeze(-1).float())
                 bound = rate * total.square() + gain.sum(-1).double()
-                best = torch.minimum(best, bound * _UP + _CANCELLED * length * total)
+                slack = _CANCELLED * self.steepest**2 * length * total
+                best = torch.minimum(best, bound * _UP + slack)
             found[i, :, :last] = best
         return found
 
@@ -126,7 +128,9 @@ class Bends(Convex):
         return 2.0
 
     def _gain(self, c: Tensor, reach: Tensor, at: Tensor, rate: Tensor) -> Tensor:
-        near = (c / (2.0 * at)).sub_(rate).clamp_min_(0.0).mul_(reach.square())
+        # The factor covers the rounding of the quotient and of the rate. Without it a difference of
+        # two nearly equal numbers could be too small.
+        near = (c / (2.0 * at)).mul_(1 + 1e-6).sub_(rate).clamp_min_(0.0).mul_(reach.square())
         d = torch.minimum(reach, c / rate)
         far = (2.0 * c * d).sub_(d.square().mul_(rate)).clamp_min_(0.0)
         return torch.minimum(near, far)
