@@ -13,12 +13,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import character_gpt2, characters, recipe, windows
+from common import character_model, characters, recipe, windows
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from frontier_tasks.runs import Run, Steps
-from lip_plugin import attacked_accuracy, certified_accuracy, certify, retrofit
+from lip_plugin import (
+    LipschitzConfig,
+    attacked_accuracy,
+    certified_accuracy,
+    certify,
+    retrofit,
+)
 from lip_plugin.surgery.state import find_retrofit
 
 EPS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -60,12 +66,15 @@ def _data(path: str | None, length: int) -> Split:
 
 def train(
     run: Run, lr: float, seed: int, split: Split, options: Any, steps: int
-) -> Iterator[GPT2LMHeadModel]:
+) -> Iterator[PreTrainedModel]:
     """Yields the model after every step (the same object)."""
     torch.manual_seed(seed)
-    model = character_gpt2(split.vocabulary, options.width, 3, options.length).to(DEVICE)
+    model = character_model(run.family, split.vocabulary, options.width, 3, options.length)
+    model = model.to(DEVICE)
     if run.config is not None:
-        retrofit(model, recipe(**run.config))
+        changes = dict(run.config)
+        preset = changes.pop("preset", None)
+        retrofit(model, LipschitzConfig.preset(preset, **changes) if preset else recipe(**changes))
     stepping = Steps(run, model, lr, steps)
     model.train()
     for _ in range(steps):
@@ -90,7 +99,7 @@ def _loss(logits: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: GPT2LMHeadModel, blocks: Tensor, temperature: float = 1.0) -> dict[str, float]:
+def score(model: PreTrainedModel, blocks: Tensor, temperature: float = 1.0) -> dict[str, float]:
     """Accuracy and loss, by default at the network's own scale."""
     model.eval()
     loss = accuracy = 0.0
@@ -102,12 +111,12 @@ def score(model: GPT2LMHeadModel, blocks: Tensor, temperature: float = 1.0) -> d
     return {"accuracy": accuracy, "loss": loss}
 
 
-def choose(model: GPT2LMHeadModel, split: Split, temperature: float) -> dict[str, float]:
+def choose(model: PreTrainedModel, split: Split, temperature: float) -> dict[str, float]:
     """Scores at the training temperature on the text that learning rates are chosen by."""
     return score(model, split.choose, temperature)
 
 
-def evaluate(model: GPT2LMHeadModel, split: Split, options: Any) -> dict[str, Any]:
+def evaluate(model: PreTrainedModel, split: Split, options: Any) -> dict[str, Any]:
     """Scores, proven bounds, certified and attacked accuracy on the first held-out sequences."""
     found: dict[str, Any] = score(model, split.held_out)
     sources = ("weights", "caps") if find_retrofit(model) else ("weights",)

@@ -6,6 +6,7 @@ results file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,7 @@ class Run:
         options: more arguments of the optimizer.
         loss: for task char: `label_smoothing`, and `margin`, which is taken from the right logit
             before the temperature divides.
+        family: for task char: "gpt2", "llama", "qwen3" or "gemma3".
     """
 
     name: str
@@ -90,9 +92,10 @@ class Run:
     temperature: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, float] = field(default_factory=dict)
+    family: str = "gpt2"
 
     def plain(self) -> dict[str, Any]:
-        """JSON types, as a results file holds them; the plain loss is left out."""
+        """JSON types, as a results file holds them; the plain loss and "gpt2" are left out."""
         values = {
             **vars(self),
             "config": self.config and dict(self.config),
@@ -101,6 +104,8 @@ class Run:
         values["loss"] = dict(self.loss)
         if not self.loss:
             del values["loss"]
+        if self.family == "gpt2":
+            del values["family"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "name"}
 
 
@@ -146,7 +151,7 @@ def char_runs() -> list[Run]:
             for cap in (1.0, 1.2, 2.0, 4.0):
                 config = {"method": method, "w_max": cap, "biases": "drop", "logit_scale": 1.0}
                 runs.append(Run(f"{method}/{optimizer}/{cap:g}", config, optimizer, rates))
-    return runs + position_runs() + position_map()
+    return runs + position_runs() + position_map() + preset_runs()
 
 
 # What a bound of 1 is best spent on, found by leaving one out at a time: docs/LOG.md, 2026-11-24.
@@ -192,6 +197,22 @@ def position_runs() -> list[Run]:
     return runs + [
         run(f"temperature 0.05, {name}", 0.05, **changes) for name, changes in undone.items()
     ]
+
+
+def preset_runs() -> list[Run]:
+    """The presets as a user gets them, on two families, by the factor on their logits.
+
+    A factor of 40 is a training temperature of 1 / 40. Bounds are at the network's own scale, so
+    the factor is in the loss alone.
+    """
+    scales = {"accurate": (5, 10, 20, 40, 80), "robust": (2, 5, 10, 20)}
+    runs = []
+    for family, (preset, factors) in itertools.product(("gpt2", "llama"), scales.items()):
+        for factor in factors:
+            config = {"preset": preset, "logit_scale": 1.0}
+            key = f"{preset}, logits x {factor}, {family}/lipschitz_muon/1"
+            runs.append(Run(key, config, "lipschitz_muon", (0.1,), None, 1 / factor, family=family))
+    return runs
 
 
 def position_map() -> list[Run]:
