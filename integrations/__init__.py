@@ -1,8 +1,9 @@
 """Where lip_plugin meets other people's libraries. Import it as `lip_plugin.integrations`.
 
-`register_all` runs when lip_plugin is imported. It registers what the core has to know about
-other libraries: families of models, wrappers of layers, and the loader of saved models. It imports
-none of those libraries.
+`register_all` runs when the first room of lip_plugin is opened (lip_plugin/opening.py). It
+registers what the core has to know about other libraries: families of models and wrappers of
+layers. It imports none of those libraries. The loader of saved models is registered by
+after_import.py, as soon as `import lip_plugin` runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,3 @@ def register_all() -> None:
     import lip_plugin.integrations.nanogpt.family
     import lip_plugin.integrations.peft.enforce
     import lip_plugin.integrations.peft.wrappers  # noqa: F401
-    from lip_plugin.integrations.huggingface.after_import import register_saving
-
-    register_saving()

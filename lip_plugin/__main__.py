@@ -2,7 +2,7 @@
 
 import sys
 
-from lip_plugin.cli.commands import main
+from lip_plugin.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

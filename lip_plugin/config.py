@@ -20,6 +20,7 @@ from lip_plugin.config_values import (
     PRESETS,
     check_positive,
     check_residual,
+    check_scales,
 )
 from lip_plugin.errors import ConfigError
 
@@ -103,9 +104,10 @@ class LipschitzConfig:
         attention_scale: Attention logits are attention_scale * q.k / d_head. The value 0 leaves
             attention by position alone; the weights of q and k are then not trained. That is what
             `"auto"` means wherever position biases have a place, and 1 elsewhere. A larger value
-            makes attention sharper, and what its scores add to the bound grows in proportion. On
-            text, content attention gave no accuracy beside learned position biases; anything that
-            must be looked up by content needs it.
+            makes attention sharper, and what its scores add to the bound grows in proportion. A
+            tuple is repeated over the layers: with (0, 16) every second layer looks things up by
+            content, and the others move them by position. Preset "content" has that. Anything that
+            must be looked up by content needs a value above 0.
 
         position_bias: Adds a bias to every attention logit that depends only on the head and on the
             offset between the two tokens. `"learned"` starts as ALiBi (arXiv 2108.12409), or with
@@ -118,7 +120,8 @@ class LipschitzConfig:
         value_scale: A factor on the output of every attention branch. `"auto"` makes a head whose
             maps are within 1 a map that is 1-Lipschitz at any attention_scale s: 1 / (sqrt(1 + s^2)
             + s), or 1 / (1 + 2 s) if keys are turned by their position. So a sharp head is a quiet
-            one. The paper's is 1/3. A larger value multiplies what attention adds to the bound.
+            one. The paper's is 1/3. A larger value multiplies what attention adds to the bound. A
+            tuple is repeated over the layers.
 
         embedding_max: The bound on the token norm of what enters the first block. (A patch bias,
             and what a model with kept norms does before that block, can add to it.) The default is
@@ -181,8 +184,8 @@ class LipschitzConfig:
     norms: str | None = None
     norm_floors: Mapping[str, float] = field(default_factory=dict)
     residual: float | tuple[float, float] | str | None = AUTO
-    attention_scale: float | str = AUTO
-    value_scale: float | str = AUTO
+    attention_scale: float | tuple[float, ...] | str = AUTO
+    value_scale: float | tuple[float, ...] | str = AUTO
     embedding_max: float = 1.0
     pixel_max: float = 1.0
     gate_max: float | None = None
@@ -203,16 +206,15 @@ class LipschitzConfig:
                 )
         for name in ("w_max", "embedding_max", "pixel_max"):
             check_positive(name, getattr(self, name))
-        if self.value_scale != AUTO:
-            check_positive("value_scale", self.value_scale)
-        if self.attention_scale != AUTO and (
-            self.attention_scale != 0 or isinstance(self.attention_scale, bool)
-        ):
-            check_positive("attention_scale", self.attention_scale)
-        elif self.attention_scale == 0 and self.position_bias is None:
+        for name in ("value_scale", "attention_scale"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if getattr(self, name) != AUTO:
+                check_scales(name, getattr(self, name), zero=name == "attention_scale")
+        if self.by_position_alone and self.position_bias is None:
             raise ConfigError(
-                "LipschitzConfig(attention_scale=0): attention would be uniform. Give it a "
-                "position_bias, 'learned' or 'alibi'."
+                f"LipschitzConfig(attention_scale={self.attention_scale}): attention would be "
+                "uniform. Give it a position_bias, 'learned' or 'alibi'."
             )
         chosen = [
             n for n in ("position_bias", "activation") if getattr(self, n) not in (None, AUTO)
@@ -245,6 +247,12 @@ class LipschitzConfig:
             object.__setattr__(self, "residual", tuple(self.residual))
         if self.residual not in (None, AUTO):
             check_residual(self.residual)
+
+    @property
+    def by_position_alone(self) -> bool:
+        """Whether some layer's attention does not look at content."""
+        scales = self.attention_scale
+        return scales != AUTO and 0 in (scales if isinstance(scales, tuple) else (scales,))
 
     @property
     def recipe(self) -> bool:
@@ -304,9 +312,7 @@ class LipschitzConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary of JSON types, which `from_dict` reads back."""
         values = dataclasses.asdict(self)
-        if isinstance(self.residual, tuple):
-            values["residual"] = list(self.residual)
-        return values
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def to_json(self) -> str:
         """The config as JSON text, which `from_json` reads back to an equal config."""

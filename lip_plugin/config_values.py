@@ -73,3 +73,17 @@ def check_positive(name: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"LipschitzConfig({name}={value!r}): must be a finite number above 0.")
+
+
+# Refuses anything but a number above 0, or a tuple of them; with `zero`, 0 is allowed too.
+def check_scales(name: str, value: Any, *, zero: bool) -> None:
+    if value == ():
+        raise ConfigError(f"LipschitzConfig({name}=()): a number, or one for each of some layers.")
+    for one in value if isinstance(value, tuple) else (value,):
+        if not (zero and one == 0 and not isinstance(one, bool)):
+            check_positive(name, one)
+
+
+def of_layer(value: Any, layer: int) -> float:
+    """What a number or a tuple, which is repeated over the layers, says for one layer."""
+    return float(value[layer % len(value)] if isinstance(value, tuple) else value)

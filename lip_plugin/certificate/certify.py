@@ -31,7 +31,7 @@ from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import INF, ONE, log10, mul, root, to_float, up
 from lip_plugin.certificate.graph.nodes import Linear, Scale
 from lip_plugin.certificate.input_radius import radius_of
-from lip_plugin.certificate.result import NORM, Certificate, LayerBound, check_within_caps
+from lip_plugin.certificate.result import Certificate, check_within_caps
 from lip_plugin.certificate.weight_norms import (
     CAP_SLACK,
     cap_norms,
@@ -41,6 +41,7 @@ from lip_plugin.certificate.weight_norms import (
 from lip_plugin.distributed.gather import sharded_too
 from lip_plugin.errors import ConfigError
 from lip_plugin.model.adapters import BlockNorms
+from lip_plugin.stated import NORM, LayerBound
 
 SOURCES = ("weights", "caps")
 

@@ -1,21 +1,19 @@
-"""The command line: lip-plugin certify | falsify | report.
+"""What `lip-plugin certify`, `falsify` and `report` do.
 
-Results go to stdout, everything else goes to stderr. `main` runs one command, and the functions
-below it do what the three commands promise.
+Each command takes the words that lip_plugin/cli/main.py has read, and returns its exit code, its
+result as JSON types, and its text.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -23,12 +21,12 @@ from lip_plugin.certificate.attack.falsify import Falsification, falsify
 from lip_plugin.certificate.certify import certify
 from lip_plugin.certificate.result import Certificate, check_same
 from lip_plugin.cli.charts import require_matplotlib
+from lip_plugin.cli.main import FALSIFIED, OK, RESTARTS, body_of
 from lip_plugin.cli.report import Report, bound_text, render
 from lip_plugin.cli.saved import (
     CERTIFICATE,
     beside,
     folder_of,
-    has_weights,
     history,
     load,
     model_of_run,
@@ -36,7 +34,6 @@ from lip_plugin.cli.saved import (
 from lip_plugin.errors import (
     CertificateError,
     ConfigError,
-    LipschitzError,
     NotRetrofittedError,
     UnsupportedModelError,
 )
@@ -44,158 +41,11 @@ from lip_plugin.files import write_whole
 from lip_plugin.progress import steps
 from lip_plugin.surgery.block_norms import block_norms
 
-OK, USAGE, BAD_INPUT, UNSUPPORTED, FALSIFIED = range(5)
-EXIT_CODES = """exit codes:
-  0  proven, or the claim holds against the attack
-  1  wrong usage
-  2  bad input: truncated or edited files, nan, a config or certificate of other weights
-  3  not supported: a model or layer without a proven rule, or without the caps that were asked for
-  4  falsified: an attack exceeded the claimed bound"""
 _STREAM_FROM = 1 << 30  # certify reads weights of this many bytes or more layer by layer
-_RESTARTS = 5  # one round of an attack has one start of each kind that falsify knows
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(USAGE, f"{self.prog}: error: {message}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the words after `lip-plugin`; None takes them from the command line.
-
-    Returns:
-        The exit code, one of `EXIT_CODES`.
-
-    Raises:
-        SystemExit: the words do not fit (code 1), or help was asked for (code 0).
-    """
-    args = _parser().parse_args(argv)
-    try:
-        code, result, text = args.run(args)
-    except (LipschitzError, ImportError, OSError) as error:
-        if args.debug:
-            raise
-        code = _code_of(error)
-        result, text = {"error": {"kind": type(error).__name__, "message": str(error)}}, ""
-        sys.stderr.write(f"error: {error}\n")
-    result = {"command": args.command, "exit_code": code, **result}
-    sys.stdout.write(
-        (json.dumps(_plain(result)) if args.json else text) + "\n" if args.json or text else ""
-    )
-    return code
-
-
-def _code_of(error: BaseException) -> int:
-    if isinstance(error, ConfigError):
-        return USAGE
-    return (
-        UNSUPPORTED
-        if isinstance(error, (UnsupportedModelError, NotRetrofittedError, ImportError))
-        else BAD_INPUT
-    )
-
-
-def _plain(value: Any) -> Any:
-    """The same value with infinities and nan as strings, because JSON has none of them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _parser() -> _Parser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("lip-plugin", description=__doc__, epilog=EXIT_CODES, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, run: Callable[..., Any], path: str, text: str
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=raw
-        )
-        sub.set_defaults(run=run)
-        sub.add_argument(
-            "path", type=Path, metavar=path.partition(":")[0], help=path.partition(": ")[2]
-        )
-        sub.add_argument(
-            "--nanogpt-dir", type=Path, metavar="DIR", help="checkout whose model.py made a ckpt.pt"
-        )
-        sub.add_argument(
-            "--json", action="store_true", help="one JSON object on stdout, and nothing else"
-        )
-        sub.add_argument("--debug", action="store_true", help="show where an error was raised")
-        return sub
-
-    model = (
-        "PATH: folder of save_pretrained or of a Trainer checkpoint, nanoGPT's ckpt.pt, "
-        "or a certificate.json"
-    )
-    sub = command(
-        "certify",
-        _certify,
-        model,
-        "prove a Lipschitz bound, and check the certificate beside the weights",
-    )
-    sub.add_argument(
-        "--source",
-        choices=("weights", "caps"),
-        default="weights",
-        help="what the bound is computed from",
-    )
-    sub.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="layer by layer; default: above 1 GiB",
-    )
-    sub.add_argument(
-        "--renew",
-        action="store_true",
-        help="write a new certificate.json, whatever the old one says",
-    )
-    sub = command("falsify", _falsify, model, "attack a claimed bound from below")
-    sub.add_argument(
-        "--claim",
-        type=float,
-        help="the bound; default: certificate.json's, or the one that is proven now",
-    )
-    _attack_options(sub)
-    run = "RUN: output folder of a run, or any folder with a model"
-    sub = command("report", _report, run, "write one HTML page about a run")
-    sub.add_argument("--out", type=Path, help="the page; default: report.html in the folder")
-    _attack_options(sub)
-    return parser
-
-
-def _attack_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--rounds", type=_count, default=2, help=f"rounds of {_RESTARTS} starts each (default 2)"
-    )
-    sub.add_argument(
-        "--steps", type=_count, default=60, help="ascent steps of each start (default 60)"
-    )
-    sub.add_argument(
-        "--tokens", type=_count, default=17, help="length of the sequences (default 17)"
-    )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
-def _certify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    folder, stated = folder_of(args.path), beside(args.path)
-    if args.path.suffix == ".json" and not has_weights(folder):
-        assert stated is not None
-        text = f"{stated}\nintact, and no weights beside it: nothing was compared"
-        return OK, {"certificate": _body(stated), "compared": False}, text
+def certify_command(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    folder, stated = folder_of(args.path), beside(args.path, Certificate)
     began = time.perf_counter()
     if args.path.suffix == ".json" and stated is not None:
         args.source = stated.source
@@ -211,7 +61,7 @@ def _certify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         note = f"{CERTIFICATE} beside it is from {stated.source}: not compared"
     compared = stated is not None and stated.source == fresh.source and not args.renew
     seconds = time.perf_counter() - began
-    result = {"certificate": _body(fresh), "compared": compared, "seconds": round(seconds, 3)}
+    result = {"certificate": body_of(fresh), "compared": compared, "seconds": round(seconds, 3)}
     return OK, result, f"{fresh}\n{fresh.weights}\n{note}"
 
 
@@ -250,10 +100,10 @@ def _check_stated(stated: Certificate, fresh: Certificate, folder: Path) -> None
         raise CertificateError(f"{folder / CERTIFICATE}: {error} {cure}") from error
 
 
-def _falsify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+def falsify_command(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     if args.claim is not None and not args.claim >= 0:
         raise ConfigError(f"--claim {args.claim}: must be a number of at least 0.")
-    stated = beside(args.path) if args.claim is None else None
+    stated = beside(args.path, Certificate) if args.claim is None else None
     model = load(args.path, args.nanogpt_dir)
     claim, origin = args.claim, "--claim"
     if stated is not None:
@@ -290,21 +140,21 @@ def _falsify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _attack(args: argparse.Namespace, model: nn.Module) -> Falsification:
     """The best find of several rounds, each of which has its own random numbers."""
     rounds = [
-        falsify(model, _RESTARTS, args.steps, tokens=args.tokens, seed=seed)
+        falsify(model, RESTARTS, args.steps, tokens=args.tokens, seed=seed)
         for seed in _bar(args, range(args.rounds), "attack")
     ]
     return max(rounds, key=lambda found: found.lower_bound)
 
 
 def _effort(args: argparse.Namespace) -> str:
-    return f"{args.rounds * _RESTARTS} starts, {args.steps} steps, {args.tokens} tokens"
+    return f"{args.rounds * RESTARTS} starts, {args.steps} steps, {args.tokens} tokens"
 
 
-def _report(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+def report_command(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     require_matplotlib()  # before the attack, which may take minutes
     run = args.path
     args.path = model_of_run(run)
-    model, stated = load(args.path, args.nanogpt_dir), beside(args.path)
+    model, stated = load(args.path, args.nanogpt_dir), beside(args.path, Certificate)
     with _proving():
         certificate, attack = certify(model), _attack(args, model)
     if stated is not None and stated.source == "weights":
@@ -352,10 +202,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _body(certificate: Certificate) -> dict[str, Any]:
-    return json.loads(certificate.to_json())["certificate"]
-
-
 def _bar(args: argparse.Namespace, items: Any, what: str) -> Iterator[Any]:
     return steps(items, what, shown=not args.json)
 
@@ -371,3 +217,6 @@ def _proving() -> Iterator[None]:
         yield
     except CertificateError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+COMMANDS = {"certify": certify_command, "falsify": falsify_command, "report": report_command}

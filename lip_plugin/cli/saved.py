@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
-
-from lip_plugin.certificate.result import Certificate
 from lip_plugin.errors import CertificateError, CheckpointError, ConfigError
+from lip_plugin.stated import Stated
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_S = TypeVar("_S", bound=Stated)
 
 CERTIFICATE, CHECKPOINT = "certificate.json", "ckpt.pt"
 
@@ -53,8 +56,12 @@ def load(path: Path, nanogpt_dir: Path | None = None) -> nn.Module:
     return load_saved_model(folder)
 
 
-def beside(path: Path) -> Certificate | None:
+def beside(path: Path, kind: type[_S]) -> _S | None:
     """Read the certificate that was given, or the one that lies beside the weights.
+
+    Args:
+        path: a certificate, or a folder or file of a model.
+        kind: the class to read it as, Stated or Certificate.
 
     Returns:
         The certificate, or None if there is none.
@@ -69,7 +76,7 @@ def beside(path: Path) -> Certificate | None:
     if not file.is_file():
         return None
     try:
-        return Certificate.from_json(file.read_text(encoding="utf-8"))
+        return kind.from_json(file.read_text(encoding="utf-8"))
     except (CertificateError, UnicodeDecodeError) as error:
         raise CertificateError(f"{file}: {error}") from error
 

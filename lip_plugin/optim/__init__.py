@@ -2,3 +2,7 @@
 
 The other files hold what both need: parameter groups, and the checks before each step.
 """
+
+from lip_plugin.opening import open_house
+
+open_house()

@@ -73,14 +73,16 @@ def resolved(config: LipschitzConfig, model: nn.Module, names: Parts) -> Lipschi
     attends = config.attention_scale
     bias = config.position_bias
     if bias == AUTO:
-        fits = attends == 0 or why_no_position_bias(model, names) is None
+        fits = config.by_position_alone or why_no_position_bias(model, names) is None
         bias = "learned" if fits else None
     if attends == AUTO:
         attends = 1.0 if bias is None else 0.0
     values |= {"position_bias": bias, "attention_scale": attends}
     if config.value_scale == AUTO:
         turned = names.rotary is not None
-        values["value_scale"] = balanced_value_scale(float(attends), turned=turned)
+        scales = attends if isinstance(attends, tuple) else (attends,)
+        balanced = tuple(balanced_value_scale(float(s), turned=turned) for s in scales)
+        values["value_scale"] = balanced if isinstance(attends, tuple) else balanced[0]
     if config.residual == AUTO:
         values["residual"] = depth_steps(len(names.layers), parallel=architecture.parallel)
     if config.activation == AUTO:

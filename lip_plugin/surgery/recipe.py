@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import of_layer
 from lip_plugin.model.activations import REPLACEMENTS, ScaledActivation, activation_kind
 from lip_plugin.model.heads import head_dim
 from lip_plugin.model.pairs import PairAbs
@@ -71,8 +72,9 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
     steps = step_sizes(config, names)
     if architecture.entry_norm:
         _plan_slot(plan, model, architecture.entry_norm, 1.0)
-    c, sharp = 1.0, float(config.attention_scale)
-    for layer in names.layers:
+    c = 1.0
+    for i, layer in enumerate(names.layers):
+        sharp, values = (of_layer(of, i) for of in (config.attention_scale, config.value_scale))
         scaling = architecture.attention.scaling
         d_head = head_dim(model, layer, names)
         # Some forwards have no attribute for the scale of the logits and divide by sqrt(d_head).
@@ -80,7 +82,7 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
         # be attention_scale q.k / d_head. The values are scaled by s too, so the output is divided
         # by s. No hook sits inside the attention module, so adapters of peft stay exact.
         s = 1.0 if scaling or not sharp else math.sqrt(sharp / math.sqrt(d_head))
-        reads_and_gains = ((s, float(config.value_scale) / s), (1.0, 1.0))
+        reads_and_gains = ((s, values / s), (1.0, 1.0))
         for branch, a, (reads, gain) in zip(layer.branches, steps, reads_and_gains, strict=True):
             # Parallel branches share one step: (1-a) x + a (attention + mlp) / 2.
             gain = gain / 2 if architecture.parallel else gain
@@ -92,7 +94,7 @@ def plan_constants(plan: Plan, model: nn.Module, names: Parts, config: Lipschitz
             c *= 1.0 if architecture.parallel else 1.0 - a
         c *= 1.0 - steps[0] if architecture.parallel else 1.0
         _plan_gate(plan, model, layer.mlp, config.gate_max)
-        _plan_position(plan, model, layer, names, config)
+        _plan_position(plan, model, layer, names, config, content=sharp != 0)
         if scaling:
             _plan_scaling(plan, model, layer.attention.module, scaling, sharp / d_head)
         for name in layer.attention.qk_norms:
@@ -200,14 +202,20 @@ def _plan_gate(plan: Plan, model: nn.Module, branch: BranchParts, cap: float | N
 
 
 def _plan_position(
-    plan: Plan, model: nn.Module, layer: LayerParts, names: Parts, config: LipschitzConfig
+    plan: Plan,
+    model: nn.Module,
+    layer: LayerParts,
+    names: Parts,
+    config: LipschitzConfig,
+    *,
+    content: bool,
 ) -> None:
     """Plan the position biases of one layer's attention, or plan to take present ones away.
 
     Tables that are there already keep their values.
     """
     module: Any = model.get_submodule(layer.attention.module)
-    present, content = position_bias(module), config.attention_scale != 0
+    present = position_bias(module)
     if config.position_bias is None:
         if present is not None:
             plan.add(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_plugin.config import LipschitzConfig
+from lip_plugin.config_values import of_layer
 from lip_plugin.model.layers import table_of
 from lip_plugin.model.parts import Parts
 from lip_plugin.model.position import position_bias
@@ -50,8 +51,8 @@ def untrained(
             table_of(model, names.architecture.positions).weight,
             True,
         )
-    for layer in names.layers:
-        if config.attention_scale == 0:
+    for i, layer in enumerate(names.layers):
+        if of_layer(config.attention_scale, i) == 0:
             for role in ("q", "k"):
                 if role in layer.attention.linears:
                     name = layer.attention.linears[role]

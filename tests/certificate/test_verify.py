@@ -18,8 +18,9 @@ from torch import nn
 from lip_plugin import Certificate, LipschitzMuon, certify, project_
 from lip_plugin.certificate.function_facts import function_of
 from lip_plugin.certificate.graph.build import build
-from lip_plugin.certificate.result import _digest, _encode, check_same
+from lip_plugin.certificate.result import check_same
 from lip_plugin.errors import CertificateError, LipschitzError
+from lip_plugin.stated import _digest, _encode
 from tests.support.families import FAMILIES
 from tests.support.oracles import paper, random_model, randomize_
 from tests.support.peft_models import base_of, tuner

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lip_plugin import Certificate, certify, project_, retrofit
 from lip_plugin.certificate.fingerprint import Fingerprint, fingerprint
-from lip_plugin.certificate.result import _digest
-from lip_plugin.cli.commands import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
+from lip_plugin.cli.main import BAD_INPUT, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.errors import (
     CertificateError,
     CheckpointError,
@@ -25,6 +24,7 @@ from lip_plugin.errors import (
 )
 from lip_plugin.integrations.huggingface.loading import certify_streamed, load_saved_model
 from lip_plugin.integrations.huggingface.metrics import write_certificate
+from lip_plugin.stated import _digest
 from tests.support.families import HF_FAMILIES, tiny
 from tests.support.oracles import paper, randomize_
 

@@ -22,14 +22,14 @@ from lip_plugin import (
     project_,
     retrofit,
 )
-from lip_plugin.certificate.result import LayerBound
 from lip_plugin.cli.charts import bars, interval, lines, number
-from lip_plugin.cli.commands import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
+from lip_plugin.cli.main import BAD_INPUT, FALSIFIED, OK, UNSUPPORTED, USAGE, main
 from lip_plugin.cli.report import Report, render
 from lip_plugin.config_values import LEGACY
 from lip_plugin.integrations.huggingface.loading import load_saved_model
 from lip_plugin.integrations.nanogpt.checkpoint import load_nanogpt
 from lip_plugin.integrations.nanogpt.run import run as run_nanogpt
+from lip_plugin.stated import LayerBound
 from tests.support.families import tiny
 from tests.support.oracles import paper, randomize_
 
@@ -145,7 +145,7 @@ def test_a_plain_model_is_attacked_below_what_is_proven_now(tmp_path, capsys):
 
 def test_the_installed_command_is_this_one():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.scripts]\nlip-plugin = "lip_plugin.cli.commands:main"\n' in text
+    assert '[project.scripts]\nlip-plugin = "lip_plugin.cli.main:main"\n' in text
 
 
 def test_every_exit_code_is_in_the_help(capsys):
@@ -380,3 +380,32 @@ class TestReport:
             lines({"a": []}, "t") == lines({"a": [(1, float("nan"))]}, "t") == bars([], "t") == ""
         )
         Page(lines({"one": [(1, 2.0)], "two": [(1, 2.0), (2, 2.0)]}, "t", limit=("cap", 1.0)))
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["certify", "--help"], ["certify", "certificate.json"]]
+)
+def test_light_words_import_no_torch(words: list[str], tmp_path: Path) -> None:
+    """Help and a certificate without weights are answered without torch, which takes seconds."""
+    model = tiny("gpt2")
+    (tmp_path / "certificate.json").write_text(certify(model).to_json())
+    code = (
+        "import sys; from lip_plugin.cli.main import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
+
+
+def test_the_face_imports_what_is_asked_for() -> None:
+    """`import lip_plugin` alone costs no torch, and every public name is there."""
+    code = (
+        "import sys, lip_plugin; assert 'torch' not in sys.modules\n"
+        "missing = [n for n in lip_plugin.__all__ if getattr(lip_plugin, n, None) is None]\n"
+        "sys.exit(f'missing {missing}' if missing else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
