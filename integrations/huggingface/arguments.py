@@ -41,6 +41,7 @@ def check_arguments(
     schedule: Any,
     calibration: Any,
     adapter_budget: Any,
+    certify_share: Any,
     muon: Mapping[str, Any],
 ) -> None:
     """Raise ConfigError for the first argument of LipschitzCallback that it cannot take.
@@ -62,6 +63,11 @@ def check_arguments(
             raise ConfigError(
                 f"LipschitzCallback({name}={value!r}): must be a finite number above 0, or None."
             )
+    if not (_number(certify_share) and 0 <= certify_share <= 1):
+        raise ConfigError(
+            f"LipschitzCallback(certify_share={certify_share!r}): must be a number from 0 to 1, "
+            "the share of the run's time that entries of the log may take."
+        )
     if not _count(probe_tokens):
         raise ConfigError(
             f"LipschitzCallback(probe_tokens={probe_tokens!r}): must be a whole number above 0."

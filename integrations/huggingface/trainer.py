@@ -12,8 +12,6 @@ certificates, while the others wait for its answer.
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    DefaultFlowCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -37,13 +34,13 @@ from lip_plugin.integrations.huggingface.arguments import (
     refuse_second,
     refuse_stack,
 )
+from lip_plugin.integrations.huggingface.entries import Entries
 from lip_plugin.integrations.huggingface.metrics import (
     CERTIFICATE,
-    certificate_or_reason,
-    measured,
     probe,
 )
 from lip_plugin.integrations.huggingface.optimizer import OPTIM_NAME, optim_args, register_optimizer
+from lip_plugin.integrations.huggingface.order import handler_above, put_first
 from lip_plugin.integrations.huggingface.refusals import refuse_without_effect
 from lip_plugin.integrations.peft.budget import constrain_adapters, has_budget
 from lip_plugin.optim.enforce import attach_projection, keep_within_caps_
@@ -83,15 +80,18 @@ class LipschitzCallback(TrainerCallback):
             (`constrain_adapters(model, budget, relative=True)`). None leaves present budgets as
             they are, and sets 0.1 for adapters on a base that was never retrofitted. A retrofitted
             base has caps, which hold in any case.
+        certify_share: the share of the run's time that entries of the log may take, and three
+            seconds besides. A certificate of a large model is then not in every entry; it is always
+            written at a save and at the end. 1 puts everything into every entry.
         **muon: further arguments of LipschitzMuon (`adamw_lr`, `embedding_lr`, `momentum`, ...).
 
     If a certificate cannot be given, the run goes on. A warning says why, once for each reason. The
     keys are then missing from the log entry, or `certificate.json` from the checkpoint.
 
-    The logged keys are those of metrics.METRICS. They reach the progress bar,
-    `trainer.state.log_history` and TensorBoard. Other reporters (wandb, mlflow) run before a user's
-    callback. For those add one line after building the Trainer:
-    `LipschitzCallback.put_first(trainer)`.
+    The logged keys are those of metrics.METRICS. They reach `trainer.state.log_history` and every
+    reporter (TensorBoard, wandb, mlflow and others): when the Trainer has been built, the callback
+    moves in front of them. The progress bar shows the bound, and leaves the other keys to the
+    reporters.
 
     Raises:
         ConfigError: when the callback is built, an argument is unknown, out of range, or of the
@@ -110,10 +110,19 @@ class LipschitzCallback(TrainerCallback):
         schedule: RetrofitSchedule | None = None,
         calibration: Iterable[Any] | None = None,
         adapter_budget: float | None = None,
+        certify_share: float = 0.01,
         **muon: Any,
     ) -> None:
         check_arguments(
-            config, optimizer, lr, probe_tokens, schedule, calibration, adapter_budget, muon
+            config,
+            optimizer,
+            lr,
+            probe_tokens,
+            schedule,
+            calibration,
+            adapter_budget,
+            certify_share,
+            muon,
         )
         self.config = config
         self.optimizer = optimizer
@@ -121,29 +130,27 @@ class LipschitzCallback(TrainerCallback):
         self.probe_tokens = probe_tokens
         self.schedule, self.calibration, self.adapter_budget = schedule, calibration, adapter_budget
         self.muon = muon
-        self._seconds_certifying = 0.0
-        self._probe: torch.Tensor | None = None
-        self._writer: Any = None
+        self._entries = Entries(certify_share)
         self._handle: Any = None
         self._began_with_trainer = False
         self._warned: set[str] = set()
 
     @staticmethod
     def put_first(trainer: Any) -> None:
-        """Let this callback log before every reporter, so that wandb and others get its keys."""
-        callbacks = trainer.callback_handler.callbacks
-        # Trainer's own callback stays in front: it decides if a step logs, evaluates and saves.
-        order = (DefaultFlowCallback, LipschitzCallback)
-        callbacks.sort(
-            key=lambda c: next(
-                (i for i, kind in enumerate(order) if isinstance(c, kind)), len(order)
-            )
-        )
+        """Let this callback log before every reporter, so that wandb and others get its keys.
+
+        A callback that the Trainer is built with does so by itself. One that was added later needs
+        this call.
+        """
+        put_first(trainer.callback_handler, LipschitzCallback)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        handler = handler_above()
+        if handler is not None:
+            put_first(handler, LipschitzCallback)
         refuse_stack(args, model, kwargs.get("optimizer"), self.config)
         refuse_second(control, self)
         found = find_retrofit(model)
@@ -216,15 +223,10 @@ class LipschitzCallback(TrainerCallback):
         else:
             self._handle = attach_projection(inner, model, process_group=replicas)
         inner.seconds_projecting = 0.0
-        self._seconds_certifying = 0.0
+        ids = None
         if state.is_world_process_zero:
-            self._probe = probe(kwargs.get("train_dataloader"), model, self.probe_tokens)
-            if "tensorboard" in (args.report_to or []):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(
-                    os.environ.get("TENSORBOARD_LOGGING_DIR") or _tensorboard_dir(args)
-                )
+            ids = probe(kwargs.get("train_dataloader"), model, self.probe_tokens)
+        self._entries.begin(model, ids, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -248,21 +250,14 @@ class LipschitzCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        began = time.perf_counter()
-        values, problems = measured(kwargs["model"], self._probe)
+        inner = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        projecting = float(getattr(inner, "seconds_projecting", 0.0))
+        found = self._entries.entry(kwargs["model"], state.global_step, projecting)
         if not state.is_world_process_zero:
             return
-        self._warn(problems)
-        self._seconds_certifying += time.perf_counter() - began
-        inner = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        values["lip/seconds_projecting"] = float(getattr(inner, "seconds_projecting", 0.0))
-        values["lip/seconds_certifying"] = self._seconds_certifying
-        logs.update(values)
-        state.log_history[-1].update(values)
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, state.global_step)
-            self._writer.flush()
+        self._warn(found.problems)
+        logs.update(found.values)
+        state.log_history[-1].update(found.values)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,13 +281,10 @@ class LipschitzCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
         self._write_certificate(state, kwargs["model"], Path(str(args.output_dir)))
 
     def _write_certificate(self, state: TrainerState, model: Any, folder: Path) -> None:
-        problem = certificate_or_reason(model, folder)
+        problem = self._entries.write(model, folder)
         if problem is not None and state.is_world_process_zero:
             self._warn([problem])
 
@@ -324,10 +316,6 @@ def _replicas(args: TrainingArguments, model: nn.Module) -> Any:
     if args.parallel_mode != ParallelMode.DISTRIBUTED or has_shards(model):
         return None
     return torch.distributed.group.WORLD
-
-
-def _tensorboard_dir(args: TrainingArguments) -> str:
-    return getattr(args, "logging_dir", None) or os.path.join(str(args.output_dir), "runs")
 
 
 def follow(

@@ -16,7 +16,7 @@ from lip_plugin.certificate.graph.build import Graph
 from lip_plugin.certificate.graph.containers import walk
 from lip_plugin.certificate.graph.decimals import div, mul, norm2, root, up
 from lip_plugin.errors import CertificateError, NonFiniteError
-from lip_plugin.linalg.norms import row_rms_max_upper, sigma_max_upper
+from lip_plugin.linalg.norms import row_rms_max_upper
 from lip_plugin.linalg.rows import row_distance_max_upper
 from lip_plugin.model.batches import batches
 from lip_plugin.model.heads import linear_layout
@@ -119,7 +119,7 @@ def matrix_norms(
             keys.append((name, what))
     sigma: dict[tuple[str, str], dict[str, list[Decimal]]] = {key: {} for key in keys}
     for batch in batches(weights, layouts):
-        values = sigma_max_upper(batch.gather()).tolist()
+        values = batch.sigma_max_upper()
         start = 0
         for view, owner, position in zip(batch.views, batch.owners, batch.positions, strict=True):
             found = [up(v) for v in values[start : start + view.shape[0]]]

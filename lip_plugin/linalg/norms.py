@@ -368,8 +368,8 @@ def sum_rms_max_upper(tables: list[Tensor]) -> float:
         added += U * float(row_rms_max_upper(both)) * SLACK
         tables = sorted([both, *rest], key=len)
     apart = (sum(_longest(t) for t in tables) + added) * SLACK
-    if len(tables) != 2 or apart == 0.0:
-        return apart
+    if len(tables) != 2 or apart == 0.0 or not bool(tables[0].any()):
+        return apart  # with a table of zeros the sum of the two is the other one
     d = tables[0].shape[1]
     # Scaling by a power of two is exact, and then no square over- or underflows.
     e = torch.full((1,), math.frexp(apart)[1], device=tables[0].device)

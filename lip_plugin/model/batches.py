@@ -8,12 +8,15 @@ projection stay small next to the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lip_plugin.errors import UnsupportedModelError
+from lip_plugin.linalg.norms import sigma_max_upper
 from lip_plugin.model.layout import Layout
 
 MAX_ELEMENTS = 1 << 22  # 16 MiB of float32 in each temporary
@@ -40,6 +43,22 @@ class Batch:
         """All blocks as one new tensor [n, d_out, d_in]."""
         return torch.cat(self.views) if len(self.views) > 1 else self.views[0].clone()
 
+    def sigma_max_upper(self) -> list[float]:
+        """Proven upper bounds of sigma_max of all blocks, in the order of `gather`.
+
+        Inside `measured_once` a block that was measured before is not measured again.
+        """
+        known = _measured.get()
+        if known is None:
+            return sigma_max_upper(self.gather()).tolist()
+        keys = [_key(view) for view in self.views]
+        if not all(key in known for key in keys):
+            # All of them, so that a certificate is the same to the last digit as without.
+            values = sigma_max_upper(self.gather()).tolist()
+            for key, view in zip(keys, self.views, strict=True):
+                known[key] = view, [values.pop(0) for _ in range(len(view))]
+        return [value for key in keys for value in known[key][1]]
+
     def scatter_(self, blocks: Tensor) -> None:
         """Write blocks [n, d_out, d_in] back into the tensors that the views belong to."""
         start = 0
@@ -53,6 +72,31 @@ class Batch:
             list(layouts[owner].views(tensors[owner]))[position][1]
             for owner, position in zip(self.owners, self.positions)
         ]
+
+
+# By the place of a view in memory: the view, and the norms of its blocks. The view is kept, so that
+# no other tensor can take its place.
+_Known = dict[tuple[object, ...], tuple[Tensor, list[float]]]
+_measured: ContextVar[_Known | None] = ContextVar("measured", default=None)
+
+
+def _key(view: Tensor) -> tuple[object, ...]:
+    place = (view.data_ptr(), view.device, view.dtype, tuple(view.shape), view.stride())
+    # Every change in place raises the version. Tensors of inference mode have none.
+    return (*place, 0 if view.is_inference() else view._version)
+
+
+@contextmanager
+def measured_once() -> Iterator[None]:
+    """Inside, each block is measured once, whoever asks for its norm.
+
+    A certificate and `block_norms` need the same norms, and each costs a factorization.
+    """
+    token = _measured.set({})
+    try:
+        yield
+    finally:
+        _measured.reset(token)
 
 
 def gathered_lerp(starts: list[Tensor], ends: list[Tensor], weight: float) -> Tensor:

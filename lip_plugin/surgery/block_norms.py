@@ -6,11 +6,14 @@ Each number is a proven upper bound, so a value of at most 1 proves that the cap
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lip_plugin.distributed.owners import groups_of, largest_together, local, on_owners
-from lip_plugin.linalg.norms import rms_to_rms_upper, row_rms_max_upper
+from lip_plugin.linalg.norms import row_rms_max_upper
+from lip_plugin.linalg.spectrum import SLACK
 from lip_plugin.model.adapters import BlockNorms, layer_wrappers
 from lip_plugin.model.batches import batches, cost_of
 from lip_plugin.model.layers import constrained_modules
@@ -79,7 +82,10 @@ def _worst(weights: list[Tensor], layouts: list[Layout]) -> list[float]:
     for batch in batches(weights, layouts):
         if batch.cap is None:
             continue
-        upper = (rms_to_rms_upper(batch.gather()) / batch.cap).tolist()
+        d_out, d_in = batch.views[0].shape[-2:]
+        # The factor from sigma_max to the RMS->RMS norm, and the rounding of this line.
+        factor = math.sqrt(d_in / max(1, d_out)) * SLACK / batch.cap
+        upper = [value * factor for value in batch.sigma_max_upper()]
         start = 0
         for view, owner in zip(batch.views, batch.owners, strict=True):
             worst[owner] = max(worst[owner], *upper[start : start + view.shape[0]])

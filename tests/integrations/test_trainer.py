@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     DefaultFlowCallback,
@@ -68,8 +70,8 @@ def trainer_of(
     family: str = "gpt2",
     **fields,
 ) -> Trainer:
-    """The three lines of the README."""
-    callbacks = [callback or LipschitzCallback()]
+    """The three lines of the README, with everything in every entry of the log."""
+    callbacks = [callback or LipschitzCallback(certify_share=1)]
     return Trainer(
         model=model,
         args=arguments(folder, **fields),
@@ -155,10 +157,11 @@ def test_metrics_reach_tensorboard(tmp_path):
     for folder in {p.parent for p in tmp_path.rglob("events.out.tfevents*")}:
         events = accumulator.EventAccumulator(str(folder)).Reload()
         found |= set(events.Tags()["scalars"])
-    assert set(METRICS) <= found
+    assert {f"train/{key}" for key in METRICS} <= found
+    assert len({p.parent for p in tmp_path.rglob("events.out.tfevents*")}) == 1
 
 
-def test_metrics_reach_the_progress_bars_table_and_any_reporter_behind_put_first(tmp_path):
+def test_metrics_reach_any_reporter_and_the_bar_shows_the_bound(tmp_path, monkeypatch):
     class Reporter(TrainerCallback):
         def __init__(self):
             self.seen = []
@@ -168,15 +171,20 @@ def test_metrics_reach_the_progress_bars_table_and_any_reporter_behind_put_first
 
     reporter = Reporter()
     arguments_ = arguments(tmp_path)
-    callbacks = [reporter, LipschitzCallback()]
+    arguments_.disable_tqdm = False
+    shown = []
+    monkeypatch.setattr(tqdm, "write", lambda self, text, **kwargs: shown.append(text))
+    callbacks = [reporter, LipschitzCallback(certify_share=1)]
     trainer = Trainer(tiny("gpt2", **SMALL), arguments_, train_dataset=data(), callbacks=callbacks)
-    LipschitzCallback.put_first(trainer)
     assert isinstance(
         trainer.callback_handler.callbacks[0], DefaultFlowCallback
     )  # which says whether a step saves
     assert isinstance(trainer.callback_handler.callbacks[1], LipschitzCallback)
     trainer.train()
     assert_metrics([e for e in reporter.seen if "loss" in e])
+    lines = [ast.literal_eval(text) for text in shown if "'loss'" in text]
+    assert len(lines) == 2
+    assert all([k for k in line if k.startswith("lip/")] == ["lip/certificate"] for line in lines)
 
 
 def test_put_first_keeps_the_others_in_order(tmp_path):
@@ -466,7 +474,10 @@ def test_data_that_cannot_be_indexed_only_loses_the_seen_values(tmp_path):
 
     args = arguments(tmp_path)
     trainer = Trainer(
-        tiny("gpt2", **SMALL), args, train_dataset=Stream(), callbacks=[LipschitzCallback()]
+        tiny("gpt2", **SMALL),
+        args,
+        train_dataset=Stream(),
+        callbacks=[LipschitzCallback(certify_share=1)],
     )
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "loss" in e)
