@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -97,7 +98,7 @@ def parsed(made: argparse.ArgumentParser, **smoke: Any) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Characters:
-    """A text as numbers: the first nine tenths to train on, and the rest."""
+    """A text as numbers, of characters or byte pairs: nine tenths to train on, and the rest."""
 
     train: Tensor
     held_out: Tensor
@@ -121,6 +122,22 @@ def characters(path: str | None, vocabulary: list[str] | None = None) -> Charact
     known = vocabulary or sorted(set(text))
     cut = int(0.9 * len(text))
     return Characters(encode(text[:cut], known), encode(text[cut:], known), known)
+
+
+def byte_pairs(path: str | None, size: int) -> Characters:
+    """Read a text (see `read_text`) as byte pairs that are learned from its first nine tenths.
+
+    Args:
+        path: of the text.
+        size: of the vocabulary, at least 256.
+    """
+    text = read_text(path)
+    cut = int(0.9 * len(text))
+    parts = text[:cut], text[cut:]
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(parts[:1], vocab_size=size, show_progress=False)
+    train, held_out = (torch.tensor(made.encode(part).ids) for part in parts)
+    return Characters(train, held_out, sorted(made.get_vocab(), key=made.get_vocab().__getitem__))
 
 
 def windows(ids: Tensor, length: int, count: int, generator: Any = None) -> Tensor:

@@ -30,6 +30,7 @@ from common import (
     ROOT,
     Characters,
     Table,
+    byte_pairs,
     character_model,
     characters,
     finish,
@@ -56,6 +57,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--run", nargs="+", default=[*PRESETS, *TWINS], help="presets and twins")
     made.add_argument("--lr", type=float, nargs="+", help="RMS->RMS norm per step; 0.1 without")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--byte-pairs", type=int, metavar="N", help="a vocabulary of N byte pairs")
     made.add_argument("--attack", action="store_true", help="attack the trained model as well")
     made.add_argument("--results", type=Path, default=RESULTS)
     made.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
@@ -153,6 +155,10 @@ def read(path: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if "\n" in line]
 
 
+# Of a run over characters.
+_CHARACTERS = {"byte_pairs": None}
+
+
 def keys(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What identifies each run that was asked for, the shallow ones first."""
     found = []
@@ -161,7 +167,8 @@ def keys(options: argparse.Namespace) -> list[dict[str, Any]]:
     ):
         for lr in options.lr or TWINS.get(run, (0.1,)):
             key = {"family": family, "layers": layers, "width": width, "run": run, "lr": lr}
-            found.append({**key, "steps": options.steps, "seed": options.seed})
+            key |= {"steps": options.steps, "seed": options.seed}
+            found.append({**key, "byte_pairs": options.byte_pairs} if options.byte_pairs else key)
     return found
 
 
@@ -174,7 +181,8 @@ def best(rows: list[dict[str, Any]], width: int) -> dict[tuple[str, str], dict[i
     """Per (family, run) the accuracy by depth in per cent, each at its best learning rate."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
-        if row["width"] == width and row["run"] in _STYLES:
+        plain = row["width"] == width and row["steps"] == 200 and not row.get("byte_pairs")
+        if plain and row["run"] in _STYLES:
             line = found.setdefault((row["family"], row["run"]), {})
             line[row["layers"]] = max(line.get(row["layers"], 0.0), 100 * row["accuracy"])
     return found
@@ -225,6 +233,8 @@ def main() -> None:
         draw(read(options.results), options.figure)
         return
     where, text = machine(), characters(options.text)
+    if options.byte_pairs:
+        text = byte_pairs(options.text, options.byte_pairs)
     bigram = accuracy_of_bigrams(text)
     headline(f"Depth, {options.steps} steps of 16 x {options.length}, bigrams {bigram:.3f}", where)
     table = Table(
@@ -233,7 +243,11 @@ def main() -> None:
     )
     done, rows = read(options.results), []
     for key in keys(options):
-        same = [row for row in done if {k: row[k] for k in key} == key]
+        same = [
+            row
+            for row in done
+            if {k: row.get(k) for k in {**_CHARACTERS, **key}} == {**_CHARACTERS, **key}
+        ]
         row = same[-1] if same else {**measure(key, text, options), **where, "bigram": bigram}
         if not same and options.results:
             with options.results.open("a") as file:
