@@ -41,6 +41,7 @@ from common import (
 )
 from torch import Tensor
 from tqdm import tqdm
+from twins import TorchMuon
 
 from lip_plugin import LipschitzMuon, certify, config_of, falsify, retrofit
 from lip_plugin.config_values import PRESETS
@@ -101,7 +102,7 @@ def optimizers(model: Any, run: str, lr: float) -> list[torch.optim.Optimizer]:
     inner = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables | head]
     known = set(map(id, inner))
     rest = [p for p in model.parameters() if id(p) not in known]
-    muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="original")
+    muon = TorchMuon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="original")
     return [muon, torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 

@@ -42,6 +42,7 @@ from common import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
+from twins import TorchMuon
 
 from lip_plugin import LipschitzMuon, retrofit
 from lip_plugin.linalg.polar import orthogonalize
@@ -84,7 +85,7 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def theirs(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Muon(trainable(model), lr=0.02)
+    return TorchMuon(trainable(model), lr=0.02)
 
 
 def heavyballs(model: torch.nn.Module) -> Any:

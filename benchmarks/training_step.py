@@ -5,14 +5,15 @@
     python benchmarks/training_step.py --smoke
 
 Both models have the width of GPT-2 small. The constrained run has LipschitzCallback, as the README
-shows (retrofit, LipschitzMuon, soft cap). The unconstrained run is stock GPT-2 with an untied head,
-which the retrofit unties as well, so that both have the same parameters. It has torch.optim.Muon
-for the matrices that the other one constrains, and AdamW for the rest. Two Trainers in one process
-take turns of a few steps, each in its own thread, of which one runs at a time. A step is timed from
-on_step_begin to on_step_end, so that logging, certificates and data loading are left out. What a
-log entry with its certificate costs is given apart. Peak memory is that of one step, in separate
-processes. The optimizers cost the same at any number of tokens, so the ratio tends to that of the
-forward and backward passes as tokens grow.
+shows (retrofit, LipschitzMuon, the default method). The unconstrained run is stock GPT-2 with an
+untied head, which the retrofit unties as well, so that both have the same parameters. It has
+torch.optim.Muon for the matrices that the other one constrains, and AdamW for the rest.
+
+Two Trainers in one process take turns of a few steps, each in its own thread, of which one runs at
+a time. A step is timed from on_step_begin to on_step_end, so that logging, certificates and data
+loading are left out. What a log entry with its certificate costs is given apart. Peak memory is
+that of one step, in separate processes. The optimizers cost the same at any number of tokens, so
+the ratio tends to that of the forward and backward passes as tokens grow.
 """
 
 from __future__ import annotations
@@ -39,32 +40,12 @@ from common import (
     ratios,
     wall,
 )
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from twins import MuonAndAdamW, muon_precision
 
 from lip_plugin import LipschitzCallback
 
 KINDS = ("unconstrained", "constrained")
-
-
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers as one.
-
-    torch.optim.Muon steps the matrices inside the blocks and the head, AdamW steps the rest.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        named = list(model.named_parameters())
-        matrices = [p for n, p in named if p.dim() == 2 and "wte" not in n and "wpe" not in n]
-        rest = [p for _, p in named if all(p is not m for m in matrices)]
-        super().__init__(matrices + rest, {"lr": 0.02})
-        self.parts = (torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=1e-3))
-        # The same objects, so that a scheduler reaches both.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
 
 
 class Turns(TrainerCallback):
@@ -247,7 +228,7 @@ def measure(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    where = machine(options.device)
+    where = {**machine(options.device), "muon_precision": muon_precision(options.device)}
     headline("a training step through Trainer", where)
     table = Table(
         *(("tokens", "6"), ("unconstrained s", ".3f"), ("constrained s", ".3f")),
