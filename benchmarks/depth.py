@@ -51,7 +51,9 @@ RESULTS = ROOT / "docs" / "depth.jsonl"
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__, text=True, steps=200, length=128, batch=(16, "sequences in a step"))
+    made = parser(
+        __doc__, text=True, device=True, steps=200, length=128, batch=(16, "sequences in a step")
+    )
     made.add_argument("--family", nargs="+", default=["gpt2", "llama"])
     made.add_argument("--layers", type=int, nargs="+", default=[3, 12, 24, 48])
     made.add_argument("--width", type=int, nargs="+", default=[128])
@@ -83,7 +85,8 @@ def judge(model: Any, text: Characters, length: int) -> dict[str, float]:
     count = min(256, len(text.held_out) // length)
     accuracy = loss = 0.0
     model.eval()
-    for ids in text.held_out[: count * length].view(count, length).split(64):
+    device = next(model.parameters()).device
+    for ids in text.held_out[: count * length].view(count, length).to(device).split(64):
         out = model(ids, labels=ids)
         right = (out.logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean()
         accuracy += float(right) * len(ids) / count
@@ -117,6 +120,7 @@ def train(model: Any, run: str, lr: float, text: Characters, options: Any) -> li
     model.train()
     for _ in tqdm(range(options.steps), desc=f"{run}, lr {lr:g}", leave=False):
         batch: Tensor = windows(text.train, options.length, options.batch, generator)
+        batch = batch.to(options.device)
         loss = model(batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -136,6 +140,7 @@ def measure(key: dict[str, Any], text: Characters, options: argparse.Namespace) 
     constrained = key["run"] in PRESETS
     if constrained:
         retrofit(model, key["run"])
+    model.to(options.device)
     start = time.perf_counter()
     losses = train(model, key["run"], key["lr"], text, options)
     row = {**key, "seconds": round(time.perf_counter() - start)}
@@ -233,7 +238,7 @@ def main() -> None:
     if options.figure:
         draw(read(options.results), options.figure)
         return
-    where, text = machine(), characters(options.text)
+    where, text = machine(options.device), characters(options.text)
     if options.byte_pairs:
         text = byte_pairs(options.text, options.byte_pairs)
     bigram = accuracy_of_bigrams(text)

@@ -1,4 +1,4 @@
-"""Optimizers of the unconstrained twins. torch.optim.Muon has a precision that the machine can do."""
+"""Optimizers of unconstrained twins. torch.optim.Muon has a precision that the machine can do."""
 
 from __future__ import annotations
 
