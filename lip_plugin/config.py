@@ -288,8 +288,9 @@ class LipschitzConfig:
                 `"robust"` is the same with a smaller logit_scale, for wide margins: many
                 predictions are proven at perturbations of 1 %. At 3 and 10 %, a logit_scale of 3.3
                 and 2 proves more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many
-                predictions are proven, and more of them are right. `"paper"` is the recipe of arXiv
-                2507.13338 to the letter. Its logits are as small as its caps make them. What was
+                predictions are proven, and more of them are right. `"content"` is "accurate" with
+                attention by content in every second layer, at the same bound. `"paper"` is the
+                recipe of arXiv 2507.13338 to the letter. Its logits are as small as its caps make them. What was
                 measured with which depth and family is in docs/depth.md.
             changes: Fields of LipschitzConfig that replace those of the preset.
 

@@ -46,6 +46,8 @@ LEGACY: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {},
     "robust": {"logit_scale": 5.0, "method": "soft_cap"},
+    # Every second layer looks things up by content, and the others move them by position.
+    "content": {"attention_scale": (0.0, 16.0)},
     "paper": {**LEGACY, "logit_scale": 1.0},
 }
 # The smallest floor under a norm besides 0: gain / floor has to be a float32.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lip_plugin import LipschitzConfig
-from lip_plugin.config_values import LEGACY, METHOD_NAMES, PRESETS
+from lip_plugin.config_values import LEGACY, METHOD_NAMES, PRESETS, of_layer
 from lip_plugin.errors import ConfigError, LipschitzError
 from lip_plugin.linalg.projections import METHODS
 
@@ -48,7 +48,8 @@ def test_the_methods_a_config_accepts_are_those_that_exist():
     granularity=st.sampled_from(["head", "matrix"]),
     norms=st.sampled_from([None, "remove", "keep"]),
     residual=st.sampled_from([None, "auto"]) | st.floats(1e-9, 0.999),
-    value_scale=st.just("auto") | st.floats(1e-9, 1e9),
+    attention_scale=st.just("auto") | st.lists(st.floats(1e-9, 1e9), min_size=1),
+    value_scale=st.just("auto") | st.floats(1e-9, 1e9) | st.lists(st.floats(1e-9, 1e9), min_size=1),
     activation=st.sampled_from([None, "auto"]),
     biases=st.sampled_from(["auto", "keep", "drop"]),
     untie_head=st.booleans(),
@@ -65,7 +66,7 @@ def test_json_gives_back_an_equal_config(**fields):
 @pytest.mark.parametrize("value", NOT_POSITIVE, ids=lambda v: repr(v)[:9])
 def test_a_number_that_is_not_finite_and_positive_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
-        LipschitzConfig(**{**LEGACY, name: value})
+        LipschitzConfig(**{**LEGACY, name: [2.0, value] if value == [1.0] else value})
 
 
 @pytest.mark.parametrize("value", NOT_POSITIVE, ids=lambda v: repr(v)[:9])
@@ -160,3 +161,21 @@ def test_a_config_saved_before_an_option_existed_means_what_it_meant():
         assert "auto" not in {k: v for k, v in found.to_dict().items() if k != "init"}.values()
     with pytest.raises(ConfigError):
         LipschitzConfig.from_saved({"w_max": -1.0})
+
+
+@pytest.mark.parametrize("name", ["attention_scale", "value_scale"])
+@pytest.mark.parametrize("value", [(), (1.0, -1.0), (1.0, "2"), (True,), (math.nan, 1.0)])
+def test_a_bad_scale_of_one_layer_is_refused(name, value):
+    with pytest.raises(ConfigError, match=name):
+        LipschitzConfig(**{**LEGACY, name: value})
+
+
+def test_a_layer_by_position_alone_needs_biases():
+    with pytest.raises(ConfigError, match="position_bias"):
+        LipschitzConfig(attention_scale=(0, 4.0), position_bias=None)
+    assert LipschitzConfig(attention_scale=(4.0, 2.0), position_bias=None).attention_scale == (4, 2)
+
+
+def test_a_tuple_is_repeated_over_the_layers():
+    assert [of_layer((0.0, 16.0), i) for i in range(4)] == [0.0, 16.0, 0.0, 16.0]
+    assert of_layer(3, 7) == 3.0

@@ -15,14 +15,18 @@ from lip_plugin.config_values import PRESETS
 from lip_plugin.errors import ConfigError
 from lip_plugin.face import did_you_mean
 from lip_plugin.model.architecture import find_family
+from lip_plugin.model.parts import parts
+from lip_plugin.surgery.automatic import why_no_position_bias
 from lip_plugin.surgery.plan import RetrofitReport
 
 
 def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
     """Give `LipschitzConfig.preset(name)` without what the model's family has no place for.
 
-    Families without a norm slot behind their last block (bert) get no `logit_scale`. All else that
-    depends on the family is "auto" in the presets, and gets its value at the retrofit.
+    Families without a norm slot behind their last block (bert) get no `logit_scale`. Models whose
+    attention has no place for biases by position look at content in every layer, if the preset does
+    in some. All else that depends on the family is "auto" in the presets, and gets its value at the
+    retrofit.
 
     Args:
         name: one of `lip_plugin.config_values.PRESETS`.
@@ -33,9 +37,12 @@ def fitted_preset(name: str, model: nn.Module) -> LipschitzConfig:
         UnsupportedModelError: the family is unknown.
     """
     check_preset(name)
-    values = dict(PRESETS[name])
-    if not find_family(model).architecture.final_norm:
+    values, family = dict(PRESETS[name]), find_family(model)
+    if not family.architecture.final_norm:
         values.pop("logit_scale", None)
+    scales = values.get("attention_scale")
+    if isinstance(scales, tuple) and why_no_position_bias(model, parts(model, family.architecture)):
+        values["attention_scale"] = max(scales)
     return LipschitzConfig(**values)
 
 

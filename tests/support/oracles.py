@@ -310,7 +310,8 @@ class Recipe:
     A block computes x <- (1-a) x + a f(x). Logits are attention_scale q.k / d_head, the output of
     attention is multiplied by value_scale, and an activation is divided by its largest slope. There
     is no norm, softcap or multiplier anywhere. Of parallel branches f is the mean. A table of
-    position biases, if there is one, is added to the logits. Nothing of lip_plugin is used.
+    position biases, if there is one, is added to the logits. Tuples are repeated over the layers.
+    Nothing of lip_plugin is used.
     """
 
     def __init__(
@@ -319,8 +320,8 @@ class Recipe:
         model: nn.Module,
         *,
         residual: float | tuple[float, float] | None = None,
-        logits: float = 1.0,
-        values: float = 1 / 3,
+        logits: float | tuple[float, ...] = 1.0,
+        values: float | tuple[float, ...] = 1 / 3,
         logit_scale: float | None = None,
         activation: str | None = None,
     ) -> None:
@@ -334,7 +335,11 @@ class Recipe:
         default = 1.0 / (self.layers + 1) if self.spec.parallel else 1.0 / (2 * self.layers)
         a = residual if residual is not None else default
         self.a = a if isinstance(a, tuple) else (a, a)
-        self.logits, self.values, self.activation = logits, values, activation
+        self.logits, self.values, self.activation = (
+            [logits] * self.layers if not isinstance(logits, tuple) else logits * self.layers,
+            [values] * self.layers if not isinstance(values, tuple) else values * self.layers,
+            activation,
+        )
         # OPT's post-norm models and the BERTs have no norm slot behind the last block, where the
         # scale would go.
         slot = not family.startswith("opt_") and "bert" not in family
@@ -350,10 +355,10 @@ class Recipe:
         for i in range(self.layers):
             layer = self.spec.layer.format(i)
             if self.spec.parallel:
-                f = (self.values * self.attention(layer, x, i) + self.mlp(layer, x, i)) / 2
+                f = (self.values[i] * self.attention(layer, x, i) + self.mlp(layer, x, i)) / 2
                 x = (1 - a) * x + a * f
             else:
-                x = (1 - a) * x + a * self.values * self.attention(layer, x, i)
+                x = (1 - a) * x + a * self.values[i] * self.attention(layer, x, i)
                 x = (1 - b) * x + b * self.mlp(layer, x, i)
         return self.leave(self.logit_scale * x)
 
@@ -422,13 +427,13 @@ class Recipe:
         # nanoGPT has no logit scale to set. Its attention input is scaled by s instead, and the
         # output by 1/s, so that a bias inside counts 1/s times. The others' biases count once.
         bias = 1.0
-        if self.family == "nanogpt" and self.logits:
-            bias = (math.sqrt(x.shape[-1] // self.heads) / self.logits) ** 0.5
+        if self.family == "nanogpt" and self.logits[i]:
+            bias = (math.sqrt(x.shape[-1] // self.heads) / self.logits[i]) ** 0.5
         q, k, v = self.split(layer, x, bias)
         if self.spec.rotary:
             q, k = self.rotate(q, i), self.rotate(k, i)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        scores = self.logits * (q @ k.mT) / q.shape[-1]
+        scores = self.logits[i] * (q @ k.mT) / q.shape[-1]
         name = f"{layer}{self.spec.attention}position_bias.weight"
         if name in self.w:
             behind = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])

@@ -29,6 +29,11 @@ BIASED = [f for f in FAMILIES if f not in ("vit", "gemma2")]
 CACHED = [f for f in DECODERS if f in BIASED]
 OPTIONS = {
     "position and content": {"position_bias": "learned", "attention_scale": 0.7},
+    "by layer": {
+        "position_bias": "learned",
+        "attention_scale": (0.0, 3.0),
+        "value_scale": (1.0, 0.4),
+    },
     "position alone": {"position_bias": "alibi", "attention_scale": 0},
     "all": {
         "position_bias": "learned",

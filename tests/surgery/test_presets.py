@@ -33,10 +33,14 @@ def test_every_preset_by_name_retrofits_every_family_and_certifies(
     assert AUTO not in {k: v for k, v in config.to_dict().items() if k != "init"}.values()
     if preset != "paper":
         assert config.activation == "abs"
-        assert (config.attention_scale == 0) == (not family.startswith(WITHOUT_POSITION))
-        # one-Lipschitz branches at any depth: four maps a layer, each within CAP_SLACK
+        placed = not family.startswith(WITHOUT_POSITION)
+        by_position = (0.0, 16.0) if preset == "content" else 0.0
+        assert (config.attention_scale == by_position) == placed
+        # one-Lipschitz branches at any depth: four maps a layer, each within CAP_SLACK, and by
+        # content q and k of one layer besides
+        maps = 14 if preset == "content" else 12
         bound = certify(model, "caps").lipschitz / config.logit_scale
-        assert bound <= 1.13 * 1.001**12  # the gelu of roberta's head is not scaled: 1.129
+        assert bound <= 1.13 * 1.001**maps  # the gelu of roberta's head is not scaled: 1.129
 
 
 def test_what_auto_stands_for_follows_family_depth_and_the_other_options() -> None:
