@@ -43,7 +43,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, text=True)
     made.add_argument("--task", choices=TASKS, default="mlp")
-    made.add_argument("--budget", choices=("smoke", "quick", "small", "full"), default="small")
+    made.add_argument(
+        "--budget", choices=("smoke", "brief", "quick", "small", "full"), default="small"
+    )
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument(
         "--only",

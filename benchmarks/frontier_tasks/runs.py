@@ -27,7 +27,8 @@ RATES = {
     "muon": (0.02, 0.06, 0.2),
     "adamw": (1e-3, 4e-3, 1.6e-2),
 }
-# What a budget is, task by task. For char, `quick` is 0.41 M characters in bf16 autocast (scored
+# What a budget is, task by task. For char, `brief` is the one of depth.py: 0.41 M characters, and a
+# model half as wide. For char, `quick` is 0.41 M characters in bf16 autocast (scored
 # and proven in float32) and takes two minutes a run, for maps of many. `small` is 3.07 M
 # characters. `full` has the batch and the model of the Shakespeare sweeps that arXiv 2507.13338
 # released (batch 64, length 256); its 2000 steps are 32.8 M characters.
@@ -50,6 +51,10 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "smoke": {
             **{"steps": 2, "batch": 2, "width": 32, "length": 16},
             **{"examples": 2, "refine": 0, "attack": (1, 2)},
+        },
+        "brief": {
+            **{"steps": 200, "batch": 16, "width": 128, "length": 128},
+            **{"examples": 8, "refine": 2, "attack": (1, 6)},
         },
         "quick": {
             **{"steps": 200, "batch": 8, **_CHAR, "autocast": True},
