@@ -4,6 +4,7 @@
     python benchmarks/depth.py --text FILE --family llama --layers 24 --run accurate
     python benchmarks/depth.py --text FILE --width 256 --lr 0.05 0.1 0.2 --run accurate
     python benchmarks/depth.py --figure docs/depth.png             # from the file of rows alone
+    python benchmarks/depth.py --rates docs/rates.png              # loss by learning rate, likewise
     python benchmarks/depth.py --smoke
 
 A run is a preset, or "adamw" or "muon" for a twin that keeps its norms and has no constraint. All
@@ -21,10 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from common import (
     ROOT,
@@ -39,6 +36,7 @@ from common import (
     parser,
     windows,
 )
+from depth_tasks import figures
 from torch import Tensor
 from tqdm import tqdm
 from twins import TorchMuon
@@ -64,6 +62,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--attack", action="store_true", help="attack the trained model as well")
     made.add_argument("--results", type=Path, default=RESULTS)
     made.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
+    made.add_argument("--rates", type=Path, help="the same, of losses by learning rate")
     options = made.parse_args()
     if options.smoke:
         options.layers, options.width, options.length, options.steps = [1, 2], [32], 16, 3
@@ -178,65 +177,11 @@ def keys(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-# Colours that the colour-blind can tell apart (Okabe and Ito).
-_COLOURS = {"gpt2": "#0072B2", "llama": "#D55E00", "qwen3": "#009E73", "gemma3": "#CC79A7"}
-_STYLES = {"accurate": ("-", "o"), "robust": ("--", "s"), "adamw": (":", "x"), "muon": (":", "+")}
-
-
-def best(rows: list[dict[str, Any]], width: int) -> dict[tuple[str, str], dict[int, float]]:
-    """Per (family, run) the accuracy by depth in per cent, each at its best learning rate."""
-    found: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        plain = row["width"] == width and row["steps"] == 200 and not row.get("byte_pairs")
-        if plain and row["run"] in _STYLES:
-            line = found.setdefault((row["family"], row["run"]), {})
-            line[row["layers"]] = max(line.get(row["layers"], 0.0), 100 * row["accuracy"])
-    return found
-
-
-def apart(heights: list[float], least: float) -> list[float]:
-    """The heights in the same order, moved up where two are closer than `least`."""
-    order, moved = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
-    for below, above in zip(order, order[1:]):
-        moved[above] = max(moved[above], moved[below] + least)
-    return moved
-
-
-def draw(rows: list[dict[str, Any]], path: Path, width: int = 128) -> None:
-    """Write the figure."""
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    lines = sorted(best(rows, width).items())
-    ticks = sorted({row["layers"] for row in rows})
-    ends = [line[max(line)] for _, line in lines]
-    for ((family, run), line), height in zip(lines, apart(ends, 1.2), strict=True):
-        style, marker = _STYLES[run]
-        colour = _COLOURS.get(family, "#444444")
-        depths = sorted(line)
-        axis.plot(depths, [line[d] for d in depths], style, marker=marker, color=colour)
-        free = run in ("adamw", "muon")
-        what = f"{family}, no constraint, {run}" if free else f"{family}, {run}"
-        axis.text(max(depths) * 1.05, height, what, va="center", color=colour, fontsize=9)
-    bigram = 100 * rows[0]["bigram"]
-    axis.axhline(bigram, color="#999999", linewidth=1)
-    axis.text(max(ticks) * 1.05, bigram + 0.3, "bigrams", color="#777777", fontsize=9)
-    depths = ", ".join(map(str, ticks[:-1])) + f" and {ticks[-1]}"
-    axis.set(
-        xscale="log",
-        xlabel="layers",
-        ylabel="held-out characters predicted, %",
-        title=f"One preset learns at {depths} layers, at a proven bound of 1",
-    )
-    axis.set_xticks(ticks, [str(t) for t in ticks])
-    axis.minorticks_off()
-    axis.set_xlim(min(ticks) * 0.9, max(ticks) * 2.2)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     options = parse()
-    if options.figure:
-        draw(read(options.results), options.figure)
+    if options.figure or options.rates:
+        draw = figures.depth if options.figure else figures.rates
+        draw(read(options.results), options.figure or options.rates)
         return
     where, text = machine(options.device), characters(options.text)
     if options.byte_pairs:

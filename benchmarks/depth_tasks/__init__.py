@@ -1,0 +1,1 @@
+"""What depth.py is made of."""
