@@ -5,6 +5,7 @@
     python benchmarks/frontier.py --task char --text FILE --budget small --only 'soft_cap/adamw/*'
     python benchmarks/frontier.py --task char --list                      # its runs
     python benchmarks/frontier.py --task mlp --figure docs/frontier.png   # from the file alone
+    python benchmarks/frontier.py --task char --budget brief --text FILE --presets docs/presets.png
     python benchmarks/frontier.py --smoke
 
 Each run appends one JSON line to the results file. Runs that are there already are skipped, so
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from common import ROOT, finish, headline, machine, parser
+from frontier_tasks import presets
 from frontier_tasks.runs import BUDGETS, Run, char_runs, mlp_runs
 from frontier_tasks.table import draw, table
 from tqdm.auto import tqdm
@@ -59,6 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     made.add_argument("--list", action="store_true", help="names, and which seeds are done")
     made.add_argument("--figure", type=Path, help="draw this file from the results, train nothing")
+    made.add_argument("--presets", type=Path, help="the same, of presets and families")
     made.add_argument("--threads", type=int, help="of torch; all cores without")
     options = made.parse_args(arguments)
     options.results = options.results or RESULTS[options.task]
@@ -209,13 +212,15 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             smoke(options, Path(folder))
         return
-    if not options.figure:
+    if not (options.figure or options.presets):
         work(options)
     if options.list:
         return
     rows = rows_of(options)
     if options.figure:
         draw(rows, options.figure)
+    if options.presets:
+        presets.draw(rows, options.presets)
     conclude(rows, options)
 
 
