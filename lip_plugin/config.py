@@ -290,8 +290,8 @@ class LipschitzConfig:
                 and 2 proves more. With `MarginLoss(model, 0.5)` take logit_scale=20: as many
                 predictions are proven, and more of them are right. `"content"` is "accurate" with
                 attention by content in every second layer, at the same bound. `"paper"` is the
-                recipe of arXiv 2507.13338 to the letter. Its logits are as small as its caps make them. What was
-                measured with which depth and family is in docs/depth.md.
+                recipe of arXiv 2507.13338 to the letter. Its logits are as small as its caps make
+                them. What was measured with which depth and family is in docs/depth.md.
             changes: Fields of LipschitzConfig that replace those of the preset.
 
         Raises:

@@ -6,6 +6,7 @@ the same step measures nothing again.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -14,12 +15,11 @@ from torch import nn
 from lip_plugin.certificate.result import Certificate
 from lip_plugin.distributed.owners import on_first
 from lip_plugin.integrations.huggingface.metrics import (
-    PARTS,
     Measured,
     certificate_or_reason,
     measured,
 )
-from lip_plugin.training.time_share import TimeShare, expected_seconds
+from lip_plugin.training.time_share import FREE, TimeShare, expected_seconds
 
 # What a part may take of the share. A cheap one must not use up the time of the certificate.
 _OF_SHARE = {"weights": 0.7, "caps": 0.2, "seen": 0.1}
@@ -42,11 +42,12 @@ class Entries:
     def begin(self, model: nn.Module, ids: torch.Tensor | None, step: int) -> None:
         """Start counting time, for a model and the sequences that it is seen on."""
         self.ids, self._latest, self._projected = ids, None, (step, 0.0)
-        of_all = self.share < 1.0
+        whole = self.share >= 1.0
         self._times = {
-            part: TimeShare(self.share * (_OF_SHARE[part] if of_all else 1.0)) for part in PARTS
+            part: TimeShare(1.0 if whole else self.share * of, FREE * of)
+            for part, of in _OF_SHARE.items()
         }
-        if of_all:
+        if not whole:
             self._times["weights"].expect(on_first(lambda: expected_seconds(model)))
 
     @property
@@ -57,10 +58,12 @@ class Entries:
     def entry(self, model: nn.Module, step: int, seconds_projecting: float) -> Measured:
         """One entry: what there is time for now, and the times themselves."""
         wanted = on_first(lambda: [p for p, times in self._times.items() if times.due()])
-        before = self.seconds
+        before, began = self.seconds, time.perf_counter()
         found = measured(model, self.ids, wanted) if wanted else Measured({}, [])
+        # What a sharded model takes to be gathered. A part that is measured alone pays it alone.
+        around = time.perf_counter() - began - sum(found.seconds.values())
         for part, took in found.seconds.items():
-            self._times[part].count(took)
+            self._times[part].count(took + around)
         self._latest = found.certificate
         values = found.values
         steps, seconds = self._projected
