@@ -22,7 +22,7 @@ from frontier_tasks import mlp as frontier_mlp
 from frontier_tasks.runs import BUDGETS, RATES, Run, char_runs, mlp_runs
 from frontier_tasks.table import draw, front, points, table
 
-from lip_plugin import certify
+from lip_plugin import LipschitzConfig, certify
 from lip_plugin.config_values import METHOD_NAMES
 from tests.support.oracles import CAP_TOLERANCE, paper
 
@@ -177,7 +177,9 @@ def test_names_are_keys_and_configs_are_configs() -> None:
         assert len({run.name for run in runs}) == len(runs)
         for run in runs:
             assert run.optimizer in RATES
-            paper(**(run.config or {}))
+            config = dict(run.config or {})
+            preset = config.pop("preset", None)
+            LipschitzConfig.preset(preset, **config) if preset else paper(**config)
             assert json.loads(json.dumps(run.plain())) == run.plain()
     pairs = {(run.config["method"], run.optimizer) for run in mlp_runs() if run.config}
     assert pairs == set(METHODS_BY_OPTIMIZER)
