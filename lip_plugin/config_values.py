@@ -80,7 +80,10 @@ def check_positive(name: str, value: Any) -> None:
 # Refuses anything but a number above 0, or a tuple of them; with `zero`, 0 is allowed too.
 def check_scales(name: str, value: Any, *, zero: bool) -> None:
     if value == ():
-        raise ConfigError(f"LipschitzConfig({name}=()): a number, or one for each of some layers.")
+        raise ConfigError(
+            f"LipschitzConfig({name}=()): give one number, or a tuple of numbers, which is "
+            "repeated over the layers."
+        )
     for one in value if isinstance(value, tuple) else (value,):
         if not (zero and one == 0 and not isinstance(one, bool)):
             check_positive(name, one)

@@ -82,7 +82,8 @@ _measured: ContextVar[_Known | None] = ContextVar("measured", default=None)
 
 def _key(view: Tensor) -> tuple[object, ...]:
     place = (view.data_ptr(), view.device, view.dtype, tuple(view.shape), view.stride())
-    # Every change in place raises the version. Tensors of inference mode have none.
+    # A change in place raises the version, but for one through `.data`; nothing that could make one
+    # runs between the measurements of an entry. Tensors of inference mode have no version.
     return (*place, 0 if view.is_inference() else view._version)
 
 
@@ -90,7 +91,8 @@ def _key(view: Tensor) -> tuple[object, ...]:
 def measured_once() -> Iterator[None]:
     """Inside, each block is measured once, whoever asks for its norm.
 
-    A certificate and `block_norms` need the same norms, and each costs a factorization.
+    A certificate and `block_norms` need the same norms, and each costs a factorization. Nothing may
+    write to a weight through `.data` inside, because that is not seen.
     """
     token = _measured.set({})
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import time
+from itertools import count
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lip_plugin import LipschitzConfig, certify, retrofit
+from lip_plugin import LipschitzConfig, retrofit
 from lip_plugin.training.time_share import TimeShare, expected_seconds
 from tests.support.families import tiny
 
@@ -47,10 +49,10 @@ def test_a_share_of_one_is_always_due():
     assert times.due()
 
 
-def test_a_first_certificate_is_expected_to_take_more_where_there_is_more_to_prove():
+def test_a_first_certificate_is_expected_to_take_more_where_there_is_more_to_prove(monkeypatch):
+    ticks = count()  # each small proof takes one second, so that only the work differs
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     small, large = tiny("gpt2"), tiny("gpt2", hidden_size=64, num_hidden_layers=4)
     for model in (small, large):
         retrofit(model, LipschitzConfig())
     assert 0 < expected_seconds(small) * 2 < expected_seconds(large)
-    certify(large)
-    assert expected_seconds(large) == pytest.approx(expected_seconds(large), rel=20)
