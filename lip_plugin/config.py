@@ -211,7 +211,7 @@ class LipschitzConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
             if getattr(self, name) != AUTO:
                 check_scales(name, getattr(self, name), zero=name == "attention_scale")
-        if self.by_position_alone and self.position_bias is None:
+        if self.some_by_position_alone and self.position_bias is None:
             raise ConfigError(
                 f"LipschitzConfig(attention_scale={self.attention_scale}): attention would be "
                 "uniform. Give it a position_bias, 'learned' or 'alibi'."
@@ -249,7 +249,7 @@ class LipschitzConfig:
             check_residual(self.residual)
 
     @property
-    def by_position_alone(self) -> bool:
+    def some_by_position_alone(self) -> bool:
         """Whether some layer's attention does not look at content."""
         scales = self.attention_scale
         return scales != AUTO and 0 in (scales if isinstance(scales, tuple) else (scales,))

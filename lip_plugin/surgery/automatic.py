@@ -73,7 +73,7 @@ def resolved(config: LipschitzConfig, model: nn.Module, names: Parts) -> Lipschi
     attends = config.attention_scale
     bias = config.position_bias
     if bias == AUTO:
-        fits = config.by_position_alone or why_no_position_bias(model, names) is None
+        fits = config.some_by_position_alone or why_no_position_bias(model, names) is None
         bias = "learned" if fits else None
     if attends == AUTO:
         attends = 1.0 if bias is None else 0.0

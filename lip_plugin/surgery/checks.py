@@ -168,7 +168,9 @@ def _without_place(
         return
     # Attention by position alone needs the biases, so the advice is to leave out both.
     out = "leave position_bias out" + (
-        " and attention_scale=0 with it" if config.by_position_alone else ""
+        f" and attention_scale={config.attention_scale} with it"
+        if config.some_by_position_alone
+        else ""
     )
     why = why_no_position_bias(model, names)
     if why is not None and architecture.patches:
